@@ -1,0 +1,123 @@
+"""The backends: which can run here, why the others cannot, and which one "auto" takes.
+
+Every backend is a module with the same functions on the same tensors; :mod:`csdiv.backends.reference` documents them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("auto", "reference", "cpu", "cuda", "triton")
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run on this machine, and if not, why and what would help."""
+
+    available: bool
+    reason: str
+
+
+def backend_status() -> dict[str, BackendStatus]:
+    """The status of every backend.
+
+    Example:
+        >>> csdiv.backend_status()["reference"]
+        BackendStatus(available=True, reason='')
+    """
+    return {"reference": BackendStatus(True, ""), "cpu": _cpu_status(), "cuda": _cuda_status(), "triton": _triton_status()}
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names of the backends that can run here, for example ("reference", "cpu")."""
+    return tuple(name for name, status in backend_status().items() if status.available)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless ``name`` is one of :data:`NAMES`."""
+    if name not in NAMES:
+        raise ValueError(f"backend: one of {', '.join(map(repr, NAMES))} expected, got {name!r}")
+
+
+def resolve(name: str, device: torch.device) -> ModuleType:
+    """The module that computes on ``device``.
+
+    "auto" on a CPU is "cpu", or "reference" where the native module is missing; on any other device it is "reference",
+    with one warning. Any other name is that backend or an error.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run here, or not on this device.
+    """
+    check_name(name)
+    if name == "auto":
+        if device.type == "cpu" and _cpu_status().available:
+            name = "cpu"
+        else:
+            if device.type == "cuda":
+                _warn_slow_cuda()
+            name = "reference"
+    if name != "reference":
+        status = backend_status()[name]
+        if not status.available:
+            raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
+        if name == "cpu" and device.type != "cpu":
+            raise RuntimeError(f'backend "cpu" computes on CPU tensors, got {device}: move them, or take backend="auto"')
+    return _load(name)
+
+
+def _load(name: str) -> ModuleType:
+    if name == "cpu":
+        from csdiv.backends import cpu as module
+    else:
+        from csdiv.backends import reference as module
+    return module
+
+
+def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:
+    """Remembers the status: what is installed does not change while a program runs."""
+    found: list[BackendStatus] = []
+
+    def status() -> BackendStatus:
+        if not found:
+            found.append(function())
+        return found[0]
+
+    return status
+
+
+@_once
+def _cpu_status() -> BackendStatus:
+    try:
+        import csdiv._C
+    except ImportError as error:
+        return BackendStatus(False, f"the native module csdiv._C does not import ({error}): reinstall with pip install .")
+    return BackendStatus(True, "")
+
+
+@_once
+def _cuda_status() -> BackendStatus:
+    try:
+        from csdiv import _C
+    except ImportError as error:
+        return BackendStatus(False, f"the native module csdiv._C does not import ({error}): reinstall with pip install .")
+    return BackendStatus(_C.has_cuda, _C.cuda_status)
+
+
+@_once
+def _triton_status() -> BackendStatus:
+    from csdiv import kernels
+
+    return BackendStatus(False, kernels.UNAVAILABLE_REASON)
+
+
+@_once
+def _warn_slow_cuda() -> BackendStatus:
+    reasons = "; ".join(f"{name}: {backend_status()[name].reason}" for name in ("cuda", "triton"))
+    warnings.warn(
+        f"csdiv computes on CUDA tensors with the eager reference, which is slow ({reasons})", RuntimeWarning, stacklevel=2
+    )
+    return BackendStatus(False, "")

@@ -1,0 +1,261 @@
+"""The C++ kernels on CPU tensors: torch tensors in, pointers to csdiv._C, torch tensors out.
+
+Offers the functions of :mod:`csdiv.backends.reference`, where they are described. The kernels take contiguous float32
+or float64 arrays of full shape, (batch, K, D); structure and strides are resolved here, in O((N + M) D) memory.
+Their logarithms are relative to 2^E, E an even integer for each mixture taken from the size of its variances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from csdiv import _C
+
+_LOG_2PI = math.log(2.0 * math.pi)
+_LOG_2 = math.log(2.0)
+
+
+class _Side(NamedTuple):
+    """One side as the kernels read it; the tensors are held so that their memory outlives the call."""
+
+    means: Tensor  # (*own batch, K, D) contiguous
+    variances: Tensor  # (*own batch, K, D) contiguous
+    log_weights: Tensor | None  # (*own batch, K) contiguous; None: zeros
+    exponent: Tensor  # (*own batch,) int64
+    own: torch.Size
+
+    def log_uniform(self, log_weights: Tensor | None) -> float:
+        """What the kernels leave out where no weights are given: −log K."""
+        return -math.log(self.means.shape[-2]) if log_weights is None else 0.0
+
+
+def _side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> _Side:
+    k, d = means.shape[-2:]
+    own = _own_batch(means, variances, log_weights)
+    means = means.detach().expand(*own, k, d).contiguous()
+    variances = variances.detach().expand(*own, k, d).contiguous()
+    if log_weights is not None:
+        log_weights = log_weights.detach().expand(*own, k).contiguous()
+    exponent = torch.empty(own, dtype=torch.int64)
+    _C.cpu_scale_exponent(means.itemsize, d, variances.data_ptr(), own.numel(), k, exponent.data_ptr())
+    return _Side(means, variances, log_weights, exponent, own)
+
+
+def _own_batch(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> torch.Size:
+    if means.ndim == 2 and variances.ndim == 2 and (log_weights is None or log_weights.ndim == 1):
+        return torch.Size()
+    shapes = [means.shape[:-2], variances.shape[:-2]]
+    return torch.broadcast_shapes(*shapes, *([] if log_weights is None else [log_weights.shape[:-1]]))
+
+
+class _Pair:
+    """p against q: the arguments that every kernel on a pair shares."""
+
+    def __init__(self, p: _Side, q: _Side) -> None:
+        self.p, self.q = p, q
+        self.batch = p.own if p.own == q.own else torch.broadcast_shapes(p.own, q.own)
+        self.n, self.m, self.dim = p.means.shape[-2], q.means.shape[-2], p.means.shape[-1]
+        self._indices = [_batch_index(side.own, self.batch) for side in (p, q)]
+        self.itemsize = p.means.itemsize
+
+    def arguments(self) -> tuple[object, ...]:
+        return (self.itemsize, self.batch.numel(), self.dim, *map(_pointers, (self.p, self.q), self._indices))
+
+    def offset(self) -> Tensor:
+        """(*batch,) float64: what the kernels leave out of log N, in nats."""
+        exponent = (self.p.exponent + self.q.exponent).to(torch.float64).expand(self.batch)
+        return -0.5 * (0.5 * _LOG_2 * exponent + self.dim * _LOG_2PI)
+
+    def new(self, *shape: int) -> Tensor:
+        return self.p.means.new_empty(*self.batch, *shape)
+
+
+def _batch_index(own: torch.Size, batch: torch.Size) -> Tensor | None:
+    """Which item of a side each problem uses; None where that is plain: its own, or the only one."""
+    if own == batch or own.numel() == 1 or own.numel() == batch.numel():
+        return None
+    return torch.arange(own.numel()).view(own).expand(batch).reshape(-1)
+
+
+def _pointers(side: _Side, index: Tensor | None = None) -> tuple[int, ...]:
+    return (
+        side.means.data_ptr(),
+        side.variances.data_ptr(),
+        0 if side.log_weights is None else side.log_weights.data_ptr(),
+        side.exponent.data_ptr(),
+        0 if index is None else index.data_ptr(),
+        side.own.numel(),
+        side.means.shape[-2],
+    )
+
+
+class _Gradients:
+    """Gradient arrays of one side, allocated where wanted and summed to the shape of the tensors."""
+
+    def __init__(self, side: _Side, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> None:
+        full = (side.means, side.variances, side.means[..., 0])
+        self._tensors, self._needs = tensors, needs
+        self.arrays = [
+            torch.empty(f.shape, dtype=f.dtype) if need else None
+            for f, need in zip(full, needs, strict=False)
+        ]
+
+    def pointers(self) -> tuple[int, ...]:
+        return tuple(0 if a is None else a.data_ptr() for a in self.arrays)
+
+    def __bool__(self) -> bool:
+        return any(self._needs)
+
+    def results(self) -> list[Tensor]:
+        return [
+            a.sum_to_size(t.shape) if a.shape != t.shape else a
+            for a, t in zip(self.arrays, self._tensors, strict=True)
+            if a is not None and t is not None
+        ]
+
+
+def overlap_lse_forward(
+    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances, q_log_weights))
+    rows = _rows(pair)
+    return rows, (pair.offset() + pair.q.log_uniform(q_log_weights)).unsqueeze(-1)
+
+
+def _rows(pair: _Pair) -> Tensor:
+    rows = pair.new(pair.n)
+    _C.cpu_overlap_lse_forward(*pair.arguments(), rows.data_ptr(), torch.get_num_threads())
+    return rows
+
+
+def overlap_lse_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+    p_means, p_variances, q_means, q_variances, q_log_weights = tensors
+    pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances, q_log_weights))
+    grad_p, grad_q = _Gradients(pair.p, tensors[:2], needs[:2]), _Gradients(pair.q, tensors[2:], needs[2:])
+    _rows_backward(pair, value, grad, grad_p, grad_q)
+    return grad_p.results() + grad_q.results()
+
+
+def _rows_backward(pair: _Pair, rows: Tensor, grad_rows: Tensor, grad_p: _Gradients, grad_q: _Gradients) -> None:
+    rows, grad_rows = rows.contiguous(), grad_rows.contiguous()
+    _C.cpu_overlap_lse_backward(
+        *pair.arguments(),
+        rows.data_ptr(),
+        grad_rows.data_ptr(),
+        *grad_p.pointers()[:2],
+        *grad_q.pointers(),
+        torch.get_num_threads(),
+    )
+
+
+def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    p = _side(means, variances, log_weights)
+    return _self_value(p), _Pair(p, p).offset() + 2.0 * p.log_uniform(log_weights)
+
+
+def _self_value(p: _Side) -> Tensor:
+    value = torch.empty(p.own, dtype=torch.float64)
+    _C.cpu_self_overlap_forward(
+        p.means.itemsize, p.means.shape[-1], _pointers(p), value.data_ptr(), torch.get_num_threads()
+    )
+    return value
+
+
+def self_overlap_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+    p = _side(*tensors)
+    grads = _Gradients(p, tensors, needs)
+    _self_backward(p, value, grad, grads)
+    return grads.results()
+
+
+def _self_backward(p: _Side, value: Tensor, grad: Tensor, grads: _Gradients) -> None:
+    value, grad = value.contiguous(), grad.to(p.means.dtype).contiguous()
+    _C.cpu_self_overlap_backward(
+        p.means.itemsize,
+        p.means.shape[-1],
+        _pointers(p),
+        value.data_ptr(),
+        grad.data_ptr(),
+        *grads.pointers(),
+        torch.get_num_threads(),
+    )
+
+
+def cs_divergence_forward(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # Offsets are not needed: −E_pq + ½ E_pp + ½ E_qq = 0, since E_pq = ½ (E_pp + E_qq); constants cancel as well.
+    pair = _Pair(_side(p_means, p_variances, p_log_weights), _side(q_means, q_variances, q_log_weights))
+    rows = _rows(pair)
+    pq = _weighted_lse(rows.double(), p_log_weights)
+    pp, qq = _self_value(pair.p), _self_value(pair.q)
+    return (0.5 * (pp + qq) - pq).to(rows.dtype), rows, pq, pp, qq
+
+
+def _weighted_lse(rows: Tensor, log_weights: Tensor | None) -> Tensor:
+    """LSE_i (log a_i + ℓ_i); a component of weight zero is left out, whatever its ℓ_i."""
+    if log_weights is not None:
+        rows = torch.where(log_weights == -math.inf, -math.inf, rows + log_weights)
+    return rows.logsumexp(-1)
+
+
+def cs_divergence_backward(
+    grad: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    p_log_weights = tensors[2]
+    rows, pq, pp, qq = saved
+    pair = _Pair(_side(*tensors[:3]), _side(*tensors[3:]))
+    # Shares of the rows in V(p, q), times −grad: equation (5) for the outer sum.
+    logits = rows.double() if p_log_weights is None else rows.double() + p_log_weights
+    share = torch.where(logits == -math.inf, 0.0, (logits - pq.unsqueeze(-1)).exp())
+    if p_log_weights is not None:
+        share = share.masked_fill(p_log_weights == -math.inf, 0.0)
+    grad_rows = (share * -grad.unsqueeze(-1)).to(rows.dtype)
+
+    grads, self_grads = [], []
+    for side, value, part in ((pair.p, pp, slice(0, 3)), (pair.q, qq, slice(3, 6))):
+        grads.append(_Gradients(side, tensors[part], needs[part]))
+        self_grads.append(_Gradients(side, tensors[part], needs[part]))
+        if any(needs[part]):
+            _self_backward(side, value, 0.5 * grad.sum_to_size(side.own), self_grads[-1])
+    _rows_backward(pair, rows, grad_rows, *grads)
+    if needs[2]:
+        grads[0].arrays[2] = grad_rows.sum_to_size(grads[0].arrays[2].shape)
+    return [g.add_(s) for grad_, self_ in zip(grads, self_grads, strict=True) for g, s in zip(grad_.results(), self_.results(), strict=True)]
+
+
+def pairwise_forward(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor) -> Tensor:
+    pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances))
+    out = pair.new(pair.n, pair.m)
+    _C.cpu_pairwise_forward(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
+    return out.add_(pair.offset().to(out.dtype)[..., None, None])
+
+
+def pairwise_backward(grad: Tensor, tensors: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
+    p_means, p_variances, q_means, q_variances = tensors
+    pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances))
+    grad_p, grad_q = _Gradients(pair.p, tensors[:2], needs[:2]), _Gradients(pair.q, tensors[2:], needs[2:])
+    grad = grad.contiguous()
+    _C.cpu_pairwise_backward(
+        *pair.arguments(), grad.data_ptr(), *grad_p.pointers(), *grad_q.pointers(), torch.get_num_threads()
+    )
+    return grad_p.results() + grad_q.results()
+
+
+def assign(
+    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
+) -> Tensor:
+    pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances, q_log_weights))
+    out = pair.new(pair.n).to(torch.int64)
+    _C.cpu_assign(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
+    return out

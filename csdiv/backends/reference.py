@@ -1,0 +1,129 @@
+"""The reference as a backend, and the description of what every backend offers.
+
+Tensors come as ``*_means`` (*batch, K, D), ``*_variances`` (*batch, K or 1, D or 1) and ``*_log_weights`` (*batch, K)
+or None (uniform), of one dtype (float32 or float64) and device, on any strides; their batch dimensions broadcast.
+
+A logarithm comes in two parts, ``value`` and ``offset`` (float64): their sum is the logarithm. A backend moves what
+cancels in D_CS, the scale of log c and constants, to the offset, where it is not rounded to float32.
+
+``needs`` says which of the tensors, in the order of the arguments, want a gradient; just those are returned, in the
+shape of the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from csdiv import reference
+from csdiv.reference import Components
+
+
+def overlap_lse_forward(
+    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j): value (*batch, N) and offset (*batch, 1)."""
+    rows = overlap_lse(p_means, p_variances, q_means, q_variances, q_log_weights)
+    return rows, rows.new_zeros(*rows.shape[:-1], 1, dtype=torch.float64)
+
+
+def overlap_lse_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Gradients of Σ_i grad_i ℓ_i; equations (5). ``value`` is the forward's."""
+    return _gradients(overlap_lse, tensors, grad, needs)
+
+
+def self_overlap_forward(
+    means: Tensor, variances: Tensor, log_weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log V(p, p): value and offset, both (*batch,) float64."""
+    value = self_overlap(means, variances, log_weights).double()
+    return value, torch.zeros_like(value)
+
+
+def self_overlap_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Gradients of Σ grad · log V(p, p); equation (6)."""
+    return _gradients(self_overlap, tensors, grad.to(tensors[0].dtype), needs)
+
+
+def cs_divergence_forward(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """D_CS(p, q) (*batch,), and what the backward pass wants back: the rows of pq (*batch, N) and the values of
+    log V(p, q) (*batch,), log V(p, p) (p's own batch) and log V(q, q) (q's own batch), float64."""
+    p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
+    rows, pp, qq = reference.overlap_lse(p, q), reference.log_overlap(p, p), reference.log_overlap(q, q)
+    pq = reference.log_overlap(p, q)
+    return 0.5 * (pp + qq) - pq, rows, pq.double(), pp.double(), qq.double()
+
+
+def cs_divergence_backward(
+    grad: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of Σ grad · D_CS(p, q). ``saved`` is what the forward returned beside D_CS."""
+    return _gradients(cs_divergence, tensors, grad, needs)
+
+
+def pairwise_forward(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor) -> Tensor:
+    """log N(μ_i; ν_j, S_i + T_j), (*batch, N, M)."""
+    return pairwise(p_means, p_variances, q_means, q_variances)
+
+
+def pairwise_backward(grad: Tensor, tensors: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
+    """Gradients of Σ_ij grad_ij log N(μ_i; ν_j, S_i + T_j)."""
+    return _gradients(pairwise, tensors, grad, needs)
+
+
+def assign(
+    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
+) -> Tensor:
+    """argmax_j of log b_j + log N(μ_i; ν_j, S_i + T_j), (*batch, N) int64; the lowest j of equal ones."""
+    q = Components(q_means, q_variances, None, q_log_weights)
+    return reference.assign(Components(p_means, p_variances), q)
+
+
+# The same quantities as one differentiable function of the tensors: for gradients here, for double backward and
+# forward-mode differentiation everywhere.
+
+
+def overlap_lse(
+    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
+) -> Tensor:
+    q = Components(q_means, q_variances, None, q_log_weights)
+    return reference.overlap_lse(Components(p_means, p_variances), q)
+
+
+def self_overlap(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> Tensor:
+    p = Components(means, variances, None, log_weights)
+    return reference.log_overlap(p, p)
+
+
+def cs_divergence(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+) -> Tensor:
+    p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
+    return reference.cs_divergence(p, q)
+
+
+def pairwise(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor) -> Tensor:
+    return reference.pairwise_log_overlap(Components(p_means, p_variances), Components(q_means, q_variances))
+
+
+def _gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needs: list[bool]
+) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+        wanted = [t for t in leaves if t is not None and t.requires_grad]
+        return [g.contiguous() for g in torch.autograd.grad(function(*leaves), wanted, grad)]

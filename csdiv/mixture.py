@@ -1,0 +1,425 @@
+"""Gaussian mixtures as immutable values: constructors, checks, and methods that call csdiv.functional."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from torch.distributions import Distribution
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FIELDS = ("means", "variances", "log_weights", "scale_tril", "covariance_matrix")
+
+
+class GaussianMixture:
+    """A Gaussian mixture Σ_k w_k N(μ_k, S_k), or a batch of them: a light immutable value.
+
+    The tensors stay the caller's own, and gradients flow to them. Batch dimensions of the parameters broadcast.
+    The shape of the covariance *is* its structure, and picks the kernel.
+
+    ``GaussianMixture(means)`` with means (B, D) is *one* mixture of B components, not B posteriors: for the
+    divergence of each of B Gaussians from a prior see :func:`csdiv.cs_regularizer`.
+
+    Args:
+        means: (*batch, K, D), float16 to float64; NumPy arrays are accepted everywhere.
+        variances: at least 2-dimensional, ≥ 0: (*batch, K, D) diagonal, (K, 1) spherical, (1, D) tied diagonal,
+            (1, 1) tied spherical. Zero is a point; a negative one makes every result NaN.
+        log_weights: (*batch, K), used as given: unnormalised mixtures (intensities) are meaningful. −inf is a
+            component of weight zero, so ragged mixtures are padded with −inf. Default: uniform, 1/K each.
+        logits: (*batch, K), normalised with log_softmax; at most one of ``log_weights`` and ``logits``.
+        scale_tril: (*batch, K, D, D) or (1, D, D) tied: Cholesky factors R, S = R Rᵀ.
+        covariance_matrix: (*batch, K, D, D) or (1, D, D) tied: symmetric, positive definite.
+            Exactly one of ``variances``, ``scale_tril`` and ``covariance_matrix`` is given.
+        validate: also check values, naming the first bad index. Off by default, since it waits for a GPU.
+
+    Raises:
+        TypeError: a parameter that is not a floating-point tensor.
+        ValueError: shapes that do not fit, parameters on different devices, none or two covariances, both kinds of
+            weights; on the CPU, or with ``validate``, a factor or covariance that is not positive definite.
+        NotImplementedError: sparse, quantised and nested tensors.
+
+    Example:
+        >>> p = GaussianMixture(torch.randn(500, 16), torch.rand(500, 16) + 0.1)
+        >>> p.num_components, p.dim, p.batch_shape, p.structure
+        (500, 16, torch.Size([]), 'diagonal')
+    """
+
+    __slots__ = (*_FIELDS, "__weakref__")
+
+    means: Tensor
+    variances: Tensor | None
+    log_weights: Tensor | None
+    scale_tril: Tensor | None
+    covariance_matrix: Tensor | None
+
+    def __init__(
+        self,
+        means: Tensor,
+        variances: Tensor | None = None,
+        log_weights: Tensor | None = None,
+        *,
+        logits: Tensor | None = None,
+        scale_tril: Tensor | None = None,
+        covariance_matrix: Tensor | None = None,
+        validate: bool = False,
+    ) -> None:
+        given = [n for n, t in zip(("log_weights", "logits"), (log_weights, logits), strict=True) if t is not None]
+        if len(given) > 1:
+            raise ValueError("at most one of log_weights and logits expected, got both")
+        means = as_float_tensor(means, "means")
+        if means.ndim < 2:
+            raise ValueError(f"means: (*batch, K, D) expected, got {tuple(means.shape)}")
+        num_components, dim = means.shape[-2:]
+        if num_components == 0 or dim == 0:
+            raise ValueError(f"means: at least one component and one dimension expected, got {tuple(means.shape)}")
+
+        name, covariance = _exactly_one(
+            variances=variances, scale_tril=scale_tril, covariance_matrix=covariance_matrix
+        )
+        covariance = as_float_tensor(covariance, name)
+        _check_covariance_shape(name, covariance, means)
+        if given:
+            weights = as_float_tensor(log_weights if logits is None else logits, given[0])
+            if weights.ndim < 1 or weights.shape[-1] != num_components:
+                raise ValueError(
+                    f"{given[0]}: (*batch, K) with K = {num_components} expected, "
+                    f"got {tuple(weights.shape)} for means {tuple(means.shape)}"
+                )
+            log_weights = weights if logits is None else weights.log_softmax(-1)
+        _check_devices(means, covariance, log_weights)
+        values = dict.fromkeys(_FIELDS)
+        values.update(means=means, log_weights=log_weights)
+        values[name] = covariance
+        self._set(values)
+        try:
+            _ = self.batch_shape
+        except RuntimeError:
+            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in values.items() if v is not None)
+            raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
+        if values_readable(means) and (validate or means.device.type == "cpu"):
+            _check_factors(self)
+            if validate:
+                _check_values(self)
+
+    # construction without checks, and immutability
+
+    def _set(self, values: dict[str, Any]) -> None:
+        for name in _FIELDS:
+            object.__setattr__(self, name, values[name])
+
+    @classmethod
+    def _unchecked(cls, **values: Tensor | None) -> GaussianMixture:
+        self = object.__new__(cls)
+        self._set(dict.fromkeys(_FIELDS) | values)
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"GaussianMixture is immutable: {name} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"GaussianMixture is immutable: {name} cannot be deleted")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unflatten, ([getattr(self, name) for name in _FIELDS], None)
+
+    def __repr__(self) -> str:
+        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
+        return (
+            f"GaussianMixture(num_components={self.num_components}, dim={self.dim}, {self.structure}{batch}, "
+            f"{self.means.dtype}, {self.means.device})"
+        )
+
+    # description
+
+    @property
+    def num_components(self) -> int:
+        """K."""
+        return self.means.shape[-2]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.means.shape[-1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The broadcast batch shape of all parameters."""
+        shapes = [self.means.shape[:-2]]
+        if self.variances is not None:
+            shapes.append(self.variances.shape[:-2])
+        for matrix in (self.scale_tril, self.covariance_matrix):
+            if matrix is not None:
+                shapes.append(matrix.shape[:-3])
+        if self.log_weights is not None:
+            shapes.append(self.log_weights.shape[:-1])
+        return torch.broadcast_shapes(*shapes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The promoted dtype of all parameters."""
+        dtype = self.means.dtype
+        for t in self._tensors():
+            dtype = torch.promote_types(dtype, t.dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.means.device
+
+    @property
+    def structure(self) -> str:
+        """"diagonal", "spherical", "tied diagonal", "tied spherical", "full" or "tied full"."""
+        matrix = self.scale_tril if self.scale_tril is not None else self.covariance_matrix
+        if matrix is not None:
+            return "tied full" if matrix.shape[-3] == 1 and self.num_components > 1 else "full"
+        assert self.variances is not None
+        tied = "tied " if self.variances.shape[-2] == 1 and self.num_components > 1 else ""
+        return tied + ("spherical" if self.variances.shape[-1] == 1 and self.dim > 1 else "diagonal")
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for t in (getattr(self, name) for name in _FIELDS) if t is not None]
+
+    # other values made from this one
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> GaussianMixture:
+        """The mixture with ``function`` applied to each of its tensors; shapes must be kept."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return self._unchecked(**{n: None if t is None else function(t) for n, t in values.items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> GaussianMixture:
+        """As ``torch.Tensor.to``, for every parameter."""
+        return self.map(lambda t: t.to(*args, **kwargs))
+
+    def detach(self) -> GaussianMixture:
+        """The same values without gradients."""
+        return self.map(torch.Tensor.detach)
+
+    def normalized(self) -> GaussianMixture:
+        """The mixture with its weights scaled to sum to one."""
+        if self.log_weights is None:
+            return self
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return self._unchecked(**values | {"log_weights": self.log_weights.log_softmax(-1)})
+
+    @classmethod
+    def from_distribution(cls, distribution: Distribution) -> GaussianMixture:
+        """The mixture of a ``torch.distributions`` object; gradients reach its parameters.
+
+        Args:
+            distribution: ``Independent(Normal(...), 1)`` or ``MultivariateNormal`` with batch (*batch,), which becomes
+                means (*batch, 1, D); or ``MixtureSameFamily`` of one of them, with batch (*batch, K).
+
+        Raises:
+            ValueError: a ``Normal`` with batch dimensions that is not wrapped in ``Independent(..., 1)``.
+            TypeError: any other distribution.
+        """
+        from torch.distributions import MixtureSameFamily
+
+        if isinstance(distribution, MixtureSameFamily):
+            logits = distribution.mixture_distribution.logits
+            return cls(log_weights=logits, **_gaussian_parameters(distribution.component_distribution))
+        one = {name: t.unsqueeze(t.ndim - rank) for name, t, rank in _with_rank(_gaussian_parameters(distribution))}
+        return cls(**one)
+
+    # methods that compute: csdiv.functional is imported when they are called
+
+    def log_prob(self, x: Tensor, *, backend: str = "auto") -> Tensor:
+        """log Σ_k w_k N(x; μ_k, S_k) for points x (*batch, n, D); shape (*batch, n), nats. Memory O((n + K) D)."""
+        from csdiv import functional
+
+        return functional.component_log_overlap(functional.points(x), self, backend=backend)
+
+    def responsibilities(self, x: Tensor, *, backend: str = "auto") -> Tensor:
+        """Posterior weight of each component for points x (*batch, n, D) or for the components of a mixture.
+
+        Shape (*batch, n, K), rows sum to one. Materialises (*batch, n, K): for the index alone see :meth:`assign`.
+        """
+        from csdiv import functional
+
+        return functional.responsibilities(x, self, backend=backend)
+
+    def assign(self, x: Tensor | GaussianMixture, *, backend: str = "auto") -> Tensor:
+        """The component of largest posterior weight, argmax_k of log w_k + log N(μ_i; μ_k, S_i + S_k).
+
+        Args:
+            x: points (*batch, n, D), or a mixture whose n components (posterior codes, say) are assigned.
+
+        Returns:
+            (*batch, n) int64, without the (n, K) matrix; the lowest index where several are equal.
+        """
+        from csdiv import functional
+
+        return functional.assign(x, self, backend=backend)
+
+    def sample(self, n: int) -> Tensor:
+        """n independent draws, shape (*batch, n, D), without gradients. Weights are normalised for this."""
+        with torch.no_grad():
+            return self.rsample(n)
+
+    def rsample(self, n: int) -> Tensor:
+        """n draws, shape (*batch, n, D), with gradients to the mean and covariance of each drawn component.
+
+        The choice of the component is not reparametrised: no gradient reaches the weights.
+        """
+        batch, k, d = self.batch_shape, self.num_components, self.dim
+        means = self.means.expand(*batch, k, d)
+        if self.log_weights is None:
+            index = torch.randint(k, (*batch, n), device=self.device)
+        else:
+            weights = self.log_weights.detach().expand(*batch, k).softmax(-1)
+            index = torch.multinomial(weights.reshape(-1, k), n, replacement=True).view(*batch, n)
+        noise = torch.randn(*batch, n, d, dtype=means.dtype, device=self.device)
+        if self.variances is not None:
+            scale = self.variances.sqrt().expand(*batch, k, d)
+            rows = index.unsqueeze(-1).expand(*batch, n, d)
+            return means.gather(-2, rows) + scale.gather(-2, rows) * noise
+        factor = self.scale_tril
+        if factor is None:
+            assert self.covariance_matrix is not None
+            factor = torch.linalg.cholesky(self.covariance_matrix)
+        matrices = index.view(*batch, n, 1, 1).expand(*batch, n, d, d)
+        chosen = factor.expand(*batch, k, d, d).gather(-3, matrices)
+        mean = means.gather(-2, index.unsqueeze(-1).expand(*batch, n, d))
+        return mean + (chosen @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+def _flatten(mixture: GaussianMixture) -> tuple[list[Any], None]:
+    return [getattr(mixture, name) for name in _FIELDS], None
+
+
+def _unflatten(values: Any, context: None) -> GaussianMixture:
+    return GaussianMixture._unchecked(**dict(zip(_FIELDS, values, strict=True)))
+
+
+pytree.register_pytree_node(GaussianMixture, _flatten, _unflatten, serialized_type_name="csdiv.GaussianMixture")
+
+
+def as_float_tensor(value: Any, name: str) -> Tensor:
+    """``value`` as a dense floating-point tensor, NumPy arrays included.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        NotImplementedError: sparse, quantised or nested.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a tensor expected, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantised" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        raise NotImplementedError(f"{name}: a dense tensor expected, got a {kind} one")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: floating point expected, got {value.dtype}")
+    return value
+
+
+def values_readable(t: Tensor) -> bool:
+    """Whether the values of ``t`` may decide anything: not while tracing, transforming or on the meta device."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not (
+        torch.compiler.is_compiling()
+        or t.is_meta
+        or isinstance(t, FakeTensor)
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _exactly_one(**values: Any) -> tuple[str, Any]:
+    given = {name: v for name, v in values.items() if v is not None}
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(values)} expected, got {' and '.join(given) or 'none'}")
+    return next(iter(given.items()))
+
+
+def _check_covariance_shape(name: str, covariance: Tensor, means: Tensor) -> None:
+    k, d = means.shape[-2:]
+    if name == "variances":
+        form = "(*batch, K or 1, D or 1)"
+        fits = covariance.ndim >= 2 and covariance.shape[-2] in (1, k) and covariance.shape[-1] in (1, d)
+    else:
+        form = "(*batch, K or 1, D, D)"
+        fits = covariance.ndim >= 3 and covariance.shape[-3] in (1, k) and covariance.shape[-2:] == (d, d)
+    if not fits:
+        raise ValueError(
+            f"{name}: {form} with K = {k}, D = {d} expected, got {tuple(covariance.shape)} for means {tuple(means.shape)}"
+        )
+
+
+def _check_devices(means: Tensor, covariance: Tensor, log_weights: Tensor | None) -> None:
+    for t in (covariance, log_weights):
+        if t is not None and t.device != means.device:
+            raise ValueError(f"parameters on one device expected, got {means.device} and {t.device}")
+
+
+def _first(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[0].tolist())
+
+
+def _check_factors(p: GaussianMixture) -> None:
+    """Raises ValueError unless every scale_tril is a Cholesky factor and every covariance is positive definite."""
+    if p.scale_tril is not None:
+        r = p.scale_tril.detach()
+        bad = (r.triu(1) != 0).any(-1).any(-1) | ~(r.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"scale_tril: lower triangular with a positive diagonal expected, component {_first(bad)} is not"
+            )
+    if p.covariance_matrix is not None:
+        s = p.covariance_matrix.detach()
+        s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+        tolerance = 1e3 * torch.finfo(p.covariance_matrix.dtype).eps * s.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+        bad = ~((s - s.mT).abs().amax((-2, -1)) <= tolerance)
+        if bool(bad.any()):
+            raise ValueError(f"covariance_matrix: symmetric matrices expected, component {_first(bad)} is not")
+        bad = torch.linalg.cholesky_ex(s).info != 0
+        if bool(bad.any()):
+            raise ValueError(f"covariance_matrix: positive definite expected, component {_first(bad)} is not")
+
+
+def _check_values(p: GaussianMixture) -> None:
+    """Raises ValueError naming the first bad value."""
+    for name in ("means", "variances", "scale_tril", "covariance_matrix"):
+        t = getattr(p, name)
+        if t is not None and bool((bad := ~t.isfinite()).any()):
+            raise ValueError(f"{name}: finite values expected, got {t[_first(bad)].item()} at index {_first(bad)}")
+    if p.variances is not None and bool((bad := p.variances < 0).any()):
+        value = p.variances[_first(bad)].item()
+        raise ValueError(f"variances: values >= 0 expected, got {value} at index {_first(bad)}")
+    if p.log_weights is not None:
+        bad = p.log_weights.isnan() | (p.log_weights == math.inf)
+        if bool(bad.any()):
+            value = p.log_weights[_first(bad)].item()
+            raise ValueError(f"log_weights: values below +inf expected, got {value} at index {_first(bad)}")
+        bad = (p.log_weights == -math.inf).all(-1)
+        if bool(bad.any()):
+            raise ValueError(f"log_weights: a component of positive weight expected, none in mixture {_first(bad)}")
+
+
+def _gaussian_parameters(distribution: Distribution) -> dict[str, Tensor]:
+    """means and variances, or means and scale_tril, of a batch of Gaussians with event shape (D,)."""
+    from torch.distributions import Independent, MultivariateNormal, Normal
+
+    if isinstance(distribution, MultivariateNormal):
+        return {"means": distribution.loc, "scale_tril": distribution.scale_tril}
+    if isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
+        if distribution.reinterpreted_batch_ndims != 1:
+            raise ValueError("Independent(Normal, 1) expected, with one event dimension")
+        return {"means": distribution.base_dist.loc, "variances": distribution.base_dist.scale**2}
+    if isinstance(distribution, Normal):
+        raise ValueError("a Normal with batch dimensions is ambiguous: wrap it in Independent(..., 1)")
+    raise TypeError(
+        "MixtureSameFamily, Independent(Normal, 1) or MultivariateNormal expected, "
+        f"got {type(distribution).__name__}"
+    )
+
+
+def _with_rank(parameters: dict[str, Tensor]) -> list[tuple[str, Tensor, int]]:
+    return [(name, t, 2 if name == "scale_tril" else 1) for name, t in parameters.items()]

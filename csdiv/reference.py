@@ -1,0 +1,166 @@
+"""The specification: every quantity in eager torch, differentiated by torch itself.
+
+Any dtype and device; float64 on the CPU is the definition of correct that every backend is held to. Numbers in
+parentheses are the equations of docs/math.md. Rows are taken in chunks, and recomputed in the backward pass, so that
+memory stays bounded by ``CHUNK_ELEMENTS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 2**22
+"""Numbers in the largest temporary of one chunk of rows."""
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+class Components(NamedTuple):
+    """One side of a pair; exactly one of ``variances`` and ``covariance`` is given."""
+
+    means: Tensor  # (*batch, K, D)
+    variances: Tensor | None = None  # (*batch, K or 1, D or 1)
+    covariance: Tensor | None = None  # (*batch, K or 1, D, D)
+    log_weights: Tensor | None = None  # (*batch, K), None: uniform
+
+
+def pairwise_log_overlap(p: Components, q: Components) -> Tensor:
+    """log N(μ_i; ν_j, S_i + T_j), shape (*batch, N, M); equations (4) and (7)."""
+    delta = p.means.unsqueeze(-2) - q.means.unsqueeze(-3)  # (*batch, N, M, D)
+    if p.variances is not None and q.variances is not None:
+        s, t = _nan_if_negative(p.variances), _nan_if_negative(q.variances)
+        return _log_normal_diagonal(delta, s.unsqueeze(-2) + t.unsqueeze(-3))
+    return _log_normal_full(delta, _matrix(p).unsqueeze(-3) + _matrix(q).unsqueeze(-4))
+
+
+def overlap_lse(p: Components, q: Components) -> Tensor:
+    """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j), shape (*batch, N); equation (3). p's weights are not used."""
+    q = neutralise(q)
+    log_b = log_weights(q).unsqueeze(-2)
+    return _by_rows(lambda rows: logsumexp(pairwise_log_overlap(rows, q) + log_b, -1), p, q)
+
+
+def log_overlap(p: Components, q: Components) -> Tensor:
+    """log V(p, q), shape (*batch,); equations (1) and (3)."""
+    p = neutralise(p)
+    return logsumexp(overlap_lse(p, q) + log_weights(p), -1)
+
+
+def cs_divergence(p: Components, q: Components) -> Tensor:
+    """D_CS(p, q) = −log V(p, q) + ½ log V(p, p) + ½ log V(q, q), shape (*batch,); equation (2)."""
+    return 0.5 * (log_overlap(p, p) + log_overlap(q, q)) - log_overlap(p, q)
+
+
+def assign(p: Components, q: Components) -> Tensor:
+    """argmax_j of log b_j + log N(μ_i; ν_j, S_i + T_j), shape (*batch, N), int64."""
+    q = neutralise(q)
+    log_b = log_weights(q).unsqueeze(-2)
+    return _by_rows(lambda rows: (pairwise_log_overlap(rows, q) + log_b).argmax(-1), p, q)
+
+
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """``torch.logsumexp`` whose gradient is zero, not NaN, where every term is −inf."""
+    shift = x.detach().amax(dim, keepdim=True)
+    shift = torch.where(shift.isinf(), 0.0, shift)
+    total = (x - shift).exp().sum(dim)
+    empty = total == 0.0
+    return torch.where(empty, -math.inf, torch.where(empty, 1.0, total).log() + shift.squeeze(dim))
+
+
+def log_weights(p: Components) -> Tensor:
+    """The log weights of p, −log K each if none were given; shape (*batch, K)."""
+    if p.log_weights is not None:
+        return p.log_weights
+    return p.means.new_full(p.means.shape[-2:-1], -math.log(p.means.shape[-2]))
+
+
+def _log_normal_diagonal(delta: Tensor, c: Tensor) -> Tensor:
+    """Equation (4). ``delta`` (*batch, N, M, D), ``c`` broadcastable to it; zero and overflow go to their limits."""
+    c = c.expand(torch.broadcast_shapes(c.shape, delta.shape))
+    z = delta.detach() / c.detach().sqrt()
+    far = (z * z).isinf() & (c >= 0)  # the exponent is −inf: cut, so that no gradient is 0 · inf
+    same = (c == 0) & (delta == 0)  # two points at one place: +inf, unless another dimension is far
+    c = torch.where(far | same, 1.0, c)
+    z = torch.where(far | same, 0.0, delta) / c.sqrt()
+    value = -0.5 * (z * z + c.log() + LOG_2PI).sum(-1)
+    value = torch.where(same.any(-1) & ~value.isnan(), math.inf, value)
+    return torch.where(far.any(-1) & ~value.isnan(), -math.inf, value)
+
+
+def _log_normal_full(delta: Tensor, c: Tensor) -> Tensor:
+    """Equation (7). ``delta`` (*batch, N, M, D), ``c`` (*batch, N or 1, M or 1, D, D); NaN if not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(c)
+    factor = factor.expand(*delta.shape, delta.shape[-1])
+    z = torch.linalg.solve_triangular(factor, delta.unsqueeze(-1), upper=False).squeeze(-1)
+    log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    value = -0.5 * ((z * z).sum(-1) + log_det + delta.shape[-1] * LOG_2PI)
+    return torch.where(info == 0, value, math.nan)
+
+
+def _nan_if_negative(variances: Tensor) -> Tensor:
+    return torch.where(variances < 0, math.nan, variances)
+
+
+def _matrix(p: Components) -> Tensor:
+    """The covariances of p as matrices, (*batch, K or 1, D, D)."""
+    if p.covariance is not None:
+        return p.covariance
+    assert p.variances is not None
+    variances = _nan_if_negative(p.variances)
+    return torch.diag_embed(variances.expand(*variances.shape[:-1], p.means.shape[-1]))
+
+
+def neutralise(p: Components) -> Components:
+    """Gives components of weight zero parameters that cannot spoil a sum: N(0, I)."""
+    if p.log_weights is None:
+        return p
+    absent = (p.log_weights == -math.inf).unsqueeze(-1)
+    variances, covariance = p.variances, p.covariance
+    if variances is not None:
+        variances = torch.where(absent, 1.0, variances)
+    if covariance is not None:
+        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+        covariance = torch.where(absent.unsqueeze(-1), eye, covariance)
+    return p._replace(means=torch.where(absent, 0.0, p.means), variances=variances, covariance=covariance)
+
+
+def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Components) -> Tensor:
+    """``function`` applied to chunks of p's components, joined along them."""
+    n, dim = p.means.shape[-2:]
+    batch = torch.broadcast_shapes(p.means.shape[:-2], q.means.shape[:-2])
+    per_row = math.prod(batch) * q.means.shape[-2] * dim
+    if p.covariance is not None or q.covariance is not None:
+        per_row *= dim
+    rows = max(1, CHUNK_ELEMENTS // max(1, per_row))
+    if rows >= n:
+        return function(p)
+    pieces = []
+    for start in range(0, n, rows):
+        chunk = Components(*(_slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1), strict=True)))
+        pieces.append(_recomputed(function, chunk))
+    return torch.cat(pieces, -1)
+
+
+def _slice(t: Tensor | None, start: int, length: int, axis: int) -> Tensor | None:
+    """Rows start … start + length of ``t`` along its component axis; a tied parameter has one and stays whole."""
+    if t is None or t.shape[axis] == 1:
+        return t
+    return t.narrow(axis, start, min(length, t.shape[axis] - start))
+
+
+def _recomputed(function: Callable[[Components], Tensor], chunk: Components) -> Tensor:
+    """``function(chunk)`` that keeps no intermediates for the backward pass, where torch allows it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transforms_active():
+        return function(chunk)
+    return checkpoint(lambda *c: function(Components(*c)), *chunk, use_reentrant=False, preserve_rng_state=False)
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
