@@ -23,8 +23,11 @@ from csdiv.mixture import GaussianMixture, as_float_tensor
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
+MixtureLike = GaussianMixture | torch.distributions.Distribution | torch.nn.Module
+"""A mixture, a distribution that ``GaussianMixture.from_distribution`` takes, or a module that returns a mixture."""
 
-def cs_divergence(p: GaussianMixture, q: GaussianMixture, *, backend: str = "auto") -> Tensor:
+
+def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
     r"""Cauchy–Schwarz divergence of two Gaussian mixtures, in closed form.
 
     D_CS(p, q) = −log ∫pq + ½ log ∫p² + ½ log ∫q² = −log cos∠(p, q) in L2. It is ≥ 0 up to rounding, 0 exactly for
@@ -58,7 +61,7 @@ def cs_divergence(p: GaussianMixture, q: GaussianMixture, *, backend: str = "aut
     return autograd.cs_divergence(backend, *_weighted(p), *_weighted(q))
 
 
-def log_overlap(p: GaussianMixture, q: GaussianMixture | None = None, *, backend: str = "auto") -> Tensor:
+def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = "auto") -> Tensor:
     """log V(p, q) = log ∫ p(x) q(x) dx, the logarithm of the cross information potential.
 
     Args:
@@ -85,7 +88,7 @@ def log_overlap(p: GaussianMixture, q: GaussianMixture | None = None, *, backend
     return value if offset is None else _add_offset(value, offset.squeeze(-1))
 
 
-def component_log_overlap(p: GaussianMixture, q: GaussianMixture, *, backend: str = "auto") -> Tensor:
+def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
     """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j): the log overlap of each component of p with q.
 
     p's own weights are not used: log V(p, q) = logsumexp_i(log a_i + ℓ_i). With zero variances in p this is the
@@ -102,7 +105,7 @@ def component_log_overlap(p: GaussianMixture, q: GaussianMixture, *, backend: st
     return value if offset is None else _add_offset(value, offset)
 
 
-def pairwise_log_overlap(p: GaussianMixture, q: GaussianMixture, *, backend: str = "auto") -> Tensor:
+def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
     """log N(μ_i; ν_j, S_i + T_j) for every pair of components; no weights are used.
 
     Returns:
@@ -115,7 +118,7 @@ def pairwise_log_overlap(p: GaussianMixture, q: GaussianMixture, *, backend: str
     return autograd.pairwise(backend, *_unweighted(p), *_unweighted(q))
 
 
-def renyi2_entropy(p: GaussianMixture, *, backend: str = "auto") -> Tensor:
+def renyi2_entropy(p: MixtureLike, *, backend: str = "auto") -> Tensor:
     """Rényi entropy of order 2, H₂(p) = −log ∫ p(x)² dx, (*batch,) nats. Raises: as :func:`cs_divergence`."""
     return -log_overlap(p, backend=backend)
 
@@ -123,7 +126,7 @@ def renyi2_entropy(p: GaussianMixture, *, backend: str = "auto") -> Tensor:
 def cs_regularizer(
     means: Tensor,
     log_variances: Tensor,
-    prior: GaussianMixture,
+    prior: MixtureLike,
     *,
     prior_self_overlap: Tensor | None = None,
     backend: str = "auto",
@@ -155,7 +158,8 @@ def cs_regularizer(
     means, log_variances = as_float_tensor(means, "means"), as_float_tensor(log_variances, "log_variances")
     if means.shape != log_variances.shape:
         raise ValueError(
-            f"means and log_variances of one shape (B, D) expected, got {tuple(means.shape)} and {tuple(log_variances.shape)}"
+            "means and log_variances of one shape (B, D) expected, "
+            f"got {tuple(means.shape)} and {tuple(log_variances.shape)}"
         )
     prior = as_mixture(prior, "prior")
     dtype = _computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
@@ -242,7 +246,8 @@ def _pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[Gaussia
             torch.broadcast_shapes(p_batch, q_batch)
         except RuntimeError:
             raise ValueError(
-                f"batch shapes that broadcast expected, got {tuple(p_batch)} in {p_name} and {tuple(q_batch)} in {q_name}"
+                "batch shapes that broadcast expected, "
+                f"got {tuple(p_batch)} in {p_name} and {tuple(q_batch)} in {q_name}"
             ) from None
     dtype = torch.promote_types(p.dtype, q.dtype)
     return _widen(p, dtype), _widen(q, dtype)

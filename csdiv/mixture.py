@@ -80,9 +80,7 @@ class GaussianMixture:
         if num_components == 0 or dim == 0:
             raise ValueError(f"means: at least one component and one dimension expected, got {tuple(means.shape)}")
 
-        name, covariance = _exactly_one(
-            variances=variances, scale_tril=scale_tril, covariance_matrix=covariance_matrix
-        )
+        name, covariance = _exactly_one(variances=variances, scale_tril=scale_tril, covariance_matrix=covariance_matrix)
         covariance = as_float_tensor(covariance, name)
         _check_covariance_shape(name, covariance, means)
         if given:
@@ -175,7 +173,7 @@ class GaussianMixture:
 
     @property
     def structure(self) -> str:
-        """"diagonal", "spherical", "tied diagonal", "tied spherical", "full" or "tied full"."""
+        """ "diagonal", "spherical", "tied diagonal", "tied spherical", "full" or "tied full"."""
         matrix = self.scale_tril if self.scale_tril is not None else self.covariance_matrix
         if matrix is not None:
             return "tied full" if matrix.shape[-3] == 1 and self.num_components > 1 else "full"
@@ -225,8 +223,9 @@ class GaussianMixture:
         if isinstance(distribution, MixtureSameFamily):
             logits = distribution.mixture_distribution.logits
             return cls(log_weights=logits, **_gaussian_parameters(distribution.component_distribution))
-        one = {name: t.unsqueeze(t.ndim - rank) for name, t, rank in _with_rank(_gaussian_parameters(distribution))}
-        return cls(**one)
+        one = _gaussian_parameters(distribution)
+        ranks = {"scale_tril": 2}  # event dimensions; 1 for the others
+        return cls(**{name: t.unsqueeze(t.ndim - ranks.get(name, 1)) for name, t in one.items()})
 
     # methods that compute: csdiv.functional is imported when they are called
 
@@ -349,7 +348,8 @@ def _check_covariance_shape(name: str, covariance: Tensor, means: Tensor) -> Non
         fits = covariance.ndim >= 3 and covariance.shape[-3] in (1, k) and covariance.shape[-2:] == (d, d)
     if not fits:
         raise ValueError(
-            f"{name}: {form} with K = {k}, D = {d} expected, got {tuple(covariance.shape)} for means {tuple(means.shape)}"
+            f"{name}: {form} with K = {k}, D = {d} expected, "
+            f"got {tuple(covariance.shape)} for means {tuple(means.shape)}"
         )
 
 
@@ -403,7 +403,7 @@ def _check_values(p: GaussianMixture) -> None:
             raise ValueError(f"log_weights: a component of positive weight expected, none in mixture {_first(bad)}")
 
 
-def _gaussian_parameters(distribution: Distribution) -> dict[str, Tensor]:
+def _gaussian_parameters(distribution: Distribution) -> dict[str, Any]:
     """means and variances, or means and scale_tril, of a batch of Gaussians with event shape (D,)."""
     from torch.distributions import Independent, MultivariateNormal, Normal
 
@@ -416,10 +416,5 @@ def _gaussian_parameters(distribution: Distribution) -> dict[str, Tensor]:
     if isinstance(distribution, Normal):
         raise ValueError("a Normal with batch dimensions is ambiguous: wrap it in Independent(..., 1)")
     raise TypeError(
-        "MixtureSameFamily, Independent(Normal, 1) or MultivariateNormal expected, "
-        f"got {type(distribution).__name__}"
+        f"MixtureSameFamily, Independent(Normal, 1) or MultivariateNormal expected, got {type(distribution).__name__}"
     )
-
-
-def _with_rank(parameters: dict[str, Tensor]) -> list[tuple[str, Tensor, int]]:
-    return [(name, t, 2 if name == "scale_tril" else 1) for name, t in parameters.items()]

@@ -9,7 +9,12 @@ from csdiv import functional
 from csdiv.mixture import GaussianMixture
 
 _REDUCTIONS = ("none", "mean", "sum")
-_COVARIANCES = {"diag": (True, True), "spherical": (True, False), "tied": (False, True), "tied_spherical": (False, False)}
+_COVARIANCES = {
+    "diag": (True, True),
+    "spherical": (True, False),
+    "tied": (False, True),
+    "tied_spherical": (False, False),
+}
 
 
 class CSDivergenceLoss(nn.Module):
@@ -38,7 +43,7 @@ class CSDivergenceLoss(nn.Module):
         functional.backends.check_name(backend)
         self.reduction, self.backend = reduction, backend
 
-    def forward(self, p: GaussianMixture, q: GaussianMixture) -> Tensor:
+    def forward(self, p: functional.MixtureLike, q: functional.MixtureLike) -> Tensor:
         value = functional.cs_divergence(p, q, backend=self.backend)
         if self.reduction == "none":
             return value

@@ -19,7 +19,7 @@ _Fake = Callable[..., Any]
 
 
 def _define(schema: str, fake: _Fake) -> Callable[[Callable[..., Any]], Any]:
-    """Registers the decorated function as the operator ``schema`` on CPU and CUDA tensors, and ``fake`` for its shapes."""
+    """Registers the decorated function as the operator ``schema``, and ``fake`` for its shapes."""
     name = schema.split("(")[0]
 
     def register(function: Callable[..., Any]) -> Any:
@@ -46,7 +46,12 @@ _P_WEIGHTS, _Q_WEIGHTS = "Tensor? p_log_weights", "Tensor? q_log_weights"
 
 
 def _fake_overlap_lse_forward(
-    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None, backend: str
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch = _batch(p_means, p_variances, q_means, q_variances, weights=[q_log_weights])
     return p_means.new_empty(*batch, p_means.shape[-2]), p_means.new_empty(*batch, 1, dtype=torch.float64)
@@ -54,7 +59,12 @@ def _fake_overlap_lse_forward(
 
 @_define(f"overlap_lse_forward({_P}, {_Q}, {_Q_WEIGHTS}, str backend) -> (Tensor, Tensor)", _fake_overlap_lse_forward)
 def overlap_lse_forward(
-    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None, backend: str
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     module = backends.resolve(backend, p_means.device)
     return module.overlap_lse_forward(p_means, p_variances, q_means, q_variances, q_log_weights)
@@ -164,7 +174,12 @@ def pairwise_backward(grad: Tensor, tensors: list[Tensor | None], needs: list[bo
 
 
 def _fake_assign(
-    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None, backend: str
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    backend: str,
 ) -> Tensor:
     batch = _batch(p_means, p_variances, q_means, q_variances, weights=[q_log_weights])
     return p_means.new_empty(*batch, p_means.shape[-2], dtype=torch.int64)
@@ -172,7 +187,12 @@ def _fake_assign(
 
 @_define(f"assign({_P}, {_Q}, {_Q_WEIGHTS}, str backend) -> Tensor", _fake_assign)
 def assign(
-    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None, backend: str
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    backend: str,
 ) -> Tensor:
     module = backends.resolve(backend, p_means.device)
     return module.assign(p_means, p_variances, q_means, q_variances, q_log_weights)

@@ -74,9 +74,9 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def log_weights(p: Components) -> Tensor:
-    """The log weights of p, −log K each if none were given; shape (*batch, K)."""
+    """The log weights of p, −log K each if none were given, NaN for +inf; shape (*batch, K)."""
     if p.log_weights is not None:
-        return p.log_weights
+        return torch.where(p.log_weights == math.inf, math.nan, p.log_weights)
     return p.means.new_full(p.means.shape[-2:-1], -math.log(p.means.shape[-2]))
 
 
@@ -142,7 +142,7 @@ def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Compone
         return function(p)
     pieces = []
     for start in range(0, n, rows):
-        chunk = Components(*(_slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1), strict=True)))
+        chunk = Components._make(_slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1), strict=True))
         pieces.append(_recomputed(function, chunk))
     return torch.cat(pieces, -1)
 

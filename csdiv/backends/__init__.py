@@ -5,6 +5,7 @@ Every backend is a module with the same functions on the same tensors; :mod:`csd
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -29,7 +30,12 @@ def backend_status() -> dict[str, BackendStatus]:
         >>> csdiv.backend_status()["reference"]
         BackendStatus(available=True, reason='')
     """
-    return {"reference": BackendStatus(True, ""), "cpu": _cpu_status(), "cuda": _cuda_status(), "triton": _triton_status()}
+    return {
+        "reference": BackendStatus(True, ""),
+        "cpu": _native_status(),
+        "cuda": _cuda_status(),
+        "triton": _triton_status(),
+    }
 
 
 def available_backends() -> tuple[str, ...]:
@@ -54,7 +60,7 @@ def resolve(name: str, device: torch.device) -> ModuleType:
     """
     check_name(name)
     if name == "auto":
-        if device.type == "cpu" and _cpu_status().available:
+        if device.type == "cpu" and _native_status().available:
             name = "cpu"
         else:
             if device.type == "cuda":
@@ -65,16 +71,10 @@ def resolve(name: str, device: torch.device) -> ModuleType:
         if not status.available:
             raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
         if name == "cpu" and device.type != "cpu":
-            raise RuntimeError(f'backend "cpu" computes on CPU tensors, got {device}: move them, or take backend="auto"')
-    return _load(name)
-
-
-def _load(name: str) -> ModuleType:
-    if name == "cpu":
-        from csdiv.backends import cpu as module
-    else:
-        from csdiv.backends import reference as module
-    return module
+            raise RuntimeError(
+                f'backend "cpu" computes on CPU tensors, got {device}: move them, or take backend="auto"'
+            )
+    return importlib.import_module(f"csdiv.backends.{name}")
 
 
 def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:
@@ -90,26 +90,26 @@ def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:
 
 
 @_once
-def _cpu_status() -> BackendStatus:
+def _native_status() -> BackendStatus:
     try:
-        import csdiv._C
+        importlib.import_module("csdiv._C")
     except ImportError as error:
-        return BackendStatus(False, f"the native module csdiv._C does not import ({error}): reinstall with pip install .")
+        return BackendStatus(False, f"the native module does not import ({error}): reinstall with pip install .")
     return BackendStatus(True, "")
 
 
 @_once
 def _cuda_status() -> BackendStatus:
-    try:
-        from csdiv import _C
-    except ImportError as error:
-        return BackendStatus(False, f"the native module csdiv._C does not import ({error}): reinstall with pip install .")
+    if not _native_status().available:
+        return _native_status()
+    import csdiv._C as _C
+
     return BackendStatus(_C.has_cuda, _C.cuda_status)
 
 
 @_once
 def _triton_status() -> BackendStatus:
-    from csdiv import kernels
+    import csdiv.kernels as kernels
 
     return BackendStatus(False, kernels.UNAVAILABLE_REASON)
 
@@ -118,6 +118,8 @@ def _triton_status() -> BackendStatus:
 def _warn_slow_cuda() -> BackendStatus:
     reasons = "; ".join(f"{name}: {backend_status()[name].reason}" for name in ("cuda", "triton"))
     warnings.warn(
-        f"csdiv computes on CUDA tensors with the eager reference, which is slow ({reasons})", RuntimeWarning, stacklevel=2
+        f"csdiv computes on CUDA tensors with the eager reference, which is slow ({reasons})",
+        RuntimeWarning,
+        stacklevel=2,
     )
     return BackendStatus(False, "")

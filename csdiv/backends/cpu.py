@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csdiv import _C
+import csdiv._C as _C
+from csdiv.backends.reference import Tensors
 
 _LOG_2PI = math.log(2.0 * math.pi)
 _LOG_2 = math.log(2.0)
@@ -42,7 +43,7 @@ def _side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -
     if log_weights is not None:
         log_weights = log_weights.detach().expand(*own, k).contiguous()
     exponent = torch.empty(own, dtype=torch.int64)
-    _C.cpu_scale_exponent(means.itemsize, d, variances.data_ptr(), own.numel(), k, exponent.data_ptr())
+    _C.cpu_scale_exponents(means.itemsize, d, variances.data_ptr(), own.numel(), k, exponent.data_ptr())
     return _Side(means, variances, log_weights, exponent, own)
 
 
@@ -97,12 +98,11 @@ def _pointers(side: _Side, index: Tensor | None = None) -> tuple[int, ...]:
 class _Gradients:
     """Gradient arrays of one side, allocated where wanted and summed to the shape of the tensors."""
 
-    def __init__(self, side: _Side, tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> None:
+    def __init__(self, side: _Side, tensors: Tensors, needs: Sequence[bool]) -> None:
         full = (side.means, side.variances, side.means[..., 0])
         self._tensors, self._needs = tensors, needs
         self.arrays = [
-            torch.empty(f.shape, dtype=f.dtype) if need else None
-            for f, need in zip(full, needs, strict=False)
+            torch.empty(f.shape, dtype=f.dtype) if need else None for f, need in zip(full, needs, strict=False)
         ]
 
     def pointers(self) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ def _rows(pair: _Pair) -> Tensor:
     return rows
 
 
-def overlap_lse_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+def overlap_lse_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
     p_means, p_variances, q_means, q_variances, q_log_weights = tensors
     pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances, q_log_weights))
     grad_p, grad_q = _Gradients(pair.p, tensors[:2], needs[:2]), _Gradients(pair.q, tensors[2:], needs[2:])
@@ -166,7 +166,7 @@ def _self_value(p: _Side) -> Tensor:
     return value
 
 
-def self_overlap_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+def self_overlap_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
     p = _side(*tensors)
     grads = _Gradients(p, tensors, needs)
     _self_backward(p, value, grad, grads)
@@ -209,9 +209,7 @@ def _weighted_lse(rows: Tensor, log_weights: Tensor | None) -> Tensor:
     return rows.logsumexp(-1)
 
 
-def cs_divergence_backward(
-    grad: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor], needs: list[bool]
-) -> list[Tensor]:
+def cs_divergence_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
     p_log_weights = tensors[2]
     rows, pq, pp, qq = saved
     pair = _Pair(_side(*tensors[:3]), _side(*tensors[3:]))
@@ -230,8 +228,12 @@ def cs_divergence_backward(
             _self_backward(side, value, 0.5 * grad.sum_to_size(side.own), self_grads[-1])
     _rows_backward(pair, rows, grad_rows, *grads)
     if needs[2]:
-        grads[0].arrays[2] = grad_rows.sum_to_size(grads[0].arrays[2].shape)
-    return [g.add_(s) for grad_, self_ in zip(grads, self_grads, strict=True) for g, s in zip(grad_.results(), self_.results(), strict=True)]
+        grads[0].arrays[2] = grad_rows.sum_to_size(pair.p.means.shape[:-1])
+    return [
+        g.add_(s)
+        for grad_, self_ in zip(grads, self_grads, strict=True)
+        for g, s in zip(grad_.results(), self_.results(), strict=True)
+    ]
 
 
 def pairwise_forward(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor) -> Tensor:
@@ -241,7 +243,7 @@ def pairwise_forward(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_va
     return out.add_(pair.offset().to(out.dtype)[..., None, None])
 
 
-def pairwise_backward(grad: Tensor, tensors: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
+def pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
     p_means, p_variances, q_means, q_variances = tensors
     pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances))
     grad_p, grad_q = _Gradients(pair.p, tensors[:2], needs[:2]), _Gradients(pair.q, tensors[2:], needs[2:])

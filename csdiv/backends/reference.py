@@ -13,12 +13,16 @@ shape of the tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from csdiv import reference
 from csdiv.reference import Components
+
+Tensors = Sequence[Any]
+"""Tensors in the order of the arguments, None for weights that were not given."""
 
 
 def overlap_lse_forward(
@@ -29,20 +33,18 @@ def overlap_lse_forward(
     return rows, rows.new_zeros(*rows.shape[:-1], 1, dtype=torch.float64)
 
 
-def overlap_lse_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+def overlap_lse_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
     """Gradients of Σ_i grad_i ℓ_i; equations (5). ``value`` is the forward's."""
     return _gradients(overlap_lse, tensors, grad, needs)
 
 
-def self_overlap_forward(
-    means: Tensor, variances: Tensor, log_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """log V(p, p): value and offset, both (*batch,) float64."""
     value = self_overlap(means, variances, log_weights).double()
     return value, torch.zeros_like(value)
 
 
-def self_overlap_backward(grad: Tensor, tensors: Sequence[Tensor | None], value: Tensor, needs: list[bool]) -> list[Tensor]:
+def self_overlap_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
     """Gradients of Σ grad · log V(p, p); equation (6)."""
     return _gradients(self_overlap, tensors, grad.to(tensors[0].dtype), needs)
 
@@ -63,9 +65,7 @@ def cs_divergence_forward(
     return 0.5 * (pp + qq) - pq, rows, pq.double(), pp.double(), qq.double()
 
 
-def cs_divergence_backward(
-    grad: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor], needs: list[bool]
-) -> list[Tensor]:
+def cs_divergence_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
     """Gradients of Σ grad · D_CS(p, q). ``saved`` is what the forward returned beside D_CS."""
     return _gradients(cs_divergence, tensors, grad, needs)
 
@@ -75,7 +75,7 @@ def pairwise_forward(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_va
     return pairwise(p_means, p_variances, q_means, q_variances)
 
 
-def pairwise_backward(grad: Tensor, tensors: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
+def pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
     """Gradients of Σ_ij grad_ij log N(μ_i; ν_j, S_i + T_j)."""
     return _gradients(pairwise, tensors, grad, needs)
 
@@ -120,10 +120,12 @@ def pairwise(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances:
     return reference.pairwise_log_overlap(Components(p_means, p_variances), Components(q_means, q_variances))
 
 
-def _gradients(
-    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needs: list[bool]
-) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+def _gradients(function: Callable[..., Tensor], tensors: Tensors, grad: Tensor, needs: list[bool]) -> list[Tensor]:
+    # Below a TorchDispatchMode autograd is excluded from dispatch: it is wanted here all the same.
+    key, include = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with torch.enable_grad(), include(key.AutogradFunctionality, False), include(key.ADInplaceOrView, False):
+        leaves = [
+            None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)
+        ]
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         return [g.contiguous() for g in torch.autograd.grad(function(*leaves), wanted, grad)]

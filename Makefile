@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: train test lint format bench clean
+
+train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
+	$(BIN)/csdiv train --output-dir runs/digits --overwrite
+
+test: .venv/built  ## every test
+	$(BIN)/python -m pytest
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: .venv/built  ## csdiv beside its peers
+	$(BIN)/python -m bench cpu
+
+clean:
+	rm -rf .venv build dist *.egg-info csdiv/_C.*
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/built: .venv/installed $(NATIVE)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@

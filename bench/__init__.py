@@ -1,0 +1,1 @@
+"""Benchmarks of csdiv beside the formulas and packages people use instead: ``python -m bench --help``."""

@@ -1,0 +1,112 @@
+"""``python -m bench cpu``: csdiv beside its peers, one table, one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cases import CPU_CASES, Case, make_inputs
+from .peers import Provider, providers, rows
+from .timing import interleave, machine, peak_mib
+
+GATE = 3e-5
+"""Largest relative L2 error against float64 with which a provider's time is printed."""
+
+
+def relative_error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative L2 error of the tensors; NaN if any is not finite."""
+    errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, exact, strict=True)]
+    return max(errors) if all(e == e for e in errors) else float("nan")
+
+
+def exact(inputs: list[Tensor], backward: bool) -> list[Tensor]:
+    """The result in float64, by rows, or the five gradients."""
+    leaves = [x.double().requires_grad_() for x in inputs]
+    mu, s, *q = leaves
+    size = max(1, 2**22 // inputs[2].numel())
+    values = []
+    for i in range(0, len(mu), size):
+        with torch.set_grad_enabled(backward):
+            value = rows(mu[i : i + size], s[i : i + size], *q)
+        if backward:
+            value.sum().backward()
+        values.append(value.detach())
+    return [x.grad for x in leaves if x.grad is not None] if backward else [torch.cat(values)]
+
+
+def run_case(case: Case, everyone: list[Provider], rounds: int) -> list[dict[str, object]]:
+    inputs = make_inputs(case)
+    records = []
+    for direction in ("forward", "forward + backward"):
+        backward = direction != "forward"
+        truth = exact(inputs, backward)
+        calls, passed = [], []
+        for provider in everyone:
+            call = (
+                (lambda f=provider.forward_backward: f(inputs))
+                if backward
+                else (lambda f=provider.forward: [f(inputs)])
+            )
+            error = relative_error(call(), truth)
+            record: dict[str, object] = {
+                "case": case.name,
+                "direction": direction,
+                "provider": provider.name,
+                "relative_error": error,
+            }
+            records.append(record)
+            if error <= GATE:
+                record["extra_peak_mib"] = round(peak_mib(call), 1)
+                calls.append(call)
+                passed.append(record)
+        for record, timing in zip(passed, interleave(calls, rounds), strict=True):
+            record.update(timing._asdict(), gel_per_s=case.elements / timing.median_ms / 1e6)
+    return records
+
+
+def print_table(records: list[dict[str, object]]) -> None:
+    print(
+        "| case | direction | provider | median ms | quartiles ms | Gel/s | times csdiv | extra MiB | relative error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    reference = {}
+    for r in records:
+        head = f"| {r['case']} | {r['direction']} | {r['provider']} "
+        if "median_ms" not in r:
+            print(f"{head}| refused: error {r['relative_error']:.1e} exceeds {GATE:.0e} | | | | | |")
+            continue
+        reference.setdefault((r["case"], r["direction"]), r["median_ms"])
+        ratio = r["median_ms"] / reference[r["case"], r["direction"]]
+        print(
+            f"{head}| {r['median_ms']:.3f} | {r['lower_ms']:.3f} to {r['upper_ms']:.3f} | {r['gel_per_s']:.2f} "
+            f"| {ratio:.1f} | {r['extra_peak_mib']} | {r['relative_error']:.1e} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("suite", choices=["cpu"])
+    parser.add_argument("--cases", nargs="*", metavar="NxMxD", help="only these cases")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    everyone = providers()
+    records = []
+    for case in CPU_CASES:
+        if not options.cases or case.name in options.cases:
+            records += run_case(case, everyone, options.rounds)
+    info = machine()
+    print_table(records)
+    print(", ".join(f"{key} {value}" for key, value in info.items()))
+    if options.output:
+        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        options.output.write_text(json.dumps({"date": date, "machine": info, "records": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Interleaved timing, peak memory, and the machine line."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median, quartiles and how many were taken."""
+
+    median_ms: float
+    lower_ms: float
+    upper_ms: float
+    count: int
+
+
+def interleave(calls: Sequence[Callable[[], object]], rounds: int = 7, min_ms: float = 2.0) -> list[Timing]:
+    """Times every call once in each round, so that slow phases of the machine hit all alike.
+
+    Calls shorter than ``min_ms`` are repeated within a round and averaged. Everything must have been called before.
+    """
+    repeats = [max(1, round(min_ms / max(1e-3, _once(call)))) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, repeat, taken in zip(calls, repeats, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            taken.append(1e3 * (time.perf_counter() - start) / repeat)
+    return [_summary(taken) for taken in times]
+
+
+def _once(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _summary(times: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return Timing(median, lower, upper, len(times))
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """Growth of the resident set at its highest during ``call``, in MiB; Linux only, NaN elsewhere."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        clear.write_text("5")  # resets the high-water mark
+    except OSError:
+        return float("nan")
+    before = _field(status, "VmRSS")
+    call()
+    return max(0.0, _field(status, "VmHWM") - before)
+
+
+def _field(status: Path, name: str) -> float:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) / 1024
+
+
+def machine() -> dict[str, str]:
+    """Processor, threads and versions, for every result that is written."""
+    import csdiv._C as _C
+
+    return {
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "isa": _C.cpu_isa(),
+        "compiler": _C.compiler,
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    name = values.get("model name", platform.machine())
+    return f"{name}, family {values.get('cpu family')}, model {values.get('model')}"

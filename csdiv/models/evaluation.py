@@ -1,0 +1,249 @@
+"""Scores of a trained autoencoder: likelihood, clustering, and what the divergence costs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csdiv import GaussianMixture, pairwise_log_overlap
+from csdiv.models.autoencoder import Autoencoder
+from csdiv.models.data import ImageData, binarize
+
+PROPOSAL_WEIGHTS = (0.5, 0.3, 0.2)
+PROPOSAL_SCALES = (1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Importance-sampled negative log likelihood per image, (n,) nats, with its effective sample sizes (n,)."""
+
+    nll: Tensor
+    effective_sample_size: Tensor
+    num_samples: int
+
+
+@torch.no_grad()
+def importance_sampled_nll(
+    model: Autoencoder, x: Tensor, num_samples: int = 1000, *, chunk_size: int = 32
+) -> Likelihood:
+    """−log p(x) by importance sampling with the wide proposal.
+
+    p(x) ≈ 1/S Σ_s p(x|z_s) p(z_s) / r(z_s),  z_s ~ r = .5 N(m, s) + .3 N(m, 2s) + .2 N(m, 4s),  N(m, s) = q(z|x)
+
+    The estimate is an upper bound in expectation. The effective sample size (Σ w)² / Σ w² ranges from 1, where the
+    bound is loose, to S. The wide parts keep the weights bounded where the encoder's variance is below the posterior's.
+
+    Args:
+        x: (n, P) images with pixels in {0, 1}; gray levels have no Bernoulli likelihood.
+        num_samples: S.
+        chunk_size: images at a time; memory is O(chunk_size · S · (P + width of the decoder)).
+    """
+    prior = model.prior_mixture()
+    nll, sizes = [], []
+    for chunk in x.split(chunk_size):
+        codes = model.encode(chunk)
+        scales = codes.means.new_tensor(PROPOSAL_SCALES).unsqueeze(-1)
+        proposal = GaussianMixture(
+            codes.means.unsqueeze(1).expand(-1, len(scales), -1),
+            codes.variances.unsqueeze(1) * scales,
+            codes.means.new_tensor(PROPOSAL_WEIGHTS).log(),
+        )
+        z = proposal.sample(num_samples)
+        log_ratio = prior.log_prob(z) - proposal.log_prob(z)
+        log_weights = log_ratio - model.decoder.negative_log_likelihood(z, chunk.unsqueeze(1))
+        nll.append(math.log(num_samples) - log_weights.logsumexp(-1))
+        sizes.append(1.0 / log_weights.softmax(-1).square().sum(-1))
+    return Likelihood(torch.cat(nll), torch.cat(sizes), num_samples)
+
+
+def merge_components(mixture: GaussianMixture, num_groups: int) -> Tensor:
+    """Groups the components of a mixture by their overlaps, without labels.
+
+    The two groups of least Cauchy–Schwarz divergence, −log V_ab + ½ log V_aa + ½ log V_bb, are merged until
+    ``num_groups`` remain; V_ab sums the weighted overlaps of a's components with b's.
+
+    Returns:
+        (K,) int64, the group 0 … num_groups − 1 of each component.
+
+    Raises:
+        ValueError: num_groups is not between 1 and K.
+    """
+    k = mixture.num_components
+    if not 1 <= num_groups <= k:
+        raise ValueError(f"num_groups: between 1 and {k} expected, got {num_groups}")
+    mixture = mixture.detach().to(torch.float64)
+    overlap = pairwise_log_overlap(mixture, mixture)
+    if mixture.log_weights is not None:
+        overlap = overlap + mixture.log_weights.unsqueeze(-1) + mixture.log_weights
+    group = torch.arange(k, device=overlap.device)
+    while len(overlap) > num_groups:
+        self_overlap = overlap.diagonal()
+        divergence = 0.5 * (self_overlap.unsqueeze(-1) + self_overlap) - overlap
+        divergence = divergence.fill_diagonal_(math.inf).nan_to_num(nan=math.inf)
+        a, b = sorted(divmod(int(divergence.argmin()), len(overlap)))
+        for _ in range(2):  # rows, then columns
+            overlap[a] = torch.logaddexp(overlap[a], overlap[b])
+            overlap = torch.cat([overlap[:b], overlap[b + 1 :]]).T.contiguous()
+        group[group == b] = a
+        group[group > b] -= 1
+    return group
+
+
+def match_clusters(
+    clusters: Tensor, labels: Tensor, num_clusters: int, num_classes: int, *, one_to_one: bool
+) -> Tensor:
+    """The class that each cluster stands for, by the counts of a labelled set.
+
+    Args:
+        clusters, labels: (n,) int64.
+        one_to_one: the matching of greatest agreement with each class used once (Hungarian method), clusters and
+            classes being equally many; otherwise each cluster's majority class.
+
+    Returns:
+        (num_clusters,) int64; −1 for a cluster without a member and without a match.
+
+    Raises:
+        ValueError: one_to_one with num_clusters ≠ num_classes.
+    """
+    counts = torch.bincount(clusters * num_classes + labels, minlength=num_clusters * num_classes)
+    counts = counts.view(num_clusters, num_classes)
+    if not one_to_one:
+        return torch.where(counts.any(-1), counts.argmax(-1), -1)
+    if num_clusters != num_classes:
+        raise ValueError(f"one-to-one: as many clusters as classes expected, got {num_clusters} and {num_classes}")
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.as_tensor(linear_sum_assignment(counts.numpy(), maximize=True)[1])
+
+
+@dataclass(frozen=True)
+class ClusterScores:
+    """Agreement of one clustering with the labels of the test split.
+
+    nmi: normalised mutual information, in [0, 1]. ari: adjusted Rand index, at most 1, 0 by chance.
+    matching: how a cluster gets its class on the training split, "many-to-one" or "one-to-one".
+    accuracy: of these classes, in [0, 1].
+    """
+
+    name: str
+    num_clusters: int
+    nmi: float
+    ari: float
+    matching: str
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Hard assignment of the test codes to the prior's components, (n,) int64, and its scores.
+
+    ``effective_components`` is exp(entropy) of the frequencies of assignment on the training split.
+    """
+
+    components: Tensor
+    effective_components: float
+    scores: tuple[ClusterScores, ...]
+
+
+def cluster(model: Autoencoder, data: ImageData, train_x: Tensor, test_x: Tensor) -> Clustering:
+    """Assigns codes q(z|x) to the prior's K components, and to groups of them if K exceeds the number of classes.
+
+    Args:
+        train_x, test_x: (n, P) the images of the two splits as the encoder sees them.
+    """
+    prior, classes = model.prior_mixture().detach(), data.num_classes
+    k = prior.num_components
+    train, test = prior.assign(model.encode(train_x)).cpu(), prior.assign(model.encode(test_x)).cpu()
+    scores = [_scores("components", train, test, k, data)]
+    if k > classes:
+        group = merge_components(prior, classes).cpu()
+        scores.append(_scores("components merged by overlap", group[train], group[test], classes, data))
+    frequency = torch.bincount(train).double() / len(train)
+    return Clustering(test, torch.special.entr(frequency).sum().exp().item(), tuple(scores))
+
+
+def _scores(name: str, train: Tensor, test: Tensor, num_clusters: int, data: ImageData) -> ClusterScores:
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    truth, one_to_one = data.test.labels, num_clusters == data.num_classes
+    match = match_clusters(train, data.train.labels, num_clusters, data.num_classes, one_to_one=one_to_one)
+    return ClusterScores(
+        name,
+        num_clusters,
+        nmi=float(normalized_mutual_info_score(truth, test)),
+        ari=float(adjusted_rand_score(truth, test)),
+        matching="one-to-one" if one_to_one else "many-to-one",
+        accuracy=(match[test] == truth).double().mean().item(),
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Median wall time of one training step and of the divergence in it, forward and backward, ms."""
+
+    step_ms: float
+    divergence_ms: float
+
+    @property
+    def share(self) -> float:
+        return self.divergence_ms / self.step_ms
+
+
+def time_divergence(model: Autoencoder, x: Tensor, *, num_steps: int = 50) -> StepTime:
+    """Times training steps (forward, backward, Adam) on a copy of the model, and its divergence alone in turn.
+
+    Args:
+        x: (B, P) one batch.
+    """
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
+    times = []
+    for _ in range(num_steps + 3):
+        start = _now(x)
+        optimizer.zero_grad()
+        model(x).loss.backward()
+        optimizer.step()
+        middle = _now(x)
+        codes = [t.detach().requires_grad_() for t in model.encoder(x)]
+        before = _now(x)
+        model.divergence(*codes).mean().backward()
+        times.append((middle - start, _now(x) - before))
+    step, divergence = np.median(times[3:], axis=0) * 1e3
+    return StepTime(float(step), float(divergence))
+
+
+def _now(x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that is said about a model on the test split, binarised once with TEST_SEED."""
+
+    test_x: Tensor
+    likelihood: Likelihood
+    clustering: Clustering
+    step_time: StepTime
+
+
+TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 1, 2, 3
+
+
+def evaluate(
+    model: Autoencoder, data: ImageData, *, importance_samples: int, batch_size: int, seed: int = 0
+) -> Evaluation:
+    """The test protocol: fixed binarisation, fixed noise; the same model gives the same scores."""
+    train_x, test_x = binarize(data.train.images, TRAIN_SEED), binarize(data.test.images, TEST_SEED)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        likelihood = importance_sampled_nll(model, test_x, importance_samples)
+    clustering = cluster(model, data, train_x, test_x)
+    return Evaluation(test_x, likelihood, clustering, time_divergence(model, train_x[:batch_size]))

@@ -1,0 +1,130 @@
+"""report.html: one file with everything in it."""
+
+from __future__ import annotations
+
+import base64
+import platform
+from dataclasses import fields
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+import torch
+
+import csdiv
+from csdiv.models.checkpoint import write_atomically
+from csdiv.models.config import TrainConfig
+from csdiv.models.data import ImageData
+from csdiv.models.evaluation import Evaluation
+from csdiv.models.training import FIGURES, REPORT
+
+Rows = list[tuple[str, str]]
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>CSRAE on $data</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
+body { max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin-bottom: .5rem; }
+h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ddd; }
+figure { margin: 1.5rem 0; break-inside: avoid; }
+img { width: 100%; height: auto; }
+figcaption { color: #555; font-size: .9rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #eee; }
+th { font-weight: 500; }
+td { overflow-wrap: anywhere; }
+@media print { body { max-width: none; font-size: 11pt; } }
+</style>
+</head>
+<body>
+<h1>Cauchy–Schwarz regularized autoencoder on $data</h1>
+<p>A mixture of $components Gaussians is the prior of $dim-dimensional codes. The loss is the reconstruction,
+summed over pixels, plus $weight times the Cauchy–Schwarz divergence from each code to the prior, in closed form.</p>
+<h2>Scores on the test split</h2>
+$scores
+<h2>Protocol</h2>
+<p>$protocol</p>
+<h2>Figures</h2>
+$figures
+<h2>Options</h2>
+$options
+<h2>Versions</h2>
+$versions
+</body>
+</html>
+""")
+
+PROTOCOL = """{train} training, {validation} validation and {test} test images, split once. Pixels are binarised, anew
+in each training step and once with a fixed seed for validation and test, so that a Bernoulli decoder has a likelihood.
+The weights are those of the lowest validation loss. The negative log likelihood is importance-sampled with the proposal
+0.5 N(m, s) + 0.3 N(m, 2s) + 0.2 N(m, 4s), where N(m, s) is the encoder's code: an upper bound in expectation, close
+where the effective sample size is large. An image belongs to the component of largest posterior weight of its code.
+Which label a cluster stands for is decided on the training images: each cluster's majority (many-to-one) or, where there
+are as many clusters as labels, the best matching that uses each label once (one-to-one). Components are merged by their
+overlaps, without labels. The divergence's share is the median time of its forward and backward pass, alone, over that
+of a whole step."""
+
+
+def score_rows(evaluation: Evaluation, seconds: float) -> Rows:
+    """The scores as (name with unit and K, value)."""
+    likelihood, clustering, times = evaluation.likelihood, evaluation.clustering, evaluation.step_time
+    rows = [
+        ("test NLL (nats per image)", f"{likelihood.nll.mean():.2f}"),
+        ("importance samples per image", str(likelihood.num_samples)),
+        ("median effective sample size", f"{likelihood.effective_sample_size.median():.0f}"),
+    ]
+    for s in clustering.scores:
+        rows += [
+            (f"NMI, K = {s.num_clusters} {s.name}", f"{s.nmi:.3f}"),
+            (f"ARI, K = {s.num_clusters} {s.name}", f"{s.ari:.3f}"),
+            (f"{s.matching} accuracy, K = {s.num_clusters} {s.name}", f"{s.accuracy:.3f}"),
+        ]
+    return [
+        *rows,
+        ("effective number of components", f"{clustering.effective_components:.1f}"),
+        ("training time (s)", f"{seconds:.1f}"),
+        ("training step (ms)", f"{times.step_ms:.2f}"),
+        ("the divergence takes", f"{100 * times.share:.0f} % of a step"),
+    ]
+
+
+def write(config: TrainConfig, data: ImageData, scores: Rows, captions: dict[str, str]) -> None:
+    """Writes report.html with the figures of the run embedded."""
+    directory = config.output_dir
+    libraries = ("torch", "lightning", "numpy", "scikit-learn", "matplotlib")
+    sizes = {name: len(getattr(data, name).labels) for name in ("train", "validation", "test")}
+    page = PAGE.substitute(
+        data=escape(data.name),
+        components=config.num_components,
+        dim=config.latent_dim,
+        weight=f"{config.divergence_weight:g}",
+        scores=_table(scores),
+        protocol=PROTOCOL.format(**sizes),
+        figures="\n".join(_figure(directory / FIGURES / name, caption) for name, caption in captions.items()),
+        options=_table([(f.name, str(getattr(config, f.name))) for f in fields(config)]),
+        versions=_table(
+            [
+                ("csdiv", f"{csdiv.__version__}, backends: {', '.join(csdiv.available_backends())}"),
+                ("Python", f"{platform.python_version()}, {platform.machine()}, {platform.system()}"),
+                *((name, version(name)) for name in libraries),
+                ("threads", str(torch.get_num_threads())),
+            ]
+        ),
+    )
+    write_atomically(directory / REPORT, page)
+
+
+def _table(rows: Rows) -> str:
+    cells = "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>\n{cells}\n</table>"
+
+
+def _figure(path: Path, caption: str) -> str:
+    image, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
+    return f'<figure><img src="data:image/png;base64,{image}" alt="{text}"><figcaption>{text}</figcaption></figure>'

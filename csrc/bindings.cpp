@@ -1,0 +1,188 @@
+// The module csdiv._C: raw pointers, sizes and a number of threads; no torch. csdiv/backends/cpu.py is its only caller.
+//
+// A side is the tuple (means, variances, log_weights, scale_exponents, index, batch, n), see mixture.h; pointers are
+// integers, 0 where an array is not given. `itemsize` is 4 (float) or 8 (double).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cpu/cpu.h"
+#include "cpu/dispatch.h"
+#include "cpu/pack.h"
+
+namespace py = pybind11;
+
+namespace csdiv {
+namespace {
+
+using cpu::Mixture;
+using cpu::Problem;
+using cpu::SideGradients;
+using Pointer = uintptr_t;
+
+void check(bool condition, const char* message) {
+  if (!condition) throw py::value_error(message);
+}
+
+void check_sizes(std::initializer_list<int64_t> sizes) {
+  int64_t product = sizeof(double);
+  for (const int64_t size : sizes) {
+    check(size >= 0, "sizes must not be negative");
+    check(!__builtin_mul_overflow(product, size, &product), "an array is too large");
+  }
+}
+
+template <class T>
+T* pointer(Pointer address, bool needed = true) {
+  check(address || !needed, "a pointer is null");
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+Mixture<T> mixture(const py::tuple& side, int64_t dim) {
+  check(side.size() == 7, "a side has 7 fields");
+  const auto address = [&](int k) { return side[k].cast<Pointer>(); };
+  const auto batch = side[5].cast<int64_t>(), n = side[6].cast<int64_t>();
+  check_sizes({batch, n, dim});
+  check(n > 0 && dim > 0 && dim <= cpu::kMaxDim, "n and dim must be positive, dim at most 2^22");
+  const bool used = batch > 0;
+  return {pointer<const T>(address(0), used),    pointer<const T>(address(1), used),
+          pointer<const T>(address(2), false),   pointer<const int64_t>(address(3), false),
+          pointer<const int64_t>(address(4), false), batch, n};
+}
+
+template <class T>
+Problem<T> make_problem(int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q) {
+  const Problem<T> problem{batch, dim, mixture<T>(p, dim), mixture<T>(q, dim)};
+  check_sizes({batch, problem.p.n, problem.q.n});
+  for (const auto* side : {&problem.p, &problem.q})
+    check(side->index || side->batch == batch || side->batch == 1, "a side without index has one item, or one per problem");
+  return problem;
+}
+
+// Calls f(float{}) or f(double{}); f takes what it needs of Python objects before it releases the lock.
+template <class F>
+void with_type(int itemsize, const F& f) {
+  if (itemsize == 4) return f(float{});
+  if (itemsize == 8) return f(double{});
+  throw py::value_error("itemsize must be 4 or 8");
+}
+
+void cpu_scale_exponents(int itemsize, int64_t dim, Pointer variances, int64_t batch, int64_t n, Pointer exponents) {
+  check_sizes({batch, n, dim});
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    cpu::scale_exponents(dim, pointer<const T>(variances, batch > 0), batch, n, pointer<int64_t>(exponents, batch > 0));
+  });
+}
+
+void cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                             Pointer rows, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    T* const out = pointer<T>(rows, batch > 0);
+    const py::gil_scoped_release unlocked;
+    cpu::overlap_lse_forward(problem, out, threads);
+  });
+}
+
+void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                              Pointer rows, Pointer grad_rows, Pointer grad_p_means, Pointer grad_p_variances,
+                              Pointer grad_q_means, Pointer grad_q_variances, Pointer grad_q_log_weights, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    const T* const values = pointer<const T>(rows, batch > 0);
+    const T* const grads = pointer<const T>(grad_rows, batch > 0);
+    const SideGradients<T> grad_p{pointer<T>(grad_p_means, false), pointer<T>(grad_p_variances, false)};
+    const SideGradients<T> grad_q{pointer<T>(grad_q_means, false), pointer<T>(grad_q_variances, false),
+                                  pointer<T>(grad_q_log_weights, false)};
+    const py::gil_scoped_release unlocked;
+    cpu::overlap_lse_backward(problem, values, grads, grad_p, grad_q, threads);
+  });
+}
+
+void cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Mixture<T> side = mixture<T>(p, dim);
+    double* const out = pointer<double>(values, side.batch > 0);
+    const py::gil_scoped_release unlocked;
+    cpu::self_overlap_forward(dim, side, out, threads);
+  });
+}
+
+void cpu_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer grad_values,
+                               Pointer grad_means, Pointer grad_variances, Pointer grad_log_weights, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Mixture<T> side = mixture<T>(p, dim);
+    const double* const saved = pointer<const double>(values, side.batch > 0);
+    const T* const grads = pointer<const T>(grad_values, side.batch > 0);
+    const SideGradients<T> grad{pointer<T>(grad_means, false), pointer<T>(grad_variances, false),
+                                pointer<T>(grad_log_weights, false)};
+    const py::gil_scoped_release unlocked;
+    cpu::self_overlap_backward(dim, side, saved, grads, grad, threads);
+  });
+}
+
+void cpu_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q, Pointer logits,
+                          int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    T* const out = pointer<T>(logits, batch > 0);
+    const py::gil_scoped_release unlocked;
+    cpu::pairwise_forward(problem, out, threads);
+  });
+}
+
+void cpu_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                           Pointer grad_logits, Pointer grad_p_means, Pointer grad_p_variances, Pointer grad_q_means,
+                           Pointer grad_q_variances, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    const T* const grads = pointer<const T>(grad_logits, batch > 0);
+    const SideGradients<T> grad_p{pointer<T>(grad_p_means, false), pointer<T>(grad_p_variances, false)};
+    const SideGradients<T> grad_q{pointer<T>(grad_q_means, false), pointer<T>(grad_q_variances, false)};
+    const py::gil_scoped_release unlocked;
+    cpu::pairwise_backward(problem, grads, grad_p, grad_q, threads);
+  });
+}
+
+void cpu_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q, Pointer assignment,
+                int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    auto* const out = pointer<int64_t>(assignment, batch > 0);
+    const py::gil_scoped_release unlocked;
+    cpu::assign(problem, out, threads);
+  });
+}
+
+}  // namespace
+}  // namespace csdiv
+
+PYBIND11_MODULE(_C, module) {
+  using namespace csdiv;
+  module.attr("version") = CSDIV_VERSION;
+  module.attr("has_cuda") = CSDIV_HAS_CUDA;
+  module.attr("cuda_status") = CSDIV_CUDA_STATUS;
+  module.attr("compiler") = CSDIV_COMPILER;
+  module.attr("build_type") = CSDIV_BUILD_TYPE;
+  module.def("cpu_isas", &cpu::compiled_isas, "Instruction sets that were compiled in, widest last.");
+  module.def("cpu_isa", &cpu::current_isa, "The instruction set in use.");
+  module.def("cpu_set_isa", &cpu::set_isa, "For tests: uses another instruction set.");
+  module.def("cpu_scale_exponents", &cpu_scale_exponents);
+  module.def("cpu_overlap_lse_forward", &cpu_overlap_lse_forward);
+  module.def("cpu_overlap_lse_backward", &cpu_overlap_lse_backward);
+  module.def("cpu_self_overlap_forward", &cpu_self_overlap_forward);
+  module.def("cpu_self_overlap_backward", &cpu_self_overlap_backward);
+  module.def("cpu_pairwise_forward", &cpu_pairwise_forward);
+  module.def("cpu_pairwise_backward", &cpu_pairwise_backward);
+  module.def("cpu_assign", &cpu_assign);
+}

@@ -1,0 +1,36 @@
+// The sum of exponentials that partial sums are merged into, in float64 and in a fixed order.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+namespace csdiv::cpu {
+
+// The sum is exp(max) * sum where max is finite, and sum itself otherwise; NaN stays in sum.
+struct LogSumExp {
+  double max = -std::numeric_limits<double>::infinity();
+  double sum = 0;
+
+  void add(double other_max, double other_sum) {
+    const double top = other_max > max ? other_max : max;
+    sum = sum * scale(max, top) + other_sum * scale(other_max, top);
+    max = top;
+  }
+
+  void add_one(double logit) {
+    const bool finite = std::isfinite(logit);
+    add(finite ? logit : max, finite ? 1.0 : std::exp(logit));
+  }
+
+  // A partial sum whose terms all have `log_scale` added; a sum that is 0, infinite or NaN stays so.
+  void add_scaled(double other_max, double other_sum, double log_scale) {
+    add(std::isfinite(other_max) ? other_max + log_scale : other_max, other_sum);
+  }
+
+  double value() const { return (std::isfinite(max) ? max : 0.0) + std::log(sum); }
+
+ private:
+  static double scale(double from, double to) { return from == to ? 1.0 : std::exp(from - to); }
+};
+
+}  // namespace csdiv::cpu

@@ -1,0 +1,60 @@
+// What the entry points are given: batches of mixtures, and the problems that pair them.
+#pragma once
+
+#include <cstdint>
+
+namespace csdiv::cpu {
+
+// Mixtures of n components, read where the caller has them.
+template <class T>
+struct Mixture {
+  const T* means;                    // (batch, n, dim)
+  const T* variances;                // (batch, n, dim)
+  const T* log_weights;              // (batch, n); null: all 0
+  const int64_t* scale_exponents;    // (batch), even; null: all 0
+  const int64_t* index;              // the item that each problem uses; null: its own, or the only one
+  int64_t batch;
+  int64_t n;
+  int64_t exponent_period = 0;       // components per scale exponent; 0: n
+
+  int64_t item(int64_t problem) const { return index ? index[problem] : batch == 1 ? 0 : problem; }
+
+  T log_weight(int64_t item, int64_t k) const { return log_weights ? log_weights[item * n + k] : T(0); }
+
+  int64_t scale_exponent(int64_t item, int64_t k) const {
+    if (!scale_exponents) return 0;
+    return exponent_period ? scale_exponents[item * (n / exponent_period) + k / exponent_period]
+                           : scale_exponents[item];
+  }
+};
+
+// Rows p against columns q, `batch` times.
+template <class T>
+struct Problem {
+  int64_t batch;
+  int64_t dim;
+  Mixture<T> p;
+  Mixture<T> q;
+};
+
+// A batch of p against one q is one problem with batch * n rows; every output keeps its layout.
+template <class T>
+Problem<T> flattened(Problem<T> problem) {
+  Mixture<T>& p = problem.p;
+  if (problem.batch > 1 && p.batch == problem.batch && !p.index && problem.q.batch == 1 && !problem.q.index) {
+    p.exponent_period = p.n;
+    p.n *= p.batch;
+    p.batch = problem.batch = 1;
+  }
+  return problem;
+}
+
+// Threads cost more than they bring to a small problem.
+template <class T>
+int useful_threads(const Problem<T>& problem, int threads) {
+  constexpr double kSmall = 1 << 15;
+  const double elements = double(problem.batch) * problem.p.n * problem.q.n * problem.dim;
+  return elements < kSmall ? 1 : threads;
+}
+
+}  // namespace csdiv::cpu

@@ -1,0 +1,79 @@
+// Components in the form that the tile kernels read.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "mixture.h"
+#include "tile.h"
+
+namespace csdiv::cpu {
+
+constexpr int64_t kCacheLine = 64;
+
+// Uninitialised memory on a cache line boundary.
+template <class T>
+class AlignedArray {
+ public:
+  AlignedArray() = default;
+  explicit AlignedArray(int64_t size) : data_(static_cast<T*>(allocate(size))), size_(size) {}
+
+  T* get() const { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t(kCacheLine)); }
+  };
+  static void* allocate(int64_t size) { return ::operator new(size * sizeof(T), std::align_val_t(kCacheLine)); }
+
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// Memory of the calling thread, kept between tasks; valid until the thread's next call.
+template <class T>
+T* scratch(int64_t size) {
+  thread_local AlignedArray<T> array;
+  if (array.size() < size) array = AlignedArray<T>(size);
+  return array.get();
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+int64_t num_row_tiles(const Problem<T>& problem) {
+  return ceil_div(problem.p.n, kTileRows);
+}
+
+template <class T>
+RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile);
+
+enum class LogWeights { kKept, kZero };
+
+// All items of q as stripes. A component of weight zero (log weight -inf) is neutral, whatever its parameters;
+// one with a negative variance or a log weight of +inf is NaN.
+template <class T>
+class PackedColumns {
+ public:
+  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int64_t stripe_columns, int threads);
+
+  int64_t stride() const { return stride_; }
+  int64_t stripes() const { return stripes_; }   // of one item
+  const Stripe<T>& stripe(int64_t item, int64_t s) const { return all_[item * stripes_ + s]; }
+
+ private:
+  void pack(const Mixture<T>& q, int64_t dim, LogWeights log_weights, int64_t item, int64_t s);
+
+  int64_t stripe_columns_, stride_, stripes_;
+  AlignedArray<T> memory_;
+  std::vector<Stripe<T>> all_;
+};
+
+// Per item the even integer nearest to the mean over its components of sum_d log2(2 s_d).
+template <class T>
+void scale_exponents(int64_t dim, const T* variances, int64_t batch, int64_t n, int64_t* exponents);
+
+}  // namespace csdiv::cpu

@@ -1,0 +1,162 @@
+// The pair term in both of its forms: delta = mu - nu, c = s + t in every dimension,
+//   logit = log b - (sum_d delta^2 / c + sum_d log c - E ln 2) / 2.
+// Fast: dimensions share reciprocals; allowed where the ranges certify that nothing leaves the normal numbers.
+// Exact: one dimension at a time, right for every input.
+#pragma once
+
+#include "simd.h"
+#include "tile.h"
+
+namespace csdiv::cpu::CSDIV_ISA {
+
+constexpr int64_t kGroup = 4;            // dimensions that share one reciprocal and one step of the product
+constexpr int64_t kBlockedDims = 128;    // dimensions in one accumulator of the quadratic form
+
+template <class T>
+struct Certified;   // c^4 and delta^2 c^3 stay normal, and what underflows is below rounding
+
+template <>
+struct Certified<float> {
+  static constexpr float kVarianceMin = 0x1p-20f, kVarianceMax = 0x1p20f, kDeltaMax = 0x1p30f;
+};
+
+template <>
+struct Certified<double> {
+  static constexpr double kVarianceMin = 0x1p-200, kVarianceMax = 0x1p200, kDeltaMax = 0x1p150;
+};
+
+template <class T>
+inline bool certified(const Range<T>& p, const Range<T>& q) {
+  using Limit = Certified<T>;
+  return p.finite && q.finite && p.variance_min >= 0 && q.variance_min >= 0 &&
+         p.variance_min + q.variance_min >= Limit::kVarianceMin &&
+         p.variance_max + q.variance_max <= Limit::kVarianceMax && p.mean_max - q.mean_min <= Limit::kDeltaMax &&
+         q.mean_max - p.mean_min <= Limit::kDeltaMax;
+}
+
+// Running sum_d delta^2 / c, and prod_d c 2^-E as a mantissa and an integer exponent: one logarithm per pair.
+template <class T>
+struct PairSum {
+  Vec<T> quadratic{};
+  Vec<T> product = broadcast<T>(T(0.5));
+  IntVec<T> exponent;
+
+  PairSum() = default;
+  PairSum(int64_t scale_exponent, int64_t factors)
+      : exponent(broadcast_int<T>(1 - scale_exponent - factors * (Float<T>::kBias - 1))) {}
+
+  void multiply(Vec<T> factor) {
+    product *= factor;
+    exponent += biased_exponent<T>(product);
+    product = mantissa<T>(product);
+  }
+
+  Vec<T> log_determinant() const { return log<T>(product, exponent); }
+};
+
+// What one row and one vector of columns have in dimension d.
+template <class T>
+struct PairTerms {
+  const T* row_means;
+  const T* row_variances;
+  const T* column_means;
+  const T* column_variances;
+  int64_t stride;
+
+  Vec<T> delta(int64_t d) const { return row_means[d] - load(column_means + d * stride); }
+  Vec<T> c(int64_t d) const { return row_variances[d] + load(column_variances + d * stride); }
+};
+
+template <class T>
+struct Fraction {
+  Vec<T> numerator, denominator;
+};
+
+// sum of delta^2 / c over kCount dimensions: x1/c1 + x2/c2 = (x1 c2 + x2 c1) / (c1 c2).
+template <int kCount, class T>
+inline Fraction<T> quadratic_fraction(const PairTerms<T>& terms, int64_t d) {
+  if constexpr (kCount == 1) {
+    const Vec<T> delta = terms.delta(d);
+    return {delta * delta, terms.c(d)};
+  } else {
+    const Fraction<T> a = quadratic_fraction<kCount / 2>(terms, d);
+    const Fraction<T> b = quadratic_fraction<kCount - kCount / 2>(terms, d + kCount / 2);
+    return {a.numerator * b.denominator + b.numerator * a.denominator, a.denominator * b.denominator};
+  }
+}
+
+template <int kCount, class T>
+inline void add_group(const PairTerms<T>& terms, int64_t d, PairSum<T>& sum) {
+  const Fraction<T> fraction = quadratic_fraction<kCount>(terms, d);
+  sum.quadratic += fraction.numerator * fast_reciprocal<T>(fraction.denominator);
+  sum.multiply(fraction.denominator);
+}
+
+// A term whose c may be subnormal, brought to normal size: delta^2 / c is unchanged.
+template <class T>
+struct ExactTerm {
+  Vec<T> delta, c;
+  IntVec<T> tiny;
+
+  ExactTerm(Vec<T> raw_delta, Vec<T> raw_c) : tiny(raw_c < Float<T>::kTiny) {
+    delta = tiny ? raw_delta * Float<T>::kTinyRoot : raw_delta;
+    c = tiny ? raw_c * Float<T>::kTinyScale : raw_c;
+  }
+};
+
+// c = 0 gives +inf where delta = 0 in all such dimensions and -inf elsewhere, an infinite c or delta^2 gives -inf.
+template <class T>
+struct ExactPairSum : PairSum<T> {
+  IntVec<T> singular{};
+
+  ExactPairSum() = default;
+  ExactPairSum(int64_t scale_exponent, int64_t dim) : PairSum<T>(scale_exponent, dim) {}
+
+  void add(Vec<T> delta, Vec<T> c) {
+    constexpr T kInfinity = T(__builtin_inf());
+    const ExactTerm<T> term(delta, c);
+    const IntVec<T> zero = term.c == 0;
+    const Vec<T> distance = term.delta < 0 ? -term.delta : term.delta;
+    Vec<T> quadratic = term.delta / term.c * term.delta;
+    quadratic = zero ? (term.delta == 0 ? Vec<T>{} : distance * kInfinity) : quadratic;
+    quadratic = term.c == kInfinity ? distance + kInfinity : quadratic;
+    this->quadratic += quadratic;
+    this->multiply(zero ? broadcast<T>(1) : term.c);
+    this->exponent += term.tiny & -Float<T>::kTinyExponent;
+    singular |= zero;
+  }
+
+  Vec<T> log_determinant() const {
+    constexpr T kInfinity = T(__builtin_inf());
+    const IntVec<T> infinite = singular & (this->quadratic != kInfinity);
+    return infinite ? broadcast<T>(-kInfinity) : PairSum<T>::log_determinant();
+  }
+};
+
+// w u and w (u^2 - 1/c), u = delta / c: the pair's share of the gradients to a mean and (twice) a variance.
+template <class T>
+struct PairGradient {
+  Vec<T> mean, variance;
+};
+
+template <bool kFast, class T>
+inline PairGradient<T> pair_gradient(Vec<T> weight, Vec<T> delta, Vec<T> c) {
+  if constexpr (kFast) {
+    const Vec<T> reciprocal = fast_reciprocal<T>(c);
+    const Vec<T> u = delta * reciprocal;
+    const Vec<T> mean = weight * u;
+    return {mean, mean * u - weight * reciprocal};
+  } else {
+    const ExactTerm<T> term(delta, c);
+    const Vec<T> reciprocal = 1 / term.c;
+    const Vec<T> u = term.delta * reciprocal;
+    Vec<T> mean = weight * u;
+    Vec<T> variance = weight * reciprocal * (u * term.delta - 1);
+    mean = term.tiny ? mean * Float<T>::kTinyRoot : mean;
+    variance = term.tiny ? variance * Float<T>::kTinyScale : variance;
+    const IntVec<T> contributes = weight != 0;
+    return {contributes ? mean : Vec<T>{}, contributes ? variance : Vec<T>{}};
+  }
+}
+
+}  // namespace csdiv::cpu::CSDIV_ISA

@@ -1,0 +1,57 @@
+#include <limits>
+
+#include "gradient_sweep.h"
+
+namespace csdiv::cpu {
+
+template <class T>
+void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
+  const Problem<T> problem = flattened(batched);
+  threads = useful_threads(problem, threads);
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const PackedColumns<T> columns(problem, LogWeights::kZero, kStripeColumns, threads);
+  const int64_t m = problem.q.n, tiles = num_row_tiles(problem);
+  parallel_for(problem.batch * tiles, threads, [&](int64_t task) {
+    const int64_t b = task / tiles, first = task % tiles * kTileRows;
+    const RowTile<T> rows = row_tile(problem, b, task % tiles);
+    T* const logits = scratch<T>(kTileRows * columns.stride());
+    for (int64_t s = 0; s < columns.stripes(); ++s) {
+      const Stripe<T>& stripe = columns.stripe(problem.q.item(b), s);
+      kernels.logits(rows, stripe, 0, logits);
+      for (int64_t r = 0; r < rows.count; ++r)
+        std::copy_n(logits + r * stripe.stride, stripe.count,
+                    out + (b * problem.p.n + first + r) * m + s * kStripeColumns);
+    }
+  });
+}
+
+template <class T>
+void pairwise_backward(const Problem<T>& batched, const T* grad, const SideGradients<T>& grad_p,
+                       const SideGradients<T>& grad_q, int threads) {
+  const Problem<T> problem = flattened(batched);
+  const int64_t m = problem.q.n;
+  // The weights are the gradients themselves; a row with a negative variance is NaN wherever it counts.
+  const auto fill = [&](const SweepTile<T>& tile, T* weights) {
+    uint32_t active = 0;
+    for (int64_t r = 0; r < tile.rows.count; ++r) {
+      T* const row = weights + r * tile.columns.stride;
+      const T* const from = grad + (tile.problem * problem.p.n + tile.first_row + r) * m + tile.first_column;
+      const T unit = tile.rows.invalid >> r & 1 ? std::numeric_limits<T>::quiet_NaN() : T(1);
+      for (int64_t j = 0; j < tile.columns.padded; ++j) {
+        row[j] = j < tile.columns.count && from[j] != 0 ? unit * from[j] : T(0);
+        if (row[j] != 0) active |= uint32_t(1) << r;
+      }
+    }
+    return active;
+  };
+  sweep_gradients(problem, LogWeights::kZero, grad_p, grad_q, threads, fill);
+}
+
+template void pairwise_forward(const Problem<float>&, float*, int);
+template void pairwise_forward(const Problem<double>&, double*, int);
+template void pairwise_backward(const Problem<float>&, const float*, const SideGradients<float>&,
+                                const SideGradients<float>&, int);
+template void pairwise_backward(const Problem<double>&, const double*, const SideGradients<double>&,
+                                const SideGradients<double>&, int);
+
+}  // namespace csdiv::cpu

@@ -1,0 +1,199 @@
+// Vectors of T on GCC/Clang vector extensions: one source for every instruction set.
+// CSDIV_ISA names the namespace, so that no two builds of this header can be merged by the linker.
+#pragma once
+
+#include <cstdint>
+
+namespace csdiv::cpu::CSDIV_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Float;
+
+template <>
+struct Float<float> {
+  using Signed = int32_t;
+  using Unsigned = uint32_t;
+  static constexpr int kMantissaBits = 23;
+  static constexpr int kBias = 127;
+  static constexpr float kRoundingShift = 0x1.8p23f;   // adding it rounds to an integer, kept in the low bits
+  static constexpr float kExpMin = -87.3f;             // below: 0, so that no subnormal weight is ever produced
+  static constexpr float kExpMax = 88.3f;              // above: +inf
+  static constexpr float kLn2High = 0x1.62e4p-1f;      // few bits: its products with exponents are exact
+  static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr int kExpTerms = 7;                  // Taylor: 0.347^8 / 8! < 2^-27
+  static constexpr int kLogTerms = 5;                  // atanh series: 0.172^10 / 11 < 2^-28
+  static constexpr float kTiny = 0x1p-64f;             // variances below are scaled by kTinyScale ...
+  static constexpr float kTinyScale = 0x1p64f;
+  static constexpr float kTinyRoot = 0x1p32f;          // ... and means by its root
+  static constexpr int kTinyExponent = 64;
+};
+
+template <>
+struct Float<double> {
+  using Signed = int64_t;
+  using Unsigned = uint64_t;
+  static constexpr int kMantissaBits = 52;
+  static constexpr int kBias = 1023;
+  static constexpr double kRoundingShift = 0x1.8p52;
+  static constexpr double kExpMin = -708.3;
+  static constexpr double kExpMax = 709.0;
+  static constexpr double kLn2High = 0x1.62e42feep-1;
+  static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
+  static constexpr int kExpTerms = 13;
+  static constexpr int kLogTerms = 10;
+  static constexpr double kTiny = 0x1p-512;
+  static constexpr double kTinyScale = 0x1p512;
+  static constexpr double kTinyRoot = 0x1p256;
+  static constexpr int kTinyExponent = 512;
+};
+
+template <class T>
+struct VecTypes {
+  typedef T Value __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef typename Float<T>::Signed Int __attribute__((vector_size(kVectorBytes)));
+  typedef typename Float<T>::Unsigned Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vec = typename VecTypes<T>::Value;
+template <class T>
+using IntVec = typename VecTypes<T>::Int;
+template <class T>
+using BitsVec = typename VecTypes<T>::Bits;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename VecTypes<T>::Unaligned*>(from);
+}
+
+template <class T>
+inline void store(T* to, Vec<T> value) {
+  *reinterpret_cast<typename VecTypes<T>::Unaligned*>(to) = value;
+}
+
+template <class T>
+inline Vec<T> broadcast(T value) {
+  return value - Vec<T>{};   // x - 0 is x, also for x = -0: compilers fold it
+}
+
+template <class T>
+inline IntVec<T> broadcast_int(int64_t value) {
+  return static_cast<typename Float<T>::Signed>(value) - IntVec<T>{};
+}
+
+template <class T>
+inline T sum(Vec<T> value) {
+  T total[kLanes<T>];
+  store<T>(total, value);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) total[k] += total[k + width];
+  return total[0];
+}
+
+// NaN is dropped, as in the hardware's maximum: callers find it in a sum.
+template <class T>
+inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+inline T max_lane(Vec<T> value) {
+  T largest = value[0];
+  for (int k = 1; k < kLanes<T>; ++k) largest = value[k] > largest ? value[k] : largest;
+  return largest;
+}
+
+template <class T>
+inline bool any(IntVec<T> mask) {
+  typename Float<T>::Signed found = 0;
+  for (int k = 0; k < kLanes<T>; ++k) found |= mask[k];
+  return found != 0;
+}
+
+// 1 / c for a normal c whose reciprocal is normal: within 2 ulp.
+template <class T>
+inline Vec<T> fast_reciprocal(Vec<T> c) {
+  return T(1) / c;
+}
+
+#if defined(__SSE2__)
+template <>
+inline Vec<float> fast_reciprocal<float>(Vec<float> c) {
+#if defined(__AVX512F__)
+  const Vec<float> r = __builtin_ia32_rcp14ps512_mask(c, Vec<float>{}, -1);
+#elif defined(__AVX2__)
+  const Vec<float> r = __builtin_ia32_rcpps256(c);
+#else
+  const Vec<float> r = __builtin_ia32_rcpps(c);
+#endif
+  return r + r * (1.0f - c * r);   // one Newton step
+}
+#endif
+
+// A positive normal x = mantissa * 2^(exponent - bias + 1), mantissa in [0.5, 1).
+template <class T>
+inline IntVec<T> biased_exponent(Vec<T> x) {
+  return (IntVec<T>)((BitsVec<T>)x >> Float<T>::kMantissaBits);
+}
+
+template <class T>
+inline Vec<T> mantissa(Vec<T> x) {
+  using Bits = typename Float<T>::Unsigned;
+  constexpr Bits kFraction = (Bits(1) << Float<T>::kMantissaBits) - 1;
+  constexpr Bits kHalf = Bits(Float<T>::kBias - 1) << Float<T>::kMantissaBits;
+  return (Vec<T>)(((BitsVec<T>)x & kFraction) | kHalf);
+}
+
+// exp(x) within about 1 ulp; exact at 0 and -inf, +inf above kExpMax, NaN at NaN.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  using F = Float<T>;
+  constexpr T kInverseLn2 = T(1.4426950408889634074);
+  const Vec<T> low = broadcast<T>(F::kExpMin), high = broadcast<T>(F::kExpMax);
+  Vec<T> y = x < low ? low : x;
+  y = y > high ? high : y;
+  const Vec<T> shifted = y * kInverseLn2 + F::kRoundingShift;
+  const Vec<T> n = shifted - F::kRoundingShift;
+  const Vec<T> r = (y - n * F::kLn2High) - n * F::kLn2Low;
+  T factorial = 1;
+  T coefficients[F::kExpTerms + 1];
+  for (int k = 0; k <= F::kExpTerms; ++k) {
+    coefficients[k] = 1 / factorial;
+    factorial *= T(k + 1);
+  }
+  Vec<T> series = broadcast<T>(coefficients[F::kExpTerms]);
+  for (int k = F::kExpTerms - 1; k >= 0; --k) series = series * r + coefficients[k];
+  const BitsVec<T> power = ((BitsVec<T>)shifted + typename F::Unsigned(F::kBias)) << F::kMantissaBits;
+  Vec<T> value = series * (Vec<T>)power;
+  value = x < low ? Vec<T>{} : value;
+  return x > high ? broadcast<T>(T(__builtin_inf())) : value;
+}
+
+// log(m * 2^n) for m in [0.5, 1).
+template <class T>
+inline Vec<T> log(Vec<T> m, IntVec<T> n) {
+  using F = Float<T>;
+  const IntVec<T> low = m < broadcast<T>(T(0.70710678118654752440));
+  m = low ? m + m : m;   // [sqrt(1/2), sqrt(2))
+  const Vec<T> e = __builtin_convertvector(n + low, Vec<T>);   // a true lane is -1
+  const Vec<T> s = (m - 1) / (m + 1);
+  const Vec<T> z = s * s;
+  Vec<T> series = broadcast<T>(T(1) / (2 * F::kLogTerms + 1));
+  for (int k = F::kLogTerms - 1; k >= 1; --k) series = series * z + T(1) / (2 * k + 1);
+  const Vec<T> log_m = 2 * s + 2 * s * z * series;
+  return e * F::kLn2High + (log_m + e * F::kLn2Low);
+}
+
+}  // namespace csdiv::cpu::CSDIV_ISA

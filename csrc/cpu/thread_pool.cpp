@@ -1,0 +1,148 @@
+#include "thread_pool.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace csdiv::cpu {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr auto kSpinTime = std::chrono::microseconds(30);   // longer than the gap between two phases of one call
+
+thread_local bool inside_task = false;
+
+// One parallel_for call: tasks are claimed from a counter.
+struct Job {
+  Job(int64_t tasks, TaskRef run) : tasks(tasks), run(run) {}
+
+  void work() {
+    inside_task = true;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      try {
+        run(task);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        next.store(tasks, std::memory_order_relaxed);
+      }
+    }
+    inside_task = false;
+  }
+
+  const int64_t tasks;
+  const TaskRef run;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+};
+
+template <class Condition>
+bool spin_until(Condition condition) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(pid_t pid) : pid(pid) {}
+
+  const pid_t pid;
+
+  // False when another caller has the pool.
+  bool run(Job& job, int helpers) {
+    std::unique_lock<std::mutex> caller(caller_, std::try_to_lock);
+    if (!caller.owns_lock()) return false;
+    grow(helpers);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      places_ = helpers;
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    job.work();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;   // from here on nobody joins
+    }
+    const auto idle = [this] { return running_.load(std::memory_order_acquire) == 0; };
+    if (!spin_until(idle)) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      done_.wait(lock, idle);
+    }
+    return true;
+  }
+
+ private:
+  void grow(int helpers) {
+    while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this] { serve(); });
+  }
+
+  void serve() {
+    for (uint64_t seen = 0;;) {
+      const auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+      spin_until(changed);
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, changed);
+      seen = generation_.load(std::memory_order_relaxed);
+      Job* const job = job_;
+      if (!job || places_ == 0) continue;
+      --places_;
+      running_.fetch_add(1, std::memory_order_relaxed);
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (running_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
+    }
+  }
+
+  std::mutex caller_;   // held by the parallel_for call that uses the pool
+  std::mutex mutex_;    // guards job_ and places_
+  std::condition_variable wake_, done_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> running_{0};
+  Job* job_ = nullptr;
+  int places_ = 0;      // helpers that may still join
+  std::vector<std::thread> workers_;
+};
+
+// Never destroyed: its threads wait until the process ends. After fork() only the forking thread exists, so the child
+// abandons its copy, whose locks may be held for ever.
+ThreadPool& pool() {
+  static std::atomic<ThreadPool*> instance{nullptr};
+  ThreadPool* current = instance.load(std::memory_order_acquire);
+  const pid_t pid = getpid();
+  while (!current || current->pid != pid) {
+    auto* const fresh = new ThreadPool(pid);
+    if (instance.compare_exchange_strong(current, fresh)) return *fresh;
+    delete fresh;
+  }
+  return *current;
+}
+
+}  // namespace
+
+void parallel_for(int64_t tasks, int threads, TaskRef run) {
+  const int64_t useful = std::min<int64_t>({tasks, threads, kMaxThreads});
+  if (useful > 1 && !inside_task) {
+    Job job(tasks, run);
+    if (pool().run(job, static_cast<int>(useful) - 1)) {
+      if (job.error) std::rethrow_exception(job.error);
+      return;
+    }
+  }
+  for (int64_t task = 0; task < tasks; ++task) run(task);
+}
+
+}  // namespace csdiv::cpu

@@ -1,0 +1,31 @@
+// Runs numbered tasks on a few threads. Which thread runs a task never changes its result, so drivers that cut their
+// work by sizes alone give the same bits for any number of threads.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace csdiv::cpu {
+
+// A reference to a callable: no allocation, valid while the callable lives.
+class TaskRef {
+ public:
+  template <class F, class = std::enable_if_t<!std::is_same_v<std::decay_t<F>, TaskRef>>>
+  TaskRef(F&& f)
+      : object_(const_cast<void*>(static_cast<const void*>(&f))),
+        call_([](void* object, int64_t task) { (*static_cast<std::remove_reference_t<F>*>(object))(task); }) {}
+
+  void operator()(int64_t task) const { call_(object_, task); }
+
+ private:
+  void* object_;
+  void (*call_)(void*, int64_t);
+};
+
+// Calls run(0) ... run(tasks - 1) on up to `threads` threads, the caller's among them, and returns when all are done.
+// Serial when there is one task or thread, inside another parallel_for, and while another Python thread has the pool.
+// The first exception is rethrown. A forked child starts its own pool.
+void parallel_for(int64_t tasks, int threads, TaskRef run);
+
+}  // namespace csdiv::cpu

@@ -1,0 +1,86 @@
+// The interface between the drivers (compiled once) and the tile kernels (compiled once per instruction set).
+// Plain data only: nothing here may instantiate a standard template in a kernel translation unit.
+#pragma once
+
+#include <cstdint>
+
+namespace csdiv::cpu {
+
+constexpr int64_t kTileRows = 16;         // rows whose logits or weights stay in cache together
+constexpr int64_t kStripeColumns = 256;   // columns of a full stripe; also bounds the terms of one accumulator
+constexpr int64_t kMaxDim = 1 << 22;      // the sum of D exponents must fit the 32-bit lanes of the float kernels
+constexpr int64_t kMaxExponent = 1 << 30; // and so must the scale exponent it starts from
+
+// What a block of components spans; decides whether a tile may take the fast form.
+template <class T>
+struct Range {
+  T mean_min, mean_max;
+  T variance_min, variance_max;
+  bool finite;
+};
+
+// Up to kTileRows consecutive components of p, read where the caller has them.
+template <class T>
+struct RowTile {
+  const T* means;                 // (count, dim)
+  const T* variances;             // (count, dim)
+  int64_t count;
+  int64_t dim;
+  uint32_t invalid;               // bit r: row r has a negative variance, its pairs are NaN
+  int64_t exponents[kTileRows];   // scale exponent E of each row's problem
+  Range<T> range;
+};
+
+// Up to kStripeColumns components of q, packed structure-of-arrays.
+// Padding columns have log weight -inf, mean 0 and variance 1.
+template <class T>
+struct Stripe {
+  const T* means;         // (dim, stride)
+  const T* variances;     // (dim, stride)
+  const T* log_weights;   // (stride)
+  int64_t count;          // real columns
+  int64_t padded;         // count rounded up to whole vectors
+  int64_t stride;
+  Range<T> range;
+};
+
+// sum of exp(logit) = exp(max) * sum where max is finite, and sum itself otherwise.
+template <class T>
+struct PartialSum {
+  T max;
+  double sum;
+};
+
+// Sums over pairs of w u (means) and w (u^2 - 1/c) (variances), where u = delta / c; null: not wanted.
+template <class T>
+struct TileGradients {
+  double* row_means;      // (count, dim) of the row tile
+  double* row_variances;
+  T* column_means;        // (dim, stride) of the stripe
+  T* column_variances;
+};
+
+// Log weights of a tile's rows become weights: w = grad * exp(logit - log_normalizer).
+template <class T>
+struct RowScale {
+  const T* log_normalizers;   // (count)
+  const T* grads;             // (count)
+};
+
+// One tile is (kTileRows, stride) of T.
+template <class T>
+struct TileKernels {
+  int64_t lanes;
+  // Range of `size` means and variances.
+  Range<T> (*range)(const T* means, const T* variances, int64_t size);
+  // tile[r, j] = log b_j - (quadratic form + log determinant - E ln 2) / 2 for j >= first_column.
+  void (*logits)(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile);
+  PartialSum<T> (*partial_sum)(const T* logits, int64_t count);
+  // Logits to weights, in place; returns the bit mask of rows with a weight other than zero.
+  uint32_t (*weights)(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile,
+                      T* column_sums, double* row_sums);
+  void (*gradients)(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
+                    const TileGradients<T>& grads);
+};
+
+}  // namespace csdiv::cpu

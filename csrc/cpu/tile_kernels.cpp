@@ -1,0 +1,223 @@
+// The arithmetic of one tile (a RowTile against a Stripe). CMake compiles this file once per instruction set.
+#include "tile_kernels.h"
+
+#include <type_traits>
+
+#include "pair.h"
+#include "simd.h"
+
+namespace csdiv::cpu::CSDIV_ISA {
+namespace {
+
+// Rows per register tile: what 16 or 32 vector registers hold.
+constexpr int kRegisterRows = kVectorBytes == 64 ? 4 : 2;
+
+template <class T>
+Range<T> range(const T* means, const T* variances, int64_t size) {
+  constexpr T kInfinity = T(__builtin_inf());
+  Vec<T> mean_min = broadcast<T>(kInfinity), mean_max = -mean_min;
+  Vec<T> variance_min = mean_min, variance_max = -mean_min;
+  Vec<T> excess{};   // NaN as soon as a value is not finite
+  const auto include = [&](Vec<T> mean, Vec<T> variance) {
+    mean_min = -maximum<T>(-mean_min, -mean);
+    mean_max = maximum<T>(mean_max, mean);
+    variance_min = -maximum<T>(-variance_min, -variance);
+    variance_max = maximum<T>(variance_max, variance);
+    excess += mean * 0 + variance * 0;
+  };
+  int64_t k = 0;
+  for (; k + kLanes<T> <= size; k += kLanes<T>) include(load(means + k), load(variances + k));
+  for (; k < size; ++k) include(broadcast<T>(means[k]), broadcast<T>(variances[k]));
+  return {-max_lane<T>(-mean_min), max_lane<T>(mean_max), -max_lane<T>(-variance_min), max_lane<T>(variance_max),
+          sum<T>(excess) == 0};
+}
+
+template <class T>
+PairTerms<T> pair_terms(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column) {
+  return {rows.means + row * rows.dim, rows.variances + row * rows.dim, columns.means + column,
+          columns.variances + column, columns.stride};
+}
+
+// `sums` for dimensions [begin, end), kRows rows against one vector of columns.
+template <bool kFast, int kRows, class T, class Sum>
+void add_dims(const PairTerms<T> (&terms)[kRows], int64_t begin, int64_t end, Sum (&sums)[kRows]) {
+  int64_t d = begin;
+  if constexpr (kFast) {
+    for (; d + kGroup <= end; d += kGroup)
+      for (int r = 0; r < kRows; ++r) add_group<kGroup>(terms[r], d, sums[r]);
+    for (int r = 0; r < kRows; ++r) switch (end - d) {
+      case 1: add_group<1>(terms[r], d, sums[r]); break;
+      case 2: add_group<2>(terms[r], d, sums[r]); break;
+      case 3: add_group<3>(terms[r], d, sums[r]); break;
+    }
+  } else {
+    for (; d < end; ++d)
+      for (int r = 0; r < kRows; ++r) sums[r].add(terms[r].delta(d), terms[r].c(d));
+  }
+}
+
+template <bool kFast, int kRows, class T>
+void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column, T* tile) {
+  using Sum = std::conditional_t<kFast, PairSum<T>, ExactPairSum<T>>;
+  const int64_t factors = kFast ? (rows.dim + kGroup - 1) / kGroup : rows.dim;
+  PairTerms<T> terms[kRows];
+  Sum sums[kRows];
+  Vec<T> quadratic[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    terms[r] = pair_terms(rows, row + r, columns, column);
+    sums[r] = Sum(rows.exponents[row + r], factors);
+    quadratic[r] = Vec<T>{};
+  }
+  for (int64_t d = 0; d < rows.dim; d += kBlockedDims) {
+    const int64_t end = d + kBlockedDims < rows.dim ? d + kBlockedDims : rows.dim;
+    add_dims<kFast, kRows>(terms, d, end, sums);
+    for (int r = 0; r < kRows; ++r) {
+      quadratic[r] += sums[r].quadratic;
+      sums[r].quadratic = Vec<T>{};
+    }
+  }
+  const Vec<T> log_weights = load(columns.log_weights + column);
+  for (int r = 0; r < kRows; ++r) {
+    sums[r].quadratic = quadratic[r];
+    Vec<T> logits = log_weights - T(0.5) * (quadratic[r] + sums[r].log_determinant());
+    if constexpr (!kFast) logits = log_weights == -T(__builtin_inf()) ? log_weights : logits;
+    store(tile + (row + r) * columns.stride + column, logits);
+  }
+}
+
+template <bool kFast, class T>
+void logits_tile(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
+  for (int64_t column = first_column; column < columns.padded; column += kLanes<T>) {
+    int64_t row = 0;
+    for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
+      logits_rows<kFast, kRegisterRows>(rows, row, columns, column, tile);
+    for (; row < rows.count; ++row) logits_rows<kFast, 1>(rows, row, columns, column, tile);
+  }
+}
+
+template <class T>
+void logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
+  if (certified(rows.range, columns.range)) return logits_tile<true>(rows, columns, first_column, tile);
+  logits_tile<false>(rows, columns, first_column, tile);
+  for (int64_t row = 0; row < rows.count; ++row)
+    if (rows.invalid >> row & 1)
+      for (int64_t j = first_column; j < columns.padded; ++j) tile[row * columns.stride + j] = T(__builtin_nan(""));
+}
+
+template <class T>
+PartialSum<T> partial_sum(const T* logits, int64_t count) {
+  constexpr T kInfinity = T(__builtin_inf());
+  Vec<T> largest = broadcast<T>(-kInfinity);
+  for (int64_t j = 0; j < count; j += kLanes<T>) largest = maximum<T>(largest, load(logits + j));
+  const T max = max_lane<T>(largest);
+  const T shift = max > -kInfinity && max < kInfinity ? max : T(0);
+  Vec<T> total{};
+  for (int64_t j = 0; j < count; j += kLanes<T>) total += exp<T>(load(logits + j) - shift);
+  return {max, sum<T>(total)};
+}
+
+template <class T>
+uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile, T* column_sums,
+                 double* row_sums) {
+  uint32_t active_rows = 0;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    T* const weights = tile + row * columns.stride;
+    const T grad = scale.grads[row], log_normalizer = scale.log_normalizers[row];
+    const bool empty = grad == 0 || log_normalizer == -T(__builtin_inf());
+    Vec<T> total{};
+    IntVec<T> nonzero{};
+    for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+      const Vec<T> weight = empty ? Vec<T>{} : grad * exp<T>(load(weights + j) - log_normalizer);
+      store(weights + j, weight);
+      if (column_sums) store(column_sums + j, load(column_sums + j) + weight);
+      total += weight;
+      nonzero |= weight != 0;
+    }
+    if (row_sums) row_sums[row] += sum<T>(total);
+    if (any<T>(nonzero)) active_rows |= uint32_t(1) << row;
+  }
+  return active_rows;
+}
+
+// Dimension d of kRows rows against the whole stripe.
+template <bool kFast, bool kRowGrads, bool kColumnGrads, int kRows, class T>
+void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns, const T* weights,
+                    const TileGradients<T>& grads) {
+  const T* const means = columns.means + d * columns.stride;
+  const T* const variances = columns.variances + d * columns.stride;
+  T* const grad_means = kColumnGrads ? grads.column_means + d * columns.stride : nullptr;
+  T* const grad_variances = kColumnGrads ? grads.column_variances + d * columns.stride : nullptr;
+  Vec<T> row_mean[kRows], row_variance[kRows], row_grad_mean[kRows], row_grad_variance[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    row_mean[r] = broadcast<T>(rows.means[(row + r) * rows.dim + d]);
+    row_variance[r] = broadcast<T>(rows.variances[(row + r) * rows.dim + d]);
+    row_grad_mean[r] = row_grad_variance[r] = Vec<T>{};
+  }
+  for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+    const Vec<T> mean = load(means + j), variance = load(variances + j);
+    Vec<T> column_grad_mean{}, column_grad_variance{};
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> weight = load(weights + (row + r) * columns.stride + j);
+      const PairGradient<T> pair = pair_gradient<kFast, T>(weight, row_mean[r] - mean, row_variance[r] + variance);
+      row_grad_mean[r] += pair.mean;
+      row_grad_variance[r] += pair.variance;
+      column_grad_mean += pair.mean;
+      column_grad_variance += pair.variance;
+    }
+    if constexpr (kColumnGrads) {
+      store(grad_means + j, load(grad_means + j) + column_grad_mean);
+      store(grad_variances + j, load(grad_variances + j) + column_grad_variance);
+    }
+  }
+  if constexpr (kRowGrads) {
+    for (int r = 0; r < kRows; ++r) {
+      grads.row_means[(row + r) * rows.dim + d] += sum<T>(row_grad_mean[r]);
+      grads.row_variances[(row + r) * rows.dim + d] += sum<T>(row_grad_variance[r]);
+    }
+  }
+}
+
+template <bool kFast, bool kRowGrads, bool kColumnGrads, class T>
+void gradients_tile(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
+                    const TileGradients<T>& grads) {
+  constexpr uint32_t kRegisterMask = (1u << kRegisterRows) - 1;
+  for (int64_t d = 0; d < rows.dim; ++d) {
+    int64_t row = 0;
+    for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
+      if (active_rows >> row & kRegisterMask)
+        gradients_rows<kFast, kRowGrads, kColumnGrads, kRegisterRows>(rows, row, d, columns, weights, grads);
+    for (; row < rows.count; ++row)
+      if (active_rows >> row & 1)
+        gradients_rows<kFast, kRowGrads, kColumnGrads, 1>(rows, row, d, columns, weights, grads);
+  }
+}
+
+template <bool kFast, class T>
+void gradients_form(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
+                    const TileGradients<T>& grads) {
+  if (grads.row_means && grads.column_means)
+    gradients_tile<kFast, true, true>(rows, columns, weights, active_rows, grads);
+  else if (grads.row_means)
+    gradients_tile<kFast, true, false>(rows, columns, weights, active_rows, grads);
+  else if (grads.column_means)
+    gradients_tile<kFast, false, true>(rows, columns, weights, active_rows, grads);
+}
+
+template <class T>
+void gradients(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
+               const TileGradients<T>& grads) {
+  if (certified(rows.range, columns.range))
+    gradients_form<true>(rows, columns, weights, active_rows, grads);
+  else
+    gradients_form<false>(rows, columns, weights, active_rows, grads);
+}
+
+template <class T>
+constexpr TileKernels<T> kKernels = {kLanes<T>, range<T>, logits<T>, partial_sum<T>, weights<T>, gradients<T>};
+
+}  // namespace
+
+TileKernels<float> tile_kernels_f32() { return kKernels<float>; }
+TileKernels<double> tile_kernels_f64() { return kKernels<double>; }
+
+}  // namespace csdiv::cpu::CSDIV_ISA

@@ -1,0 +1,449 @@
+"""Derivatives: eager, nested, forward-mode, transformed, compiled, exported; and only those asked for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import csdiv
+from csdiv import GaussianMixture
+
+BACKENDS = csdiv.available_backends()
+NATIVE = tuple(name for name in BACKENDS if name != "reference")
+Entry = Callable[..., Tensor]
+
+
+def sides(*t: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
+    return GaussianMixture(*t[:3]), GaussianMixture(*t[3:])
+
+
+def _regularizer(m: Tensor, v: Tensor, *q: Tensor, backend: str = "auto") -> Tensor:
+    return csdiv.cs_regularizer(m, v, GaussianMixture(*q), backend=backend)
+
+
+ENTRIES: dict[str, tuple[int, Entry]] = {
+    "cs_divergence": (6, lambda *t, backend="auto": csdiv.cs_divergence(*sides(*t), backend=backend)),
+    "log_overlap": (6, lambda *t, backend="auto": csdiv.log_overlap(*sides(*t), backend=backend)),
+    "self_overlap": (3, lambda *t, backend="auto": csdiv.log_overlap(GaussianMixture(*t), backend=backend)),
+    "component_log_overlap": (
+        5,
+        lambda *t, backend="auto": csdiv.component_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),
+    ),
+    "pairwise_log_overlap": (
+        4,
+        lambda *t, backend="auto": csdiv.pairwise_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),
+    ),
+    "cs_regularizer": (5, _regularizer),
+}
+"""Each entry as a function of the tensors that it depends on, and how many these are."""
+
+on_every_entry = pytest.mark.parametrize("entry", sorted(ENTRIES))
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def tensors(entry: str, dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> tuple[Tensor, ...]:
+    def side(k: int, d: int) -> list[Tensor]:
+        return [torch.randn(k, d), torch.rand(k, d) + 0.5, torch.randn(k).log_softmax(-1)]
+
+    (pm, pv, pw), (qm, qv, qw) = side(3, 2), side(4, 2)
+    inputs = {3: (pm, pv, pw), 4: (pm, pv, qm, qv), 5: (pm, pv, qm, qv, qw), 6: (pm, pv, pw, qm, qv, qw)}
+    return tuple(t.to(dtype).requires_grad_(requires_grad) for t in inputs[ENTRIES[entry][0]])
+
+
+def function(entry: str, backend: str = "auto") -> Entry:
+    return lambda *t: ENTRIES[entry][1](*t, backend=backend)
+
+
+def summed(entry: str, backend: str = "auto") -> Entry:
+    """A scalar with a different upstream gradient for each element."""
+
+    def total(*t: Tensor) -> Tensor:
+        value = function(entry, backend)(*t)
+        return (value * torch.arange(value.numel(), dtype=value.dtype).cos().view(value.shape)).sum()
+
+    return total
+
+
+def every(entry: str) -> tuple[int, ...]:
+    return tuple(range(ENTRIES[entry][0]))
+
+
+close = torch.testing.assert_close
+
+
+# Numerical derivatives
+
+
+@on_every_backend
+@on_every_entry
+def test_gradcheck(entry: str, backend: str) -> None:
+    assert torch.autograd.gradcheck(function(entry, backend), tensors(entry))
+
+
+@on_every_entry
+def test_gradgradcheck(entry: str) -> None:
+    assert torch.autograd.gradgradcheck(function(entry), tensors(entry))
+
+
+def test_third_order() -> None:
+    inputs = tensors("cs_divergence")
+    thirds = []
+    for backend in ("auto", "reference"):
+        value = function("cs_divergence", backend)(*inputs)
+        for _ in range(3):
+            (first,) = torch.autograd.grad(value.sum(), inputs[:1], create_graph=True)
+            value = first.pow(2)
+        thirds.append(first)
+    assert thirds[0].abs().max() > 1e-6
+    close(*thirds)
+
+
+# torch.func and forward mode, against the reference
+
+
+@on_every_entry
+@pytest.mark.parametrize("transform", [grad, hessian, jacfwd, lambda f, argnums: jacrev(jacrev(f, argnums), argnums)])
+def test_func_derivatives(entry: str, transform: Callable[..., Entry]) -> None:
+    inputs = tensors(entry, requires_grad=False)
+    close(transform(summed(entry), argnums=every(entry))(*inputs), transform(summed(entry, "reference"), argnums=every(entry))(*inputs))
+
+
+@on_every_entry
+def test_jvp_and_dual_numbers(entry: str) -> None:
+    inputs = tensors(entry, requires_grad=False)
+    tangents = tuple(torch.randn_like(t) for t in inputs)
+    gradients = grad(summed(entry, "reference"), argnums=every(entry))(*inputs)
+    expected = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+    close(jvp(summed(entry), inputs, tangents)[1], expected)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, v) for t, v in zip(inputs, tangents, strict=True)]
+        close(forward_ad.unpack_dual(summed(entry)(*duals)).tangent, expected)
+
+
+@on_every_backend
+@on_every_entry
+@pytest.mark.parametrize("mapped", ["first", "variances", "all"])
+def test_vmap_is_a_loop(entry: str, mapped: str, backend: str) -> None:
+    inputs = tensors(entry, requires_grad=False)
+    which = {"first": (0,), "variances": (1,), "all": every(entry)}[mapped]
+    stacked = [torch.stack([t, t + 0.25, t * 1.5], i % 2) if i in which else t for i, t in enumerate(inputs)]
+    dims = tuple(i % 2 if i in which else None for i in every(entry))
+
+    def item(i: int) -> list[Tensor]:
+        return [t if d is None else t.select(d, i) for t, d in zip(stacked, dims, strict=True)]
+
+    expected = [function(entry, "reference")(*item(i)) for i in range(3)]
+    close(vmap(function(entry, backend), dims)(*stacked), torch.stack(expected))
+    close(vmap(function(entry, backend), dims, out_dims=-1)(*stacked), torch.stack(expected, -1))
+    for number in every(entry):
+        first = vmap(grad(summed(entry, backend), argnums=number), dims)(*stacked)
+        close(first, torch.stack([grad(summed(entry, "reference"), argnums=number)(*item(i)) for i in range(3)]))
+        second = grad(lambda *t: vmap(summed(entry, backend), dims)(*t).sum(), argnums=number)(*stacked)
+        loop = grad(
+            lambda *t: sum(
+                summed(entry, "reference")(*(x if d is None else x.select(d, i) for x, d in zip(t, dims, strict=True)))
+                for i in range(3)
+            ),
+            argnums=number,
+        )
+        close(second, loop(*stacked))
+
+
+@on_every_backend
+def test_nested_vmap_over_batches(backend: str) -> None:
+    inputs = tensors("cs_divergence", requires_grad=False)
+    means = torch.randn(5, 4, *inputs[0].shape, dtype=torch.float64)
+    f = function("cs_divergence", backend)
+    mapped = vmap(vmap(lambda m: f(m, *inputs[1:])))(means)
+    close(mapped, csdiv.cs_divergence(GaussianMixture(means, *inputs[1:3]), GaussianMixture(*inputs[3:]), backend=backend))
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@on_every_entry
+def test_vmap_stays_native(entry: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(csdiv.reference, "pairwise_log_overlap", refuse)
+    inputs = tensors(entry, requires_grad=False)
+    stacked = (torch.stack([inputs[0]] * 3), *inputs[1:])
+    dims = (0, *(None,) * (len(inputs) - 1))
+    assert vmap(function(entry, backend), dims)(*stacked).shape[0] == 3
+    assert vmap(grad(summed(entry, backend)), dims)(*stacked).shape == stacked[0].shape
+    with pytest.raises(AssertionError, match="the reference ran"):  # shows that the patch is seen where it is used
+        hessian(summed(entry))(*inputs)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@on_every_entry
+def test_native_backend_by_name_refuses_what_it_has_not(entry: str, backend: str) -> None:
+    inputs = tensors(entry)
+    raw = tuple(t.detach() for t in inputs)
+    with pytest.raises(NotImplementedError, match=f'backend "{backend}" has no forward-mode'):
+        jvp(summed(entry, backend), raw, raw)
+    with pytest.raises(NotImplementedError, match="nested derivatives"):
+        hessian(summed(entry, backend))(*raw)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        function(entry, backend)(forward_ad.make_dual(raw[0], raw[0]), *raw[1:])
+    (first,) = torch.autograd.grad(summed(entry, backend)(*inputs), inputs[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match=f'backend "{backend}" has no second derivatives'):
+        first.sum().backward()
+
+
+# Compilers and tracers
+
+
+def check_compiled(entry: str, backend: str, dynamic: bool | None = None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(summed(entry), fullgraph=True, backend=backend, dynamic=dynamic)
+    for scale in (1.0, 2.0):
+        inputs = tuple((t * scale).detach().requires_grad_() for t in tensors(entry))
+        value = compiled(*inputs)
+        expected = summed(entry, "reference")(*inputs)
+        close(value, expected)
+        close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
+
+
+@on_every_entry
+def test_compile_fullgraph(entry: str) -> None:
+    check_compiled(entry, "aot_eager")
+
+
+def test_compile_inductor() -> None:
+    check_compiled("cs_divergence", "inductor")
+
+
+@on_every_entry
+def test_compile_keeps_dynamic_shapes(entry: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(summed(entry), fullgraph=True, backend=counter, dynamic=True)
+    for _, rows in enumerate((3, 7, 11)):
+        inputs = [t.detach().repeat(rows, *(1,) * (t.ndim - 1)).requires_grad_() for t in tensors(entry)]
+        value, expected = compiled(*inputs), summed(entry, "reference")(*inputs)
+        close(value, expected)
+        close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
+    assert counter.frame_count == 1
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, entry: str) -> None:
+        super().__init__()
+        self.entry = entry
+
+    def forward(self, *t: Tensor) -> Tensor:
+        return function(self.entry)(*t)
+
+
+@on_every_entry
+def test_export(entry: str) -> None:
+    inputs = tensors(entry, requires_grad=False)
+    exported = torch.export.export(_Call(entry), inputs)
+    close(exported.module()(*inputs), function(entry, "reference")(*inputs))
+
+
+@on_every_entry
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_make_fx(entry: str, mode: str) -> None:
+    inputs = tensors(entry, requires_grad=False)
+    graph = make_fx(function(entry), tracing_mode=mode)(*inputs)
+    assert any("csdiv" in str(node.target) for node in graph.graph.nodes)
+    close(graph(*inputs), function(entry, "reference")(*inputs))
+
+
+@on_every_entry
+def test_meta_and_fake_tensors_give_shapes(entry: str) -> None:
+    inputs = tensors(entry, torch.float32, requires_grad=False)
+    expected = function(entry)(*inputs)
+    found = function(entry)(*(t.to("meta") for t in inputs))
+    assert found.is_meta
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = function(entry)(*(mode.from_tensor(t) for t in inputs))
+    for t in (found, fake):
+        assert (t.shape, t.dtype, t.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+# Memory and context
+
+
+@on_every_backend
+@on_every_entry
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(entry: str, reentrant: bool, backend: str) -> None:
+    inputs = tensors(entry)
+    value = checkpoint(summed(entry, backend), *inputs, use_reentrant=reentrant)
+    value.backward()
+    expected = torch.autograd.grad(summed(entry, "reference")(*(detached := tensors_like(inputs))), detached)
+    close([t.grad for t in inputs], list(expected))
+
+
+def tensors_like(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in inputs]
+
+
+@on_every_backend
+@on_every_entry
+def test_saved_tensors_on_the_cpu(entry: str, backend: str) -> None:
+    inputs = tensors(entry)
+    with torch.autograd.graph.save_on_cpu():
+        value = summed(entry, backend)(*inputs)
+    close(torch.autograd.grad(value, inputs), torch.autograd.grad(summed(entry, "reference")(*inputs), inputs))
+
+
+@on_every_backend
+@on_every_entry
+def test_autocast_computes_in_float32(entry: str, backend: str) -> None:
+    inputs = tensors(entry, torch.bfloat16)
+    plain = function(entry, backend)(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = function(entry, backend)(*inputs)
+        mixed = function(entry, backend)(*(t.float() for t in inputs))
+    assert value.dtype == mixed.dtype == torch.float32
+    assert torch.equal(value, plain)
+    assert torch.equal(mixed, plain)
+    for t, g in zip(inputs, torch.autograd.grad(value.sum(), inputs), strict=True):
+        assert g.dtype == t.dtype
+
+
+@on_every_backend
+@on_every_entry
+def test_nothing_is_saved_without_gradients(entry: str, backend: str) -> None:
+    inputs = tensors(entry)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            assert not function(entry, backend)(*inputs).requires_grad
+        with torch.inference_mode():
+            assert function(entry, backend)(*inputs).is_inference()
+        assert not saved
+        function(entry, backend)(*inputs)
+    assert saved
+
+
+@on_every_backend
+@on_every_entry
+def test_in_place_change_before_backward_is_an_error(entry: str, backend: str) -> None:
+    """The reference, plain torch, keeps no input itself: there the gradients stay those of the original values."""
+    inputs = tensors(entry)
+    expected = torch.autograd.grad(summed(entry, "reference")(*inputs), inputs)
+    raised = []
+    for changed in every(entry):
+        copies = [t.clone() for t in inputs]
+        value = summed(entry, backend)(*copies)
+        copies[changed].mul_(1.5)
+        try:
+            close(torch.autograd.grad(value, inputs), expected)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            raised.append(changed)
+    assert backend == "reference" or tuple(raised) == every(entry)
+
+
+# Upstream gradients, and gradients not asked for
+
+
+@on_every_backend
+@on_every_entry
+def test_upstream_gradients_of_any_form(entry: str, backend: str) -> None:
+    inputs = tensors(entry)
+    value = function(entry, backend)(*inputs)
+    base = torch.randn(*value.shape, 2, dtype=value.dtype)
+
+    def gradients(upstream: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, inputs, upstream, retain_graph=True)
+
+    exact = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+    close(gradients(base[..., 1]), gradients(base[..., 1].clone()), **exact)
+    expanded = torch.tensor(0.5, dtype=value.dtype).expand(value.shape)
+    close(gradients(expanded), gradients(expanded.contiguous()), **exact)
+    assert all(not g.any() for g in gradients(torch.zeros_like(value)))
+    assert all(g.isnan().all() for g in gradients(torch.full_like(value, torch.nan)))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the ``needs`` of each backward operator of csdiv, and what came back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[bool], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "csdiv" and "backward" in func.name():
+            self.calls.append((func.name(), next(a for a in args if isinstance(a, list) and isinstance(a[0], bool)), result))
+        return result
+
+
+@on_every_entry
+def test_only_needed_gradients_are_computed(entry: str) -> None:
+    for needed in every(entry):
+        inputs = [t.detach().requires_grad_(i == needed) for i, t in enumerate(tensors(entry))]
+        with _Recorder() as recorder:
+            summed(entry)(*inputs).backward()
+        assert [t.grad is not None for t in inputs] == [i == needed for i in every(entry)]
+        for name, needs, result in recorder.calls:
+            assert sum(needs) == len(result) == 1, name
+        assert len(recorder.calls) <= 2
+
+
+def test_a_frozen_prior_costs_no_gradient() -> None:
+    inputs = tensors("cs_regularizer")
+    with _Recorder() as recorder:
+        _regularizer(*inputs[:2], *(t.detach() for t in inputs[2:])).sum().backward()
+    assert [(name, needs) for name, needs, _ in recorder.calls] == [
+        ("csdiv::overlap_lse_backward", [True, True, False, False, False])
+    ]
+
+
+# The operators
+
+
+def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for each operator of csdiv: plain, and batched with a permuted view and uniform weights."""
+
+    def samples() -> list[tuple[Tensor | None, ...]]:
+        plain = tensors("cs_divergence", torch.float32, requires_grad=False)
+        batched = [t.expand(2, *t.shape).contiguous() for t in plain]
+        batched[0] = batched[0].mT.contiguous().mT
+        batched[2] = None
+        return [plain, tuple(batched)]
+
+    result: dict[str, list[tuple[Any, ...]]] = {}
+
+    def add(name: str, *arguments: Any) -> Any:
+        result.setdefault(name, []).append((*arguments, backend))
+        return getattr(torch.ops.csdiv, name)(*arguments, backend)
+
+    for t in samples():
+        pm, pv, pw, qm, qv, qw = t
+        rows, _ = add("overlap_lse_forward", pm, pv, qm, qv, qw)
+        add("overlap_lse_backward", rows.cos(), [pm, pv, qm, qv, qw], rows, [True, False, True, True, qw is not None])
+        own, _ = add("self_overlap_forward", pm, pv, pw)
+        add("self_overlap_backward", own.cos(), [pm, pv, pw], own, [True, True, pw is not None])
+        value, *saved = add("cs_divergence_forward", *t)
+        add("cs_divergence_backward", value.cos(), list(t), saved, [True, True, pw is not None, False, True, True])
+        pairs = add("pairwise_forward", pm, pv, qm, qv)
+        add("pairwise_backward", pairs.cos(), [pm, pv, qm, qv], [True, True, False, True])
+        add("assign", pm, pv, qm, qv, qw)
+    return result
+
+
+def test_every_operator_has_samples() -> None:
+    defined = {name.removeprefix("csdiv::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("csdiv::")}
+    assert defined == set(operator_samples("auto"))
+
+
+@on_every_backend
+def test_opcheck(backend: str) -> None:
+    for name, samples in operator_samples(backend).items():
+        for arguments in samples:
+            results = torch.library.opcheck(getattr(torch.ops.csdiv, name).default, arguments)
+            assert set(results.values()) == {"SUCCESS"}, name

@@ -1,0 +1,364 @@
+"""One contract for every backend: values and gradients against float64, within the derived error budget.
+
+The cases are curated lists, not a full product; ``test_cases_cover_the_contract`` says what they must contain.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import csdiv
+from csdiv import GaussianMixture, testing
+
+BACKENDS = csdiv.available_backends()
+NATIVE = tuple(name for name in BACKENDS if name != "reference")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+RELATIVE_L2 = 3e-5
+
+P, Q = ("p_means", "p_variances", "p_log_weights"), ("q_means", "q_variances", "q_log_weights")
+INPUTS = {
+    "cs_divergence": P + Q,
+    "log_overlap": P + Q,
+    "self_overlap": P,
+    "component_log_overlap": P[:2] + Q,
+    "pairwise_log_overlap": P[:2] + Q[:2],
+    "cs_regularizer": P[:2] + Q,
+    "log_prob": P[:1] + Q,
+    "responsibilities": P[:1] + Q,
+}
+"""The inputs of each entry; p has the codes or points. p_variances are log variances for cs_regularizer."""
+
+
+class Case(NamedTuple):
+    entry: str
+    dtype: torch.dtype = torch.float32
+    n: int = 17
+    m: int = 31
+    dim: int = 5
+    structures: tuple[str, str] = ("diagonal", "diagonal")
+    layout: str = "contiguous"
+    batch: tuple[tuple[int, ...], ...] = ((),) * 6  # of each of P + Q
+    needs: tuple[str, ...] | None = None  # None: every input
+    scale: str = "plain"
+
+    def __str__(self) -> str:
+        changed = [
+            "+".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+            for value, default in zip(self[1:], Case("")[1:], strict=True)
+            if value != default
+        ]
+        return "-".join((self.entry, *changed)).replace(" ", "")
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return INPUTS[self.entry] if self.needs is None else self.needs
+
+
+SIZES = [(1, 1, 1), (1, 513, 2), (2, 15, 3), (15, 16, 7), (16, 17, 16), (17, 33, 15), (33, 31, 64), (511, 2, 4), (513, 33, 17)]
+LAYOUTS = ("contiguous", "strided", "transposed", "expanded", "misaligned")
+DIAGONAL = ("diagonal", "spherical", "tied diagonal", "tied spherical")
+BATCHES = [
+    ((3,),) * 3 + ((),) * 3,
+    ((),) * 3 + ((3,),) * 3,
+    ((3, 1),) * 3 + ((1, 4),) * 3,
+    ((0,),) * 3 + ((),) * 3,
+    ((2, 1),) * 3 + ((2, 0),) * 3,
+    ((1,),) * 3 + ((3,),) * 3,
+    ((3,), (), (), (), (3,), ()),
+    ((), (3,), (), (2, 1), (), ()),
+    ((), (), (3,), (3,), (), (2, 1)),
+]
+SCALES = ("-inf weights", "unnormalised", "variances 1e±30", "spread 30", "shifted 1e4")
+
+
+def subsets(inputs: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Each input alone, all but each, none, and the two sides."""
+    alone = [(name,) for name in inputs]
+    sides = [tuple(n for n in inputs if n.startswith(side)) for side in "pq"]
+    but_one = [tuple(n for n in inputs if n != name) for name in inputs]
+    return sorted({(), *alone, *but_one, *sides})
+
+
+def row_structures(entry: str) -> tuple[str, ...]:
+    """Codes have a variance for each dimension, points none."""
+    return DIAGONAL if "p_variances" in INPUTS[entry] and entry != "cs_regularizer" else DIAGONAL[:1]
+
+
+def batches(entry: str) -> list[tuple[tuple[int, ...], ...]]:
+    """Codes have means and log variances of one shape."""
+    return [b for b in BATCHES if entry != "cs_regularizer" or b[0] == b[1]]
+
+
+CASES = list(
+    dict.fromkeys(
+        case
+        for entry in INPUTS
+        for case in (
+            *(Case(entry, dtype=dtype) for dtype in DTYPES),
+            *(Case(entry, n=n, m=m, dim=dim) for n, m, dim in SIZES),
+            Case(entry, torch.float64, 33, 513, 3),
+            *(Case(entry, layout=layout) for layout in LAYOUTS),
+            Case(entry, torch.float64, layout="strided"),
+            Case(entry, torch.bfloat16, layout="transposed"),
+            *(Case(entry, structures=(s, t)) for s in row_structures(entry) for t in DIAGONAL),
+            *(Case(entry, structures=("points", t)) for t in DIAGONAL if entry in ("component_log_overlap", "log_overlap")),
+            *(Case(entry, batch=batch, n=4, m=6) for batch in batches(entry)),
+            Case(entry, torch.float64, 4, 6, batch=BATCHES[2]),
+            *(Case(entry, needs=needs) for needs in subsets(INPUTS[entry])),
+            *(Case(entry, scale=scale) for scale in SCALES),
+            Case(entry, torch.float64, scale="variances 1e±30"),
+        )
+    )
+)
+
+
+def make_bases(case: Case) -> dict[str, Tensor]:
+    """The tensors that a user holds, one for each input, in the case's dtype; ``lay_out`` makes views of them."""
+    g = torch.Generator().manual_seed(sum(map(ord, str(case))))
+    decades = 30.0 if case.scale == "variances 1e±30" else 0.3
+    spread = {"spread 30": 30.0, "variances 1e±30": 1e3}.get(case.scale, 1.0)
+    bases = {}
+    for side, size, structure, batch in zip("pq", (case.n, case.m), case.structures, (case.batch[:3], case.batch[3:]), strict=True):
+        made = [
+            testing.random_mixture(
+                size, case.dim, batch_shape=b, structure=structure, dtype=torch.float64, spread=spread, decades=decades, generator=g
+            )
+            for b in batch
+        ]
+        values = {"means": made[0].means, "variances": made[1].variances, "log_weights": made[2].log_weights}
+        if case.scale == "-inf weights":
+            values["log_weights"][..., torch.arange(0, size - 1, 2)] = -math.inf
+        if case.scale == "unnormalised":
+            values["log_weights"] += 7.0
+        if case.scale == "shifted 1e4":
+            values["means"] += 1e4
+        if case.entry == "cs_regularizer" and side == "p":
+            values["variances"] = values["variances"].log()
+        bases |= {f"{side}_{name}": spread_out(t, case.layout).to(case.dtype) for name, t in values.items()}
+    return bases
+
+
+def spread_out(t: Tensor, layout: str) -> Tensor:
+    """A contiguous tensor of which ``lay_out`` makes a view with the shape of ``t``."""
+    if layout == "strided":
+        return torch.stack([t, torch.full_like(t, math.nan)], -1).flatten(-2)
+    if layout == "transposed":
+        return t.mT.contiguous() if t.ndim > 1 else torch.stack([t, torch.full_like(t, math.nan)], -1)
+    if layout == "misaligned":
+        return torch.cat([t.new_full((1,), math.nan), t.flatten()])
+    return t[..., :1].clone() if layout == "expanded" else t
+
+
+def lay_out(base: Tensor, layout: str, shape: tuple[int, ...]) -> Tensor:
+    if layout == "strided":
+        return base[..., ::2]
+    if layout == "transposed":
+        return base.mT if len(shape) > 1 else base[:, 0]
+    if layout == "misaligned":
+        return base[1:].view(shape)
+    return base.expand(shape) if layout == "expanded" else base
+
+
+class Evaluation(NamedTuple):
+    p: GaussianMixture
+    q: GaussianMixture
+    leaves: list[Tensor]
+    value: Tensor
+    grads: list[Tensor | None]
+
+
+def evaluate(
+    case: Case, bases: dict[str, Tensor], dtype: torch.dtype, function: Callable[..., Tensor], grad: Tensor | None = None
+) -> Evaluation:
+    """The entry's value and, with the upstream ``grad``, the gradients of the bases converted to ``dtype``."""
+    leaves = {name: base.to(dtype, copy=True).requires_grad_(name in case.wanted) for name, base in bases.items()}
+    shapes = {name: plain_shape(case, name) for name in leaves}
+    p, q = ([lay_out(leaves[n], case.layout, shapes[n]) for n in names] for names in (P, Q))
+    for t in (*p, *q):
+        assert case.layout not in ("strided", "expanded") or t.numel() < 2 or not t.is_contiguous()
+        assert case.layout != "misaligned" or t.data_ptr() % 16
+    if case.entry == "cs_regularizer":
+        value = function(p[0], p[1], GaussianMixture(*q))
+        p[1] = p[1].exp()
+    elif case.entry in ("log_prob", "responsibilities"):
+        value = function(p[0], GaussianMixture(*q))
+        p[1] = torch.zeros_like(p[0])
+    else:
+        value = function(GaussianMixture(*p), GaussianMixture(*q))
+    wanted = [leaves[name] for name in case.wanted]
+    grads = []
+    if grad is not None and wanted:
+        grads = list(torch.autograd.grad(value, wanted, grad.to(value.dtype)))
+    return Evaluation(GaussianMixture(*p), GaussianMixture(*q), wanted, value, grads)
+
+
+def plain_shape(case: Case, name: str) -> tuple[int, ...]:
+    index = (*P, *Q).index(name)
+    batch, size, structure = case.batch[index], (case.n, case.m)[index // 3], case.structures[index // 3]
+    if name.endswith("log_weights"):
+        return (*batch, size)
+    if name.endswith("means"):
+        return (*batch, size, case.dim)
+    if structure == "points":
+        return (1, 1)
+    return (*batch, 1 if structure.startswith("tied") else size, 1 if structure.endswith("spherical") else case.dim)
+
+
+def call(entry: str, backend: str) -> Callable[..., Tensor]:
+    if entry == "self_overlap":
+        return lambda p, q: csdiv.log_overlap(p, backend=backend)
+    if entry in ("log_prob", "responsibilities"):
+        return lambda x, q: getattr(q, entry)(x, backend=backend)
+    return lambda *arguments: getattr(csdiv, entry)(*arguments, backend=backend)
+
+
+def eager_call(entry: str) -> Callable[..., Tensor]:
+    if entry == "cs_regularizer":
+        return lambda m, v, q: testing.eager(entry, GaussianMixture(m, v.exp()), q)
+    if entry in ("log_prob", "responsibilities"):
+        return lambda x, q: testing.eager(entry, GaussianMixture(x, x.new_zeros(1, 1)), q)
+    return lambda p, q: testing.eager(entry, p, q)
+
+
+def check(case: Case, backend: str) -> None:
+    bases = make_bases(case)
+    computed = torch.float64 if case.dtype == torch.float64 else torch.float32
+    # Exact is the reference in float64, and for the reference itself the plain formula.
+    formula = eager_call(case.entry) if backend == "reference" else call(case.entry, "reference")
+    shape = evaluate(case, bases, torch.float64, formula).value.shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=computed)
+    exact = evaluate(case, bases, torch.float64, formula, grad)
+    eager = evaluate(case, bases, computed, eager_call(case.entry), grad)
+    actual = evaluate(case, bases, case.dtype, call(case.entry, backend), grad)
+
+    # float64 is compared with formulas that take no scale out, and so is the reference.
+    options = {"dtype": computed, "scaled": backend != "reference" and computed == torch.float32}
+    assert actual.value.dtype == computed
+    band = testing.band(case.entry, exact.p, exact.q, **options)
+    testing.assert_within_budget(actual.value, eager.value, exact.value, band)
+    bands = testing.gradient_bands(case.entry, exact.p, exact.q, grad, exact.leaves, **options) if exact.leaves else []
+    for name, a, e, x, b in zip(case.wanted, actual.grads, eager.grads, exact.grads, bands, strict=True):
+        assert a.dtype == case.dtype, name
+        try:
+            # Of expanded weights the gradient is the sum over all components: zero, by cancellation.
+            testing.assert_within_budget(a, e, x, b, relative_l2=None if case.layout == "expanded" else RELATIVE_L2)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from None
+    if not exact.leaves:
+        assert not actual.value.requires_grad
+
+
+def test_cpu_backend_is_available() -> None:
+    """Without it the native half of this file would be missing silently."""
+    assert "cpu" in BACKENDS, csdiv.backend_status()["cpu"].reason
+
+
+def test_cases_cover_the_contract() -> None:
+    seen = {(case.dtype, case.entry, name) for case in CASES for name in case.wanted}
+    assert seen == {(dtype, entry, name) for dtype in DTYPES for entry in INPUTS for name in INPUTS[entry]}
+    assert set(INPUTS) == set(testing.ENTRIES)
+    for entry in INPUTS:
+        cases = [case for case in CASES if case.entry == entry]
+        assert {case.layout for case in cases} == set(LAYOUTS)
+        assert {case.structures for case in cases} >= {(s, t) for s in row_structures(entry) for t in DIAGONAL}
+        assert {case.n for case in cases} | {case.m for case in cases} >= {1, 15, 16, 17, 31, 33, 511, 513}
+        assert {case.batch for case in cases} >= set(batches(entry))
+        assert {case.needs for case in cases} >= set(subsets(INPUTS[entry]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case, backend: str) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1, 1), (33, 17, 3), (511, 513, 5), (16, 31, 64)])
+@pytest.mark.parametrize("points", [True, False])
+def test_assign_takes_the_largest(backend: str, dtype: torch.dtype, size: tuple[int, int, int], points: bool) -> None:
+    g = torch.Generator().manual_seed(2)
+    x = testing.random_mixture(size[0], size[2], structure="points" if points else "diagonal", dtype=dtype, generator=g)
+    q = testing.random_mixture(size[1], size[2], dtype=dtype, generator=g)
+    chosen = q.assign(x.means if points else x, backend=backend)
+    assert chosen.dtype == torch.int64
+    assert chosen.shape == size[:1]
+    x, q = x.to(torch.float64), q.to(torch.float64)
+    logits = testing.eager("pairwise_log_overlap", x, q) + q.log_weights
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    # Two logits that may swap differ by no more than both errors, of twice the pair's band at most.
+    band = testing.band("pairwise_log_overlap", x, q, dtype=computed, scaled=False).amax(-1)
+    gap = logits.amax(-1) - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    assert bool((gap <= 2.0 * band).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_assign_takes_the_lowest_of_equal_ones(backend: str) -> None:
+    q = GaussianMixture(torch.ones(70, 3), torch.ones(1, 1))
+    assert q.assign(torch.zeros(9, 3), backend=backend).tolist() == [0] * 9
+    heavier = torch.zeros(70)
+    heavier[[40, 60]] = 1.0
+    q = GaussianMixture(torch.ones(70, 3), torch.ones(1, 1), heavier)
+    assert q.assign(torch.zeros(9, 3), backend=backend).tolist() == [40] * 9
+
+
+def near_copies(dim: int, size: int, distance: float) -> tuple[GaussianMixture, GaussianMixture]:
+    """p at unit scale, and q the same with ``distance`` · N(0, 1) added to every parameter."""
+    g = torch.Generator().manual_seed(dim)
+    p = testing.random_mixture(size, dim, generator=g)
+    moved = [t + distance * torch.randn(t.shape, generator=g) for t in (p.means, p.variances.log(), p.log_weights)]
+    return p, GaussianMixture(moved[0], moved[1].exp(), moved[2])
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 1000), (64, 30), (64, 500), (256, 200)])
+def test_cs_divergence_near_zero_stays_within_the_stated_bound(
+    backend: str, dim: int, size: int, distance: float
+) -> None:
+    p, q = near_copies(dim, size, distance)
+    exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
+    error = (csdiv.cs_divergence(p, q, backend=backend).double() - exact).abs()
+    assert error <= 2e-6 * max(1.0, dim / 64)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize(("dim", "size"), [(16, 2000), (64, 2000), (256, 1000)])
+def test_cs_divergence_of_the_same_tensors_stays_within_the_stated_bound(backend: str, dim: int, size: int) -> None:
+    p, _ = near_copies(dim, size, 0.0)
+    assert csdiv.cs_divergence(p, p, backend=backend).abs() <= 2e-6 * max(1.0, dim / 64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 300), (64, 100)])
+def test_cs_divergence_of_the_same_tensors_has_no_gradient(backend: str, dim: int, size: int) -> None:
+    tensors = [t.requires_grad_() for t in (lambda p: (p.means, p.variances, p.log_weights))(near_copies(dim, size, 0.0)[0])]
+    p = GaussianMixture(*tensors)
+    grads = torch.autograd.grad(csdiv.cs_divergence(p, p, backend=backend), tensors)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    p = GaussianMixture(*wide)
+    bands = testing.gradient_bands("cs_divergence", p, p, torch.ones(()), wide, scaled=backend != "reference")
+    for grad, band in zip(grads, bands, strict=True):
+        assert bool((grad.abs() <= band).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entry", ["cs_divergence", "self_overlap", "component_log_overlap"])
+def test_results_are_the_same_bits_for_any_number_of_threads(backend: str, entry: str) -> None:
+    """The reference, whose sums torch partitions, promises the same bits for one number of threads."""
+    g = torch.Generator().manual_seed(3)
+    sizes, threads = ((403, 400), (2, 2)) if backend == "reference" else ((5003, 5000), (1, 2, 1, 2))
+    sides = [testing.random_mixture(size, 3, generator=g) for size in sizes]
+    tensors = [t.requires_grad_() for side in sides for t in (side.means, side.variances, side.log_weights)]
+    inputs = [t for name, t in zip(P + Q, tensors, strict=True) if name in INPUTS[entry]]
+    runs = []
+    for count in threads:
+        torch.set_num_threads(count)
+        value = call(entry, backend)(*sides)
+        runs.append([value, *torch.autograd.grad(value.sum(), inputs)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
