@@ -83,8 +83,10 @@ def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = 
     p, q = _pair(p, q)
     if _takes_reference(backend, p, q):
         return reference.log_overlap(_components(p), _components(q))
-    value, offset = autograd.overlap_lse(backend, *_unweighted(p, neutral=True), *_weighted(q))
-    value = reference.logsumexp(value + reference.log_weights(_components(p)), -1)
+    value, offset = autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
+    value = reference.logsumexp(_add_log_weights(value, p.log_weights), -1)
+    if p.log_weights is None:
+        value = value - math.log(p.num_components)
     return value if offset is None else _add_offset(value, offset.squeeze(-1))
 
 
@@ -156,10 +158,14 @@ def cs_regularizer(
         >>> kl = csdiv.cs_regularizer(means, log_variances, prior)      # was: 0.5 * (means**2 + ...).sum(-1)
     """
     means, log_variances = as_float_tensor(means, "means"), as_float_tensor(log_variances, "log_variances")
-    if means.shape != log_variances.shape:
+    if means.shape != log_variances.shape or means.ndim < 2:
         raise ValueError(
-            "means and log_variances of one shape (B, D) expected, "
+            "means and log_variances of one shape (*batch, B, D) expected, "
             f"got {tuple(means.shape)} and {tuple(log_variances.shape)}"
+        )
+    if means.device != log_variances.device:
+        raise ValueError(
+            f"one device expected, got means on {means.device} and log_variances on {log_variances.device}"
         )
     prior = as_mixture(prior, "prior")
     dtype = _computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
@@ -167,7 +173,8 @@ def cs_regularizer(
     # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is subtracted outside.
     cap = 85.0 if dtype == torch.float32 else 700.0
     excess = 0.5 * (log_variances - cap).clamp(min=0.0).sum(-1)
-    codes, prior = _pair(GaussianMixture(means, log_variances.clamp(max=cap).exp()), prior, "means", "prior")
+    codes = GaussianMixture._unchecked(means=means, variances=log_variances.clamp(max=cap).exp())  # B may be 0
+    codes, prior = _pair(codes, prior, "means", "prior")
     if _takes_reference(backend, codes, prior):
         cross = reference.overlap_lse(_components(codes), _components(prior)) - excess
         own = -0.5 * (log_variances + _LOG_4PI).sum(-1)
@@ -189,10 +196,7 @@ def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend
     """See :meth:`GaussianMixture.responsibilities`."""
     codes, p = _pair(points(x), p, "x", "p")
     logits = pairwise_log_overlap(codes, p, backend=backend)
-    if p.log_weights is not None:
-        log_weights = p.log_weights.unsqueeze(-2)
-        logits = torch.where(log_weights == -math.inf, -math.inf, logits + log_weights)
-    return logits.softmax(-1)
+    return _add_log_weights(logits, None if p.log_weights is None else p.log_weights.unsqueeze(-2)).softmax(-1)
 
 
 def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
@@ -215,7 +219,7 @@ def points(x: Tensor | GaussianMixture) -> GaussianMixture:
     x = as_float_tensor(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x: (*batch, n, D) expected, got {tuple(x.shape)}")
-    return GaussianMixture(x, x.new_zeros(1, 1))
+    return GaussianMixture._unchecked(means=x, variances=x.new_zeros(1, 1))  # n may be 0
 
 
 def as_mixture(value: Any, name: str) -> GaussianMixture:
@@ -286,12 +290,15 @@ def _weighted(p: GaussianMixture) -> tuple[Tensor | None, ...]:
     return p.means, p.variances, p.log_weights
 
 
-def _unweighted(p: GaussianMixture, neutral: bool = False) -> tuple[Tensor | None, ...]:
-    """means and variances; ``neutral`` replaces those of components without weight, which must not spoil a sum."""
-    if neutral and p.log_weights is not None:
-        p_neutral = reference.neutralise(_components(p))
-        return p_neutral.means, p_neutral.variances
+def _unweighted(p: GaussianMixture) -> tuple[Tensor | None, ...]:
     return p.means, p.variances
+
+
+def _add_log_weights(value: Tensor, log_weights: Tensor | None) -> Tensor:
+    """value + log_weights; a weight of zero gives −inf, whatever the value."""
+    if log_weights is None:
+        return value
+    return torch.where(log_weights == -math.inf, -math.inf, value + log_weights)
 
 
 def _add_offset(value: Tensor, offset: Tensor) -> Tensor:

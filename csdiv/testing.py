@@ -5,8 +5,8 @@ code that a user would write, in the same dtype, and S is the size of what has t
 
     S = Σ_ij r_ij S_ij,    S_ij = |log a_i| + |log b_j| + ½ Σ_d δ²/c + ½ Σ_d |log c/c₀|,
 
-the largest over the terms of a result; r_ij is the share of a pair in its sum, equation (5) of docs/math.md. Where eager
-is not finite the band alone holds. c₀ is a scale for each dimension, the one choice that cancels in D_CS:
+the largest over the terms of a result; r_ij is the share of a pair in its sum, equation (5) of docs/math.md. Where
+eager is not finite the band alone holds. c₀ is a scale for each dimension, the one choice that cancels in D_CS:
 log c₀ = ½ (mean_i log 2s_i + mean_j log 2t_j).
 
 Gradients are sums of r_ij w_ij with w = δ/c, ½ (δ²/c² − 1/c) or 1. To first order the relative error of r_ij is the
@@ -20,7 +20,7 @@ An ``entry`` names what is computed: one of :data:`ENTRIES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,14 +64,17 @@ def random_mixture(
     """
     if structure not in STRUCTURES:
         raise ValueError(f"structure: one of {', '.join(map(repr, STRUCTURES))} expected, got {structure!r}")
-    options = {"dtype": torch.float64, "generator": generator}
-    means = spread * torch.randn(*batch_shape, num_components, dim, **options)
-    log_weights = torch.randn(*batch_shape, num_components, **options).log_softmax(-1).to(dtype)
+
+    def draw(function: Callable[..., Tensor], *shape: int) -> Tensor:
+        return function(*batch_shape, *shape, dtype=torch.float64, generator=generator)
+
+    means = spread * draw(torch.randn, num_components, dim)
+    log_weights = draw(torch.randn, num_components).log_softmax(-1).to(dtype)
     rows = 1 if structure.startswith("tied") else num_components
     columns = 1 if structure.endswith("spherical") else dim
-    variances = 10.0 ** (decades * (2.0 * torch.rand(*batch_shape, rows, columns, **options) - 1.0))
+    variances = 10.0 ** (decades * (2.0 * draw(torch.rand, rows, columns) - 1.0))
     if structure.endswith("full"):
-        factor = torch.randn(*batch_shape, rows, dim, dim, **options).tril(-1) / dim + variances.diag_embed()
+        factor = draw(torch.randn, rows, dim, dim).tril(-1) / dim + variances.diag_embed()
         return GaussianMixture(means.to(dtype), scale_tril=factor.to(dtype), log_weights=log_weights)
     if structure == "points":
         variances = torch.zeros(1, 1)
@@ -167,8 +170,8 @@ def gradient_bands(
             outer = size + (size * term.shares).sum(-1, keepdim=True)
         else:
             outer = size.sum(-1) if entry == "cs_regularizer" and term.normalised == 2 else size
-            outer = term.factor * outer[(..., *(None,) * term.normalised)]
-        errors = unit * term.shares * (1.0 + term.sizes + term.total[(..., *(None,) * term.normalised)])
+            outer = term.factor * _unsqueeze(outer, term.normalised)
+        errors = unit * term.shares * (1.0 + term.sizes + _unsqueeze(term.total, term.normalised))
         total = total + _absolute(term, outer * (errors + term.shares.clamp(max=tiny)))
     if entry == "cs_regularizer":
         total = total + 0.25 * unit * (size.unsqueeze(-1) * _variances(p).log()).sum()
@@ -311,3 +314,7 @@ def _log_weights(p: GaussianMixture) -> Tensor:
     if p.log_weights is not None:
         return p.log_weights
     return p.means.new_full((p.num_components,), -math.log(p.num_components))
+
+
+def _unsqueeze(t: Tensor, count: int) -> Tensor:
+    return t.view(*t.shape, *(1,) * count) if count else t

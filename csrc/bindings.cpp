@@ -57,8 +57,25 @@ Problem<T> make_problem(int64_t batch, int64_t dim, const py::tuple& p, const py
   const Problem<T> problem{batch, dim, mixture<T>(p, dim), mixture<T>(q, dim)};
   check_sizes({batch, problem.p.n, problem.q.n});
   for (const auto* side : {&problem.p, &problem.q})
-    check(side->index || side->batch == batch || side->batch == 1, "a side without index has one item, or one per problem");
+    check(batch == 0 || side->index || side->batch == batch || side->batch == 1, "an index is missing");
   return problem;
+}
+
+// (rows, pq, pp, qq)
+template <class T>
+cpu::Overlaps<T> overlaps(const py::tuple& saved) {
+  check(saved.size() == 4, "overlaps have 4 fields");
+  const auto address = [&](int k) { return saved[k].cast<Pointer>(); };
+  return {pointer<T>(address(0), false), pointer<double>(address(1), false), pointer<double>(address(2), false),
+          pointer<double>(address(3), false)};
+}
+
+// (means, variances, log_weights)
+template <class T>
+SideGradients<T> side_gradients(const py::tuple& grads) {
+  check(grads.size() == 3, "the gradients of a side have 3 fields");
+  const auto address = [&](int k) { return grads[k].cast<Pointer>(); };
+  return {pointer<T>(address(0), false), pointer<T>(address(1), false), pointer<T>(address(2), false)};
 }
 
 // Calls f(float{}) or f(double{}); f takes what it needs of Python objects before it releases the lock.
@@ -89,18 +106,16 @@ void cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py:
 }
 
 void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                              Pointer rows, Pointer grad_rows, Pointer grad_p_means, Pointer grad_p_variances,
-                              Pointer grad_q_means, Pointer grad_q_variances, Pointer grad_q_log_weights, int threads) {
+                              Pointer rows, Pointer grad_rows, const py::tuple& grad_p, const py::tuple& grad_q,
+                              int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     const T* const values = pointer<const T>(rows, batch > 0);
     const T* const grads = pointer<const T>(grad_rows, batch > 0);
-    const SideGradients<T> grad_p{pointer<T>(grad_p_means, false), pointer<T>(grad_p_variances, false)};
-    const SideGradients<T> grad_q{pointer<T>(grad_q_means, false), pointer<T>(grad_q_variances, false),
-                                  pointer<T>(grad_q_log_weights, false)};
+    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
-    cpu::overlap_lse_backward(problem, values, grads, grad_p, grad_q, threads);
+    cpu::overlap_lse_backward(problem, values, grads, to_p, to_q, threads);
   });
 }
 
@@ -115,16 +130,41 @@ void cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Poi
 }
 
 void cpu_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer grad_values,
-                               Pointer grad_means, Pointer grad_variances, Pointer grad_log_weights, int threads) {
+                               const py::tuple& grad, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Mixture<T> side = mixture<T>(p, dim);
     const double* const saved = pointer<const double>(values, side.batch > 0);
     const T* const grads = pointer<const T>(grad_values, side.batch > 0);
-    const SideGradients<T> grad{pointer<T>(grad_means, false), pointer<T>(grad_variances, false),
-                                pointer<T>(grad_log_weights, false)};
+    const SideGradients<T> to_p = side_gradients<T>(grad);
     const py::gil_scoped_release unlocked;
-    cpu::self_overlap_backward(dim, side, saved, grads, grad, threads);
+    cpu::self_overlap_backward(dim, side, saved, grads, to_p, threads);
+  });
+}
+
+void cpu_cs_divergence_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                               Pointer divergence, const py::tuple& saved, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    T* const out = pointer<T>(divergence, batch > 0);
+    const cpu::Overlaps<T> terms = overlaps<T>(saved);
+    const py::gil_scoped_release unlocked;
+    cpu::cs_divergence_forward(problem, out, terms, threads);
+  });
+}
+
+void cpu_cs_divergence_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                                Pointer grad, const py::tuple& saved, const py::tuple& grad_p, const py::tuple& grad_q,
+                                int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    const T* const grads = pointer<const T>(grad, batch > 0);
+    const cpu::Overlaps<T> terms = overlaps<T>(saved);
+    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
+    const py::gil_scoped_release unlocked;
+    cpu::cs_divergence_backward(problem, grads, terms, to_p, to_q, threads);
   });
 }
 
@@ -140,16 +180,14 @@ void cpu_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tu
 }
 
 void cpu_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                           Pointer grad_logits, Pointer grad_p_means, Pointer grad_p_variances, Pointer grad_q_means,
-                           Pointer grad_q_variances, int threads) {
+                           Pointer grad_logits, const py::tuple& grad_p, const py::tuple& grad_q, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     const T* const grads = pointer<const T>(grad_logits, batch > 0);
-    const SideGradients<T> grad_p{pointer<T>(grad_p_means, false), pointer<T>(grad_p_variances, false)};
-    const SideGradients<T> grad_q{pointer<T>(grad_q_means, false), pointer<T>(grad_q_variances, false)};
+    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
-    cpu::pairwise_backward(problem, grads, grad_p, grad_q, threads);
+    cpu::pairwise_backward(problem, grads, to_p, to_q, threads);
   });
 }
 
@@ -182,6 +220,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_overlap_lse_backward", &cpu_overlap_lse_backward);
   module.def("cpu_self_overlap_forward", &cpu_self_overlap_forward);
   module.def("cpu_self_overlap_backward", &cpu_self_overlap_backward);
+  module.def("cpu_cs_divergence_forward", &cpu_cs_divergence_forward);
+  module.def("cpu_cs_divergence_backward", &cpu_cs_divergence_backward);
   module.def("cpu_pairwise_forward", &cpu_pairwise_forward);
   module.def("cpu_pairwise_backward", &cpu_pairwise_backward);
   module.def("cpu_assign", &cpu_assign);

@@ -12,8 +12,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than ten seconds")
-    config.addinivalue_line("markers", "backend(name): restricted to one backend")
     # torch.empty is filled with NaN in this mode, so that an output that was never written shows.
     torch.use_deterministic_algorithms(True)
 
@@ -22,8 +20,3 @@ def pytest_configure(config: pytest.Config) -> None:
 def _reproducible() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)

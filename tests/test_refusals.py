@@ -1,4 +1,4 @@
-"""Arguments that are refused, backends that are not there, and the surroundings of a call: threads, forks, no gradients."""
+"""Arguments that are refused, backends that are not there, and what surrounds a call: threads, workers, forks."""
 
 import math
 import os
@@ -32,11 +32,17 @@ def factors(*shape: int) -> Tensor:
     return torch.eye(3).expand(*shape, 3, 3).clone()
 
 
-@pytest.mark.parametrize("wrong", [("upper", (2, 0, 2), 0.5), ("zero", (2, 1, 1), 0.0), ("negative", (2, 1, 1), -1.0), ("nan", (2, 1, 1), math.nan)], ids=lambda w: w[0])
+@pytest.mark.parametrize(
+    "wrong",
+    [("upper", (2, 0, 2), 0.5), ("zero", (2, 1, 1), 0.0), ("negative", (2, 1, 1), -1.0), ("nan", (2, 1, 1), math.nan)],
+    ids=lambda w: w[0],
+)
 def test_scale_tril_that_is_no_cholesky_factor(wrong: tuple[str, tuple[int, ...], float]) -> None:
     matrices = factors(4)
     matrices[wrong[1]] = wrong[2]
-    with pytest.raises(ValueError, match=r"scale_tril: lower triangular with a positive diagonal expected, component \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"scale_tril: lower triangular with a positive diagonal expected, component \(2,\)"
+    ):
         GaussianMixture(torch.zeros(4, 3), scale_tril=matrices)
     with pytest.raises(ValueError, match=r"component \(1, 2\) is not"):
         GaussianMixture(torch.zeros(2, 4, 3), scale_tril=torch.stack([factors(4), matrices]))
@@ -68,9 +74,9 @@ def test_exactly_one_covariance_and_at_most_one_weight() -> None:
     means, one, eye = torch.zeros(4, 3), torch.ones(1, 1), factors(1)
     with pytest.raises(ValueError, match="exactly one of variances, scale_tril, covariance_matrix expected, got none"):
         GaussianMixture(means)
-    with pytest.raises(ValueError, match="exactly one of .* got variances and scale_tril"):
+    with pytest.raises(ValueError, match=r"exactly one of .* got variances and scale_tril"):
         GaussianMixture(means, one, scale_tril=eye)
-    with pytest.raises(ValueError, match="exactly one of .* got scale_tril and covariance_matrix"):
+    with pytest.raises(ValueError, match=r"exactly one of .* got scale_tril and covariance_matrix"):
         GaussianMixture(means, scale_tril=eye, covariance_matrix=eye)
     with pytest.raises(ValueError, match="at most one of log_weights and logits"):
         GaussianMixture(means, one, torch.zeros(4), logits=torch.zeros(4))
@@ -143,7 +149,9 @@ def test_unknown_names_list_the_valid_ones() -> None:
         lambda: p.assign(p.means, backend="foo"),
         lambda: csdiv.nn.CSDivergenceLoss(backend="foo"),
     ):
-        with pytest.raises(ValueError, match="backend: one of 'auto', 'reference', 'cpu', 'cuda', 'triton' expected, got 'foo'"):
+        with pytest.raises(
+            ValueError, match="backend: one of 'auto', 'reference', 'cpu', 'cuda', 'triton' expected, got 'foo'"
+        ):
             call()
     with pytest.raises(ValueError, match="reduction: one of 'none', 'mean', 'sum' expected, got 'avg'"):
         csdiv.nn.CSDivergenceLoss("avg")
@@ -201,8 +209,9 @@ import os, signal, sys, torch, csdiv
 from csdiv import testing
 torch.set_num_threads(2)
 p, q = (testing.random_mixture(600, 8).map(lambda t: t.requires_grad_()) for _ in range(2))
+entry = getattr(csdiv, sys.argv[3])
 def work():
-    value = csdiv.cs_divergence(p, q, backend=sys.argv[1])
+    value = entry(p, q, backend=sys.argv[1]).sum()
     return torch.cat([value[None], torch.autograd.grad(value, p.means)[0].flatten()])
 before = work()
 child = os.fork()
@@ -218,10 +227,10 @@ assert torch.equal(work(), before)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_fork_after_a_parallel_call(backend: str, threads: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FORK, backend, threads], timeout=60, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("entry", ["cs_divergence", "log_overlap", "component_log_overlap"])
+def test_fork_after_a_parallel_call(entry: str, backend: str, threads: str) -> None:
+    command = [sys.executable, "-c", _FORK, backend, threads, entry]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -73,7 +73,7 @@ class _Pair:
         return -0.5 * (0.5 * _LOG_2 * exponent + self.dim * _LOG_2PI)
 
     def new(self, *shape: int) -> Tensor:
-        return self.p.means.new_empty(*self.batch, *shape)
+        return self.p.means.new_empty((*self.batch, *shape))
 
 
 def _batch_index(own: torch.Size, batch: torch.Size) -> Tensor | None:
@@ -99,81 +99,56 @@ class _Gradients:
     """Gradient arrays of one side, allocated where wanted and summed to the shape of the tensors."""
 
     def __init__(self, side: _Side, tensors: Tensors, needs: Sequence[bool]) -> None:
-        full = (side.means, side.variances, side.means[..., 0])
-        self._tensors, self._needs = tensors, needs
-        self.arrays = [
-            torch.empty(f.shape, dtype=f.dtype) if need else None for f, need in zip(full, needs, strict=False)
-        ]
+        full = (side.means.shape, side.variances.shape, side.means.shape[:-1])
+        self._tensors = tensors
+        self._arrays = [side.means.new_empty(f) if need else None for f, need in zip(full, needs, strict=False)]
 
     def pointers(self) -> tuple[int, ...]:
-        return tuple(0 if a is None else a.data_ptr() for a in self.arrays)
-
-    def __bool__(self) -> bool:
-        return any(self._needs)
+        """(means, variances, log_weights), 0 where not wanted."""
+        pointers = [0 if a is None else a.data_ptr() for a in self._arrays]
+        return (*pointers, *(0,) * (3 - len(pointers)))
 
     def results(self) -> list[Tensor]:
-        return [
-            a.sum_to_size(t.shape) if a.shape != t.shape else a
-            for a, t in zip(self.arrays, self._tensors, strict=True)
-            if a is not None and t is not None
-        ]
+        wanted = [(a, t) for a, t in zip(self._arrays, self._tensors, strict=True) if a is not None]
+        return [a if a.shape == t.shape else a.sum_to_size(t.shape) for a, t in wanted]
 
 
 def overlap_lse_forward(
     p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances, q_log_weights))
-    rows = _rows(pair)
+    rows = pair.new(pair.n)
+    _C.cpu_overlap_lse_forward(*pair.arguments(), rows.data_ptr(), torch.get_num_threads())
     return rows, (pair.offset() + pair.q.log_uniform(q_log_weights)).unsqueeze(-1)
 
 
-def _rows(pair: _Pair) -> Tensor:
-    rows = pair.new(pair.n)
-    _C.cpu_overlap_lse_forward(*pair.arguments(), rows.data_ptr(), torch.get_num_threads())
-    return rows
-
-
 def overlap_lse_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
-    p_means, p_variances, q_means, q_variances, q_log_weights = tensors
-    pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances, q_log_weights))
+    pair = _Pair(_side(*tensors[:2]), _side(*tensors[2:]))
     grad_p, grad_q = _Gradients(pair.p, tensors[:2], needs[:2]), _Gradients(pair.q, tensors[2:], needs[2:])
-    _rows_backward(pair, value, grad, grad_p, grad_q)
-    return grad_p.results() + grad_q.results()
-
-
-def _rows_backward(pair: _Pair, rows: Tensor, grad_rows: Tensor, grad_p: _Gradients, grad_q: _Gradients) -> None:
-    rows, grad_rows = rows.contiguous(), grad_rows.contiguous()
+    rows, grad = value.contiguous(), grad.contiguous()
     _C.cpu_overlap_lse_backward(
         *pair.arguments(),
         rows.data_ptr(),
-        grad_rows.data_ptr(),
-        *grad_p.pointers()[:2],
-        *grad_q.pointers(),
+        grad.data_ptr(),
+        grad_p.pointers(),
+        grad_q.pointers(),
         torch.get_num_threads(),
     )
+    return grad_p.results() + grad_q.results()
 
 
 def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     p = _side(means, variances, log_weights)
-    return _self_value(p), _Pair(p, p).offset() + 2.0 * p.log_uniform(log_weights)
-
-
-def _self_value(p: _Side) -> Tensor:
-    value = torch.empty(p.own, dtype=torch.float64)
+    value = p.means.new_empty(p.own, dtype=torch.float64)
     _C.cpu_self_overlap_forward(
         p.means.itemsize, p.means.shape[-1], _pointers(p), value.data_ptr(), torch.get_num_threads()
     )
-    return value
+    return value, _Pair(p, p).offset() + 2.0 * p.log_uniform(log_weights)
 
 
 def self_overlap_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
     p = _side(*tensors)
     grads = _Gradients(p, tensors, needs)
-    _self_backward(p, value, grad, grads)
-    return grads.results()
-
-
-def _self_backward(p: _Side, value: Tensor, grad: Tensor, grads: _Gradients) -> None:
     value, grad = value.contiguous(), grad.to(p.means.dtype).contiguous()
     _C.cpu_self_overlap_backward(
         p.means.itemsize,
@@ -181,9 +156,10 @@ def _self_backward(p: _Side, value: Tensor, grad: Tensor, grads: _Gradients) -> 
         _pointers(p),
         value.data_ptr(),
         grad.data_ptr(),
-        *grads.pointers(),
+        grads.pointers(),
         torch.get_num_threads(),
     )
+    return grads.results()
 
 
 def cs_divergence_forward(
@@ -196,44 +172,28 @@ def cs_divergence_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # Offsets are not needed: −E_pq + ½ E_pp + ½ E_qq = 0, since E_pq = ½ (E_pp + E_qq); constants cancel as well.
     pair = _Pair(_side(p_means, p_variances, p_log_weights), _side(q_means, q_variances, q_log_weights))
-    rows = _rows(pair)
-    pq = _weighted_lse(rows.double(), p_log_weights)
-    pp, qq = _self_value(pair.p), _self_value(pair.q)
-    return (0.5 * (pp + qq) - pq).to(rows.dtype), rows, pq, pp, qq
-
-
-def _weighted_lse(rows: Tensor, log_weights: Tensor | None) -> Tensor:
-    """LSE_i (log a_i + ℓ_i); a component of weight zero is left out, whatever its ℓ_i."""
-    if log_weights is not None:
-        rows = torch.where(log_weights == -math.inf, -math.inf, rows + log_weights)
-    return rows.logsumexp(-1)
+    value, rows = pair.new(), pair.new(pair.n)
+    pq, pp, qq = (value.new_empty(shape, dtype=torch.float64) for shape in (pair.batch, pair.p.own, pair.q.own))
+    saved = (rows, pq, pp, qq)
+    _C.cpu_cs_divergence_forward(
+        *pair.arguments(), value.data_ptr(), tuple(t.data_ptr() for t in saved), torch.get_num_threads()
+    )
+    return value, *saved
 
 
 def cs_divergence_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
-    p_log_weights = tensors[2]
-    rows, pq, pp, qq = saved
     pair = _Pair(_side(*tensors[:3]), _side(*tensors[3:]))
-    # Shares of the rows in V(p, q), times −grad: equation (5) for the outer sum.
-    logits = rows.double() if p_log_weights is None else rows.double() + p_log_weights
-    share = torch.where(logits == -math.inf, 0.0, (logits - pq.unsqueeze(-1)).exp())
-    if p_log_weights is not None:
-        share = share.masked_fill(p_log_weights == -math.inf, 0.0)
-    grad_rows = (share * -grad.unsqueeze(-1)).to(rows.dtype)
-
-    grads, self_grads = [], []
-    for side, value, part in ((pair.p, pp, slice(0, 3)), (pair.q, qq, slice(3, 6))):
-        grads.append(_Gradients(side, tensors[part], needs[part]))
-        self_grads.append(_Gradients(side, tensors[part], needs[part]))
-        if any(needs[part]):
-            _self_backward(side, value, 0.5 * grad.sum_to_size(side.own), self_grads[-1])
-    _rows_backward(pair, rows, grad_rows, *grads)
-    if needs[2]:
-        grads[0].arrays[2] = grad_rows.sum_to_size(pair.p.means.shape[:-1])
-    return [
-        g.add_(s)
-        for grad_, self_ in zip(grads, self_grads, strict=True)
-        for g, s in zip(grad_.results(), self_.results(), strict=True)
-    ]
+    grad_p, grad_q = _Gradients(pair.p, tensors[:3], needs[:3]), _Gradients(pair.q, tensors[3:], needs[3:])
+    grad, saved = grad.contiguous(), [t.contiguous() for t in saved]
+    _C.cpu_cs_divergence_backward(
+        *pair.arguments(),
+        grad.data_ptr(),
+        tuple(t.data_ptr() for t in saved),
+        grad_p.pointers(),
+        grad_q.pointers(),
+        torch.get_num_threads(),
+    )
+    return grad_p.results() + grad_q.results()
 
 
 def pairwise_forward(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor) -> Tensor:
@@ -244,12 +204,11 @@ def pairwise_forward(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_va
 
 
 def pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
-    p_means, p_variances, q_means, q_variances = tensors
-    pair = _Pair(_side(p_means, p_variances), _side(q_means, q_variances))
+    pair = _Pair(_side(*tensors[:2]), _side(*tensors[2:]))
     grad_p, grad_q = _Gradients(pair.p, tensors[:2], needs[:2]), _Gradients(pair.q, tensors[2:], needs[2:])
     grad = grad.contiguous()
     _C.cpu_pairwise_backward(
-        *pair.arguments(), grad.data_ptr(), *grad_p.pointers(), *grad_q.pointers(), torch.get_num_threads()
+        *pair.arguments(), grad.data_ptr(), grad_p.pointers(), grad_q.pointers(), torch.get_num_threads()
     )
     return grad_p.results() + grad_q.results()
 

@@ -88,9 +88,8 @@ class VAE(Autoencoder):
     """Variational autoencoder: prior N(0, I), divergence KL(q(z|x) || N(0, I)); λ is the β of a β-VAE."""
 
     def prior_mixture(self) -> GaussianMixture:
-        weight = next(self.decoder.parameters())
-        dim = weight.shape[-1]
-        return GaussianMixture(weight.new_zeros(1, dim), weight.new_ones(1, 1))
+        like = next(self.parameters())
+        return GaussianMixture(like.new_zeros(1, self.encoder.latent_dim), like.new_ones(1, 1))
 
     def divergence(self, means: Tensor, log_variances: Tensor) -> Tensor:
         return 0.5 * (means**2 + log_variances.exp() - log_variances - 1).sum(-1)

@@ -19,7 +19,7 @@ from csdiv.models.autoencoder import Autoencoder
 from csdiv.models.data import ImageData
 from csdiv.models.evaluation import Evaluation, merge_components
 
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw_images(
@@ -57,14 +57,13 @@ def embed(codes: Tensor, prior: GaussianMixture) -> tuple[np.ndarray, np.ndarray
 
 def draw_codes(ax: Axes, xy: np.ndarray, values: Tensor, colours: np.ndarray, names: Sequence[str] = ()) -> None:
     """Mapped codes (n, 2) coloured by an integer value, (n,); ``names`` of the values make a legend."""
-    ax.scatter(*xy.T, s=9, color=colours[values.cpu()], linewidths=0)
+    ax.scatter(xy[:, 0], xy[:, 1], s=9, color=colours[values.cpu()], linewidths=0)
     for name, colour in zip(names, colours, strict=False):
         ax.scatter([], [], s=30, color=colour, label=name)
     if names:
         ax.legend(title="label", fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set_xlabel("t-SNE 1 (no unit; distances are not preserved)")
-    ax.set_ylabel("t-SNE 2")
-    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_xlabel("t-SNE 1 (no unit)")
+    ax.set_ylabel("t-SNE 2 (no unit)")
 
 
 def draw_thumbnails(ax: Axes, xy: np.ndarray, images: Tensor, shape: tuple[int, int], colours: np.ndarray) -> None:
@@ -97,7 +96,7 @@ def draw_curve(ax: Axes, history: list[dict[str, Any]], term: str) -> None:
 def save_figures(
     directory: Path, model: Autoencoder, data: ImageData, evaluation: Evaluation, history: list[dict[str, Any]]
 ) -> dict[str, str]:
-    """Writes the PNG files of a run and returns {file name: caption}.
+    """Writes the PNG files of a run and returns {file name: caption}, overview.png aside, which repeats the others.
 
     Samples are drawn from the prior with torch's generator seeded, so the figures of one model are the same.
     """
@@ -117,14 +116,14 @@ def save_figures(
         captions[name] = caption
 
     with rc_context(STYLE):
-        figure = Figure((11, 4), layout="constrained")
-        left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-        draw_images(left, samples[:80], shape, 10)
+        figure = Figure((11, 2.9), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        draw_images(left, samples[:60], shape, 10)
         draw_prototypes(middle, model, shape)
         draw_codes(right, codes_xy, data.test.labels, palette, classes)
         for ax, title in ((left, "samples"), (middle, "component prototypes and weights"), (right, "test codes")):
             ax.set_title(title)
-        save("overview.png", figure, "Samples, component prototypes and the latent space at a glance.")
+        figure.savefig(directory / "overview.png", dpi=150)
 
         figure = Figure((8, 6), layout="constrained")
         draw_images(figure.subplots(), samples, shape, 12)
@@ -148,7 +147,7 @@ def save_figures(
         draw_thumbnails(right, means_xy, prototypes, shape, colours)
         left.set_title("test codes by label")
         right.set_title("test codes by component, prototypes at the component means")
-        save("latent.png", figure, "Latent space: a t-SNE map of the test codes' means, by label and by component.")
+        save("latent.png", figure, "Latent space: a t-SNE map of the test codes; it keeps neighbours, not distances.")
 
         figure = Figure((11, 3.2), layout="constrained")
         for ax, term in zip(figure.subplots(1, 3), ("loss", "reconstruction", "divergence"), strict=True):

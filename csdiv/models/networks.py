@@ -23,6 +23,7 @@ class GaussianEncoder(nn.Module):
 
     def __init__(self, input_dim: int, latent_dim: int, hidden_dims: Sequence[int] = (256, 256)) -> None:
         super().__init__()
+        self.latent_dim = latent_dim
         self.layers = _perceptron([input_dim, *hidden_dims, 2 * latent_dim])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

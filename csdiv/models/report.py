@@ -39,6 +39,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #eee; }
 th { font-weight: 500; }
 td { overflow-wrap: anywhere; }
+@media screen and (max-width: 40rem) { figure { overflow-x: auto; } img { width: 44rem; max-width: none; } }
 @media print { body { max-width: none; font-size: 11pt; } }
 </style>
 </head>
@@ -65,10 +66,10 @@ in each training step and once with a fixed seed for validation and test, so tha
 The weights are those of the lowest validation loss. The negative log likelihood is importance-sampled with the proposal
 0.5 N(m, s) + 0.3 N(m, 2s) + 0.2 N(m, 4s), where N(m, s) is the encoder's code: an upper bound in expectation, close
 where the effective sample size is large. An image belongs to the component of largest posterior weight of its code.
-Which label a cluster stands for is decided on the training images: each cluster's majority (many-to-one) or, where there
-are as many clusters as labels, the best matching that uses each label once (one-to-one). Components are merged by their
-overlaps, without labels. The divergence's share is the median time of its forward and backward pass, alone, over that
-of a whole step."""
+Which label a cluster stands for is decided on the training images: each cluster's majority (many-to-one) or, where
+there are as many clusters as labels, the best matching that uses each label once (one-to-one). Components are merged by
+their overlaps, without labels. The divergence's share is the median time of its forward and backward pass, alone, over
+that of a whole step."""
 
 
 def score_rows(evaluation: Evaluation, seconds: float) -> Rows:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from csdiv.models import report
 from csdiv.models.config import TrainConfig
 from csdiv.models.data import load_digits
@@ -13,11 +11,10 @@ from csdiv.models.training import FIGURES, REPORT, train
 
 
 def train_and_report(config: TrainConfig) -> None:
-    """Trains on the digits, fills ``config.output_dir`` and prints the scores. Sets torch's number of threads.
+    """Trains on the digits, fills ``config.output_dir`` and prints the scores.
 
     Raises: see :func:`csdiv.models.training.train`.
     """
-    torch.set_num_threads(config.num_threads)
     data = load_digits()
     result = train(config, data)
     evaluation = evaluate(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from tqdm import tqdm
 
 from csdiv.models import checkpoint
 from csdiv.models.autoencoder import CSRAE, VAE, AutoencoderOutput
@@ -56,7 +56,8 @@ class TensorBatches:
 class CSRAETraining(LightningModule):
     """Trains a CSRAE: VAE warm-up, k-means on the codes, then the model itself.
 
-    The warm-up is a β-VAE of the same encoder and decoder, β = ``config.warmup_weight``. Images are binarised anew in each step.
+    The warm-up is a β-VAE of the same encoder and decoder, β = ``config.warmup_weight``.
+    Images are binarised anew in each step.
 
     Args:
         model: the CSRAE; used as it is, without Lightning, afterwards.
@@ -75,13 +76,10 @@ class CSRAETraining(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == self.config.warmup_epochs:
-            x = binarize(self.train_images, TRAIN_SEED).to(self.device)
-            initialize_from_codes_(
-                self.model.prior,
-                self.model.encode(x),
-                variance_floor=self.config.variance_floor,
-                seed=self.config.seed,
-            )
+            with torch.no_grad():
+                means, log_variances = self.model.encoder(binarize(self.train_images, TRAIN_SEED).to(self.device))
+            floor, seed = self.config.variance_floor, self.config.seed
+            initialize_from_codes_(self.model.prior, means, log_variances.exp(), variance_floor=floor, seed=seed)
 
     def training_step(self, images: Tensor, batch_index: int) -> Tensor:
         return self._step("train", torch.bernoulli(images))
@@ -110,7 +108,7 @@ class CSRAETraining(LightningModule):
             f"smallest variance of a code {code:.3g}, of the prior {prior:.3g}; a smaller learning rate may help"
         )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)
         steps = self.config.epochs * -(-len(self.train_images) // self.config.batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.learning_rate, steps, pct_start=0.1)
@@ -137,18 +135,25 @@ class RunFiles(Callback):
 class EpochBar(ProgressBar):
     """One progress bar over all epochs, with the parts of the loss."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        columns = TextColumn("{task.completed}/{task.total} epochs"), BarColumn(16), TimeRemainingColumn()
+        self.bar = Progress(*columns, TextColumn("{task.fields[terms]}"))
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        interval = 0.2 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=trainer.max_epochs, unit="epoch", mininterval=interval, maxinterval=interval)
+        self.task = self.bar.add_task("", total=trainer.max_epochs, terms="")
+        self.bar.start()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         values = trainer.callback_metrics
-        parts = {name: f"{values[f'train_{name}']:.2f}" for name in ("reconstruction", "divergence")}
-        self.bar.set_postfix(validation=f"{values['validation_loss']:.2f}", **parts, refresh=False)
-        self.bar.update()
+        terms = ", ".join(f"{name} {values[f'train_{name}']:.2f}" for name in ("reconstruction", "divergence"))
+        self.bar.update(self.task, advance=1, terms=terms)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.bar.close()
+        self.bar.stop()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self.bar.stop()
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,8 @@ def prepare_output_dir(directory: Path, overwrite: bool) -> None:
 def train(config: TrainConfig, data: ImageData) -> TrainResult:
     """Trains a CSRAE and writes metrics.jsonl, config.json and model.safetensors to ``config.output_dir``.
 
-    Seeds torch's global generator: the same configuration gives the same curve on the same machine and versions.
+    Seeds torch's global generator and sets its number of threads: the same configuration gives the same
+    curve on the same machine and versions.
 
     Raises:
         FileExistsError: see :func:`prepare_output_dir`.
@@ -188,6 +194,7 @@ def train(config: TrainConfig, data: ImageData) -> TrainResult:
     if len(images) < config.num_components:
         raise ValueError(f"num_components: at most {len(images)}, one per image, expected, got {config.num_components}")
     prepare_output_dir(config.output_dir, config.overwrite)
+    torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     model = checkpoint.build_csrae(**checkpoint.model_options(config, images.shape[-1]))
     checkpoint.save_config(config.output_dir, config, images.shape[-1])
@@ -203,11 +210,13 @@ def train(config: TrainConfig, data: ImageData) -> TrainResult:
         callbacks=[RunFiles(config.output_dir), EpochBar()],
     )
     start = time.perf_counter()
-    trainer.fit(
-        CSRAETraining(model, images, config),
-        TensorBatches(images, config.batch_size, torch.Generator().manual_seed(config.seed)),
-        TensorBatches(binarize(data.validation.images, VALIDATION_SEED), config.batch_size),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning's use of torch
+        trainer.fit(
+            CSRAETraining(model, images, config),
+            TensorBatches(images, config.batch_size, torch.Generator().manual_seed(config.seed)),
+            TensorBatches(binarize(data.validation.images, VALIDATION_SEED), config.batch_size),
+        )
     seconds = time.perf_counter() - start
     history = [json.loads(line) for line in (config.output_dir / METRICS).read_text().splitlines()]
     return TrainResult(checkpoint.load_model(config.output_dir), history, seconds)

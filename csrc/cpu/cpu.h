@@ -6,19 +6,22 @@
 
 namespace csdiv::cpu {
 
-// Each null: not wanted. Every other one is overwritten.
+// Each null: not wanted. Every other one is overwritten, or added to.
 template <class T>
 struct SideGradients {
   T* means = nullptr;         // (batch, n, dim) of the side
   T* variances = nullptr;     // (batch, n, dim)
   T* log_weights = nullptr;   // (batch, n)
+  bool add = false;
+
+  bool wanted() const { return means || variances || log_weights; }
 };
 
 // rows[b, i] = LSE_j logit_ij.
 template <class T>
 void overlap_lse_forward(const Problem<T>& problem, T* rows, int threads);
 
-// Gradients of sum_bi grad_rows[b, i] rows[b, i]; grad_p.log_weights is not offered.
+// Gradients of sum_bi grad_rows[b, i] (log a_i + rows[b, i]).
 template <class T>
 void overlap_lse_backward(const Problem<T>& problem, const T* rows, const T* grad_rows, const SideGradients<T>& grad_p,
                           const SideGradients<T>& grad_q, int threads);
@@ -30,6 +33,23 @@ void self_overlap_forward(int64_t dim, const Mixture<T>& p, double* values, int 
 template <class T>
 void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* values, const T* grad_values,
                            const SideGradients<T>& grad, int threads);
+
+// What the divergence is made of, and its gradients again: rows (batch, n) and the logarithms of the three overlaps.
+template <class T>
+struct Overlaps {
+  T* rows;
+  double* pq;   // (batch)
+  double* pp;   // (p.batch)
+  double* qq;   // (q.batch)
+};
+
+// divergence[b] = (pp + qq) / 2 - pq. The scales cancel: E_pq = (E_pp + E_qq) / 2.
+template <class T>
+void cs_divergence_forward(const Problem<T>& problem, T* divergence, const Overlaps<T>& overlaps, int threads);
+
+template <class T>
+void cs_divergence_backward(const Problem<T>& problem, const T* grad, const Overlaps<T>& overlaps,
+                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
 
 // logits[b, i, j], without weights.
 template <class T>

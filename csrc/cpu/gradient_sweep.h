@@ -70,8 +70,8 @@ class GradientSweep {
         fill_(fill),
         dim_(problem.dim),
         packed_(problem, log_weights, sweep_stripe_columns(problem.q.n), threads),
-        rows_wanted_(grad_p.means || grad_p.variances || grad_p.log_weights),
-        columns_wanted_(grad_q.means || grad_q.variances || grad_q.log_weights),
+        rows_wanted_(grad_p.wanted()),
+        columns_wanted_(grad_q.wanted()),
         partition_(choose_partition(problem.p.n, problem.q.n, num_row_tiles(problem), packed_.stripes(), rows_wanted_,
                                     columns_wanted_)),
         row_size_(rows_wanted_ ? problem.p.batch * problem.p.n * (2 * dim_ + 1) : 0),
@@ -172,14 +172,21 @@ class GradientSweep {
     });
   }
 
+  // Sets or adds; `out` is null where the gradient is not wanted.
+  static void write(const SideGradients<T>& side, T* out, int64_t k, double value) {
+    if (out) out[k] = T(side.add ? out[k] + value : value);
+  }
+
   // Equations (5): delta = mu - nu, so the means of p take the minus sign.
   void write_rows() {
     const int64_t n = problem_.p.n, size = n * dim_;
     parallel_for(problem_.p.batch, threads_, [&](int64_t item) {
       const double* const sums = row_sums(0, item);
-      for (int64_t k = 0; grad_p_.means && k < size; ++k) grad_p_.means[item * size + k] = T(-sums[k]);
-      for (int64_t k = 0; grad_p_.variances && k < size; ++k) grad_p_.variances[item * size + k] = T(0.5 * sums[size + k]);
-      for (int64_t i = 0; grad_p_.log_weights && i < n; ++i) grad_p_.log_weights[item * n + i] = T(sums[2 * size + i]);
+      for (int64_t k = 0; k < size; ++k) {
+        write(grad_p_, grad_p_.means, item * size + k, -sums[k]);
+        write(grad_p_, grad_p_.variances, item * size + k, 0.5 * sums[size + k]);
+      }
+      for (int64_t i = 0; i < n; ++i) write(grad_p_, grad_p_.log_weights, item * n + i, sums[2 * size + i]);
     });
   }
 
@@ -191,10 +198,10 @@ class GradientSweep {
       for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
         const int64_t k = item * problem_.q.n + s * width + j;
         for (int64_t d = 0; d < dim_; ++d) {
-          if (grad_q_.means) grad_q_.means[k * dim_ + d] = T(sums[d * stride + j]);
-          if (grad_q_.variances) grad_q_.variances[k * dim_ + d] = T(0.5 * sums[(dim_ + d) * stride + j]);
+          write(grad_q_, grad_q_.means, k * dim_ + d, sums[d * stride + j]);
+          write(grad_q_, grad_q_.variances, k * dim_ + d, 0.5 * sums[(dim_ + d) * stride + j]);
         }
-        if (grad_q_.log_weights) grad_q_.log_weights[k] = T(sums[2 * dim_ * stride + j]);
+        write(grad_q_, grad_q_.log_weights, k, sums[2 * dim_ * stride + j]);
       }
     });
   }

@@ -21,7 +21,7 @@ void self_overlap_forward(int64_t dim, const Mixture<T>& p, double* values, int 
   threads = useful_threads(problem, threads);
   const TileKernels<T>& kernels = tile_kernels<T>();
   const PackedColumns<T> columns(problem, LogWeights::kKept, kStripeColumns, threads);
-  const int64_t n = p.n, tiles = num_row_tiles(problem), lanes = kernels.lanes;
+  const int64_t tiles = num_row_tiles(problem), lanes = kernels.lanes;
   AlignedArray<LogSumExp> partial(p.batch * tiles);
 
   // Row i against columns j >= i. Pairs j > i count twice; those of a tile before its diagonal are taken out.

@@ -1,0 +1,136 @@
+"""The CPU kernels as a machine part: instruction sets, threads, fork, argument checks; results: test_contract.py."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+import csdiv
+from csdiv import _C
+from csdiv.testing import random_mixture
+
+
+@pytest.fixture
+def isa():
+    """Sets an instruction set; the widest comes back afterwards."""
+    widest = _C.cpu_isa()
+    yield _C.cpu_set_isa
+    _C.cpu_set_isa(widest)
+
+
+def supported_isas():
+    widest = _C.cpu_isa()
+    names = []
+    for name in _C.cpu_isas():
+        try:
+            _C.cpu_set_isa(name)
+        except ValueError as error:
+            assert "does not support" in str(error)  # noqa: PT017
+        else:
+            names.append(name)
+    _C.cpu_set_isa(widest)
+    return names
+
+
+def results(p, q):
+    tensors = [
+        t.clone().requires_grad_() for t in (p.means, p.variances, p.log_weights, q.means, q.variances, q.log_weights)
+    ]
+    left, right = csdiv.GaussianMixture(*tensors[:3]), csdiv.GaussianMixture(*tensors[3:])
+    values = [
+        csdiv.cs_divergence(left, right, backend="cpu"),
+        csdiv.component_log_overlap(left, right, backend="cpu"),
+        csdiv.pairwise_log_overlap(left, right, backend="cpu"),
+    ]
+    grads = torch.autograd.grad([v.sum() for v in values], tensors)
+    return [*values, *grads, left.assign(right, backend="cpu")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decades", [0.3, 12.0])  # the shared-reciprocal form, and the exact one
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (17, 33, 5), (16, 256, 4), (40, 300, 9), (33, 513, 64)])
+def test_instruction_sets_agree(isa, dtype, decades, n, m, d):
+    generator = torch.Generator().manual_seed(n + m + d)
+    make = {"dtype": dtype, "decades": decades, "generator": generator}
+    p, q = random_mixture(n, d, **make), random_mixture(m, d, **make)
+    names = supported_isas()
+    assert "baseline" in names
+    isa(names[0])
+    expected = results(p, q)
+    for name in names[1:]:
+        isa(name)
+        tolerance = {torch.float32: 2e-5, torch.float64: 1e-13}[dtype]
+        for actual, wanted in zip(results(p, q), expected, strict=True):
+            scale = wanted[wanted.isfinite()].abs().amax() if wanted.isfinite().any() else 1.0
+            assert torch.equal(actual.isfinite(), wanted.isfinite())
+            difference = (actual - wanted)[wanted.isfinite()].abs()
+            assert difference.numel() == 0 or difference.amax() <= tolerance * max(1.0, scale)
+
+
+def test_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match='no instruction set "sse9" was compiled in'):
+        _C.cpu_set_isa("sse9")
+
+
+def _work(seed):
+    generator = torch.Generator().manual_seed(seed)
+    p = random_mixture(600, 8, generator=generator)
+    p = csdiv.GaussianMixture(p.means.requires_grad_(), p.variances, p.log_weights)
+    q = random_mixture(700, 8, generator=generator)
+    value = csdiv.cs_divergence(p, q, backend="cpu")
+    return value.item(), torch.autograd.grad(value, p.means)[0].sum().item()
+
+
+def _child(queue):
+    queue.put(_work(0))
+
+
+def test_fork_after_a_parallel_call_does_not_hang():
+    torch.set_num_threads(2)
+    expected = _work(0)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_child, args=(queue,))
+    child.start()
+    child.join(10)
+    try:
+        assert child.exitcode == 0
+        assert queue.get() == expected
+    finally:
+        child.kill()
+    assert _work(0) == expected  # the parent's threads still work
+
+
+def test_concurrent_callers_get_their_own_results():
+    expected = [_work(seed) for seed in range(4)]
+    found = [None] * 4
+
+    def call(k):
+        for _ in range(3):
+            found[k] = _work(k)
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == expected
+
+
+def test_bad_arguments_are_refused_before_anything_is_read():
+    side = (8, 8, 0, 0, 0, 1, 1)
+    with pytest.raises(ValueError, match="itemsize must be 4 or 8"):
+        _C.cpu_overlap_lse_forward(2, 1, 1, side, side, 8, 1)
+    with pytest.raises(ValueError, match="null"):
+        _C.cpu_overlap_lse_forward(4, 1, 1, (0, *side[1:]), side, 8, 1)
+    with pytest.raises(ValueError, match="too large"):
+        _C.cpu_overlap_lse_forward(4, 1, 2**21, (8, 8, 0, 0, 0, 1, 2**50), side, 8, 1)
+    with pytest.raises(ValueError, match="must be positive"):
+        _C.cpu_overlap_lse_forward(4, 1, 0, side, side, 8, 1)
+    with pytest.raises(ValueError, match="7 fields"):
+        _C.cpu_overlap_lse_forward(4, 1, 1, side[:6], side, 8, 1)
+    with pytest.raises(ValueError, match="index is missing"):
+        _C.cpu_overlap_lse_forward(4, 3, 1, (8, 8, 0, 0, 0, 2, 1), side, 8, 1)

@@ -1,0 +1,56 @@
+"""Every operator of torch.ops.csdiv keeps what torch expects of its schema, its fake and its place below autograd."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import csdiv
+from csdiv import testing
+
+
+def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for each operator of csdiv: plain, and batched with a permuted view and uniform weights."""
+
+    def samples() -> list[tuple[Tensor | None, ...]]:
+        sides = [testing.random_mixture(k, 2, generator=torch.Generator().manual_seed(k)) for k in (3, 4)]
+        plain = tuple(t for side in sides for t in (side.means, side.variances, side.log_weights))
+        batched = [t.expand(2, *t.shape).contiguous() for t in plain]
+        batched[0] = batched[0].mT.contiguous().mT
+        batched[2] = None
+        return [plain, tuple(batched)]
+
+    result: dict[str, list[tuple[Any, ...]]] = {}
+
+    def add(name: str, *arguments: Any) -> Any:
+        result.setdefault(name, []).append((*arguments, backend))
+        return getattr(torch.ops.csdiv, name)(*arguments, backend)
+
+    for t in samples():
+        pm, pv, pw, qm, qv, qw = t
+        rows, _ = add("overlap_lse_forward", pm, pv, qm, qv, qw)
+        add("overlap_lse_backward", rows.cos(), [pm, pv, qm, qv, qw], rows, [True, False, True, True, qw is not None])
+        own, _ = add("self_overlap_forward", pm, pv, pw)
+        add("self_overlap_backward", own.cos(), [pm, pv, pw], own, [True, True, pw is not None])
+        value, *saved = add("cs_divergence_forward", *t)
+        add("cs_divergence_backward", value.cos(), list(t), saved, [True, True, pw is not None, False, True, True])
+        pairs = add("pairwise_forward", pm, pv, qm, qv)
+        add("pairwise_backward", pairs.cos(), [pm, pv, qm, qv], [True, True, False, True])
+        add("assign", pm, pv, qm, qv, qw)
+    return result
+
+
+def test_every_operator_has_samples() -> None:
+    defined = {
+        name.removeprefix("csdiv::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("csdiv::")
+    }
+    assert defined == set(operator_samples("auto"))
+
+
+@pytest.mark.parametrize("backend", csdiv.available_backends())
+def test_opcheck(backend: str) -> None:
+    for name, samples in operator_samples(backend).items():
+        for arguments in samples:
+            results = torch.library.opcheck(getattr(torch.ops.csdiv, name).default, arguments)
+            assert set(results.values()) == {"SUCCESS"}, name
