@@ -3,7 +3,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: train test lint format bench clean
+.PHONY: train test lint format bench figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
 	$(BIN)/csdiv train --output-dir runs/digits --overwrite
@@ -23,7 +23,13 @@ format: .venv/built
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: .venv/built  ## csdiv beside its peers
-	$(BIN)/python -m bench cpu
+	$(BIN)/python -m bench cpu --output bench/results/cpu.json
+
+figures: .venv/built runs/digits/model.safetensors  ## the README's picture
+	$(BIN)/python docs/figures.py
+
+runs/digits/model.safetensors:
+	$(MAKE) train
 
 clean:
 	rm -rf .venv build dist *.egg-info csdiv/_C.*

@@ -105,6 +105,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in info.items()))
     if options.output:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps({"date": date, "machine": info, "records": records}, indent=1) + "\n")
 
 
