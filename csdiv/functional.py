@@ -76,10 +76,7 @@ def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = 
     """
     if q is None:
         p = _widen(as_mixture(p, "p"))
-        if _takes_reference(backend, p):
-            return reference.log_overlap(_components(p), _components(p))
-        value, offset = autograd.self_overlap(backend, *_weighted(p))
-        return value if offset is None else (value + offset).to(p.dtype)
+        return _self_overlap(p, backend).to(p.dtype)
     p, q = _pair(p, q)
     if _takes_reference(backend, p, q):
         return reference.log_overlap(_components(p), _components(q))
@@ -170,26 +167,21 @@ def cs_regularizer(
     prior = as_mixture(prior, "prior")
     dtype = _computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
     log_variances = log_variances.to(dtype)
-    # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is subtracted outside.
-    cap = 85.0 if dtype == torch.float32 else 700.0
-    excess = 0.5 * (log_variances - cap).clamp(min=0.0).sum(-1)
-    codes = GaussianMixture._unchecked(means=means, variances=log_variances.clamp(max=cap).exp())  # B may be 0
-    codes, prior = _pair(codes, prior, "means", "prior")
-    if _takes_reference(backend, codes, prior):
-        cross = reference.overlap_lse(_components(codes), _components(prior)) - excess
-        own = -0.5 * (log_variances + _LOG_4PI).sum(-1)
-        if prior_self_overlap is None:
-            prior_self_overlap = log_overlap(prior, backend=backend)
-        return 0.5 * (own + prior_self_overlap.unsqueeze(-1)) - cross
-
-    cross, offset = autograd.overlap_lse(backend, *_unweighted(codes), *_weighted(prior))
-    # The terms are added in float64, where the scales that cancel among them cost no accuracy.
-    own = -0.5 * (log_variances.double() + _LOG_4PI).sum(-1)
+    # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
+    capped = log_variances.clamp(max=85.0 if dtype == torch.float32 else 700.0)
+    codes, prior = _pair(GaussianMixture(means, capped.exp()), prior, "means", "prior")
     if prior_self_overlap is None:
-        value, prior_offset = autograd.self_overlap(backend, *_weighted(prior))
-        prior_self_overlap = value if prior_offset is None else value + prior_offset
-    cross = cross.double() if offset is None else cross + offset
-    return (0.5 * (own + prior_self_overlap.unsqueeze(-1)) - (cross - excess)).to(dtype)
+        prior_self_overlap = _self_overlap(prior, backend)
+    if _takes_reference(backend, codes, prior):
+        cross = reference.overlap_lse(_components(codes), _components(prior)).double()
+    else:
+        value, offset = autograd.overlap_lse(backend, *_unweighted(codes), *_weighted(prior))
+        cross = value.double() if offset is None else value + offset
+    # −log V(q, p) + ½ log V(q, q) + ½ log V(p, p) in float64, where the scales that cancel cost no accuracy;
+    # log V(q, q) = −½ Σ log 4πs, and −log V(q, p) misses ½ Σ (log s − capped).
+    own = 0.25 * log_variances.sum(-1, dtype=torch.float64) - 0.5 * capped.sum(-1, dtype=torch.float64)
+    constant = 0.5 * prior_self_overlap.unsqueeze(-1) - 0.25 * means.shape[-1] * _LOG_4PI
+    return (own + constant - cross).to(dtype)
 
 
 def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
@@ -276,6 +268,14 @@ def _takes_reference(backend: str, *sides: GaussianMixture) -> bool:
     if full and backend not in ("auto", "reference"):
         raise NotImplementedError(f'backend "{backend}" has no full covariances: take backend="auto" or "reference"')
     return full or backend == "reference"
+
+
+def _self_overlap(p: GaussianMixture, backend: str) -> Tensor:
+    """log V(p, p), (*batch,), in float64 where the backend has it."""
+    if _takes_reference(backend, p):
+        return reference.log_overlap(_components(p), _components(p))
+    value, offset = autograd.self_overlap(backend, *_weighted(p))
+    return value if offset is None else value + offset
 
 
 def _components(p: GaussianMixture) -> reference.Components:

@@ -149,15 +149,10 @@ class GaussianMixture:
     @property
     def batch_shape(self) -> torch.Size:
         """The broadcast batch shape of all parameters."""
-        shapes = [self.means.shape[:-2]]
-        if self.variances is not None:
-            shapes.append(self.variances.shape[:-2])
-        for matrix in (self.scale_tril, self.covariance_matrix):
-            if matrix is not None:
-                shapes.append(matrix.shape[:-3])
-        if self.log_weights is not None:
-            shapes.append(self.log_weights.shape[:-1])
-        return torch.broadcast_shapes(*shapes)
+        event_dims = dict(zip(_FIELDS, (2, 2, 1, 3, 3), strict=True))
+        fields = [(getattr(self, name), dims) for name, dims in event_dims.items()]
+        shapes = {t.shape[:-dims] for t, dims in fields if t is not None and t.ndim > dims}
+        return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from entries import ENTRIES, Entry, every, function, summed, tensors
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -18,62 +17,8 @@ from csdiv import GaussianMixture
 
 BACKENDS = csdiv.available_backends()
 NATIVE = tuple(name for name in BACKENDS if name != "reference")
-Entry = Callable[..., Tensor]
-
-
-def sides(*t: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
-    return GaussianMixture(*t[:3]), GaussianMixture(*t[3:])
-
-
-def _regularizer(m: Tensor, v: Tensor, *q: Tensor, backend: str = "auto") -> Tensor:
-    return csdiv.cs_regularizer(m, v, GaussianMixture(*q), backend=backend)
-
-
-ENTRIES: dict[str, tuple[int, Entry]] = {
-    "cs_divergence": (6, lambda *t, backend="auto": csdiv.cs_divergence(*sides(*t), backend=backend)),
-    "log_overlap": (6, lambda *t, backend="auto": csdiv.log_overlap(*sides(*t), backend=backend)),
-    "self_overlap": (3, lambda *t, backend="auto": csdiv.log_overlap(GaussianMixture(*t), backend=backend)),
-    "component_log_overlap": (
-        5,
-        lambda *t, backend="auto": csdiv.component_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),
-    ),
-    "pairwise_log_overlap": (
-        4,
-        lambda *t, backend="auto": csdiv.pairwise_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),
-    ),
-    "cs_regularizer": (5, _regularizer),
-}
-"""Each entry as a function of the tensors that it depends on, and how many these are."""
-
 on_every_entry = pytest.mark.parametrize("entry", sorted(ENTRIES))
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def tensors(entry: str, dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> tuple[Tensor, ...]:
-    def side(k: int, d: int) -> list[Tensor]:
-        return [torch.randn(k, d), torch.rand(k, d) + 0.5, torch.randn(k).log_softmax(-1)]
-
-    (pm, pv, pw), (qm, qv, qw) = side(3, 2), side(4, 2)
-    inputs = {3: (pm, pv, pw), 4: (pm, pv, qm, qv), 5: (pm, pv, qm, qv, qw), 6: (pm, pv, pw, qm, qv, qw)}
-    return tuple(t.to(dtype).requires_grad_(requires_grad) for t in inputs[ENTRIES[entry][0]])
-
-
-def function(entry: str, backend: str = "auto") -> Entry:
-    return lambda *t: ENTRIES[entry][1](*t, backend=backend)
-
-
-def summed(entry: str, backend: str = "auto") -> Entry:
-    """A scalar with a different upstream gradient for each element."""
-
-    def total(*t: Tensor) -> Tensor:
-        value = function(entry, backend)(*t)
-        return (value * torch.arange(value.numel(), dtype=value.dtype).cos().view(value.shape)).sum()
-
-    return total
-
-
-def every(entry: str) -> tuple[int, ...]:
-    return tuple(range(ENTRIES[entry][0]))
 
 
 close = torch.testing.assert_close
@@ -201,79 +146,6 @@ def test_native_backend_by_name_refuses_what_it_has_not(entry: str, backend: str
     (first,) = torch.autograd.grad(summed(entry, backend)(*inputs), inputs[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match=f'backend "{backend}" has no second derivatives'):
         first.sum().backward()
-
-
-# Compilers and tracers
-
-
-def check_compiled(entry: str, backend: str, dynamic: bool | None = None) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(summed(entry), fullgraph=True, backend=backend, dynamic=dynamic)
-    for scale in (1.0, 2.0):
-        inputs = tuple((t * scale).detach().requires_grad_() for t in tensors(entry))
-        value = compiled(*inputs)
-        expected = summed(entry, "reference")(*inputs)
-        close(value, expected)
-        close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
-
-
-@on_every_entry
-def test_compile_fullgraph(entry: str) -> None:
-    check_compiled(entry, "aot_eager")
-
-
-def test_compile_inductor() -> None:
-    check_compiled("cs_divergence", "inductor")
-
-
-@on_every_entry
-def test_compile_keeps_dynamic_shapes(entry: str) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(summed(entry), fullgraph=True, backend=counter, dynamic=True)
-    for _, rows in enumerate((3, 7, 11)):
-        inputs = [t.detach().repeat(rows, *(1,) * (t.ndim - 1)).requires_grad_() for t in tensors(entry)]
-        value, expected = compiled(*inputs), summed(entry, "reference")(*inputs)
-        close(value, expected)
-        close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
-    assert counter.frame_count == 1
-
-
-class _Call(torch.nn.Module):
-    def __init__(self, entry: str) -> None:
-        super().__init__()
-        self.entry = entry
-
-    def forward(self, *t: Tensor) -> Tensor:
-        return function(self.entry)(*t)
-
-
-@on_every_entry
-def test_export(entry: str) -> None:
-    inputs = tensors(entry, requires_grad=False)
-    exported = torch.export.export(_Call(entry), inputs)
-    close(exported.module()(*inputs), function(entry, "reference")(*inputs))
-
-
-@on_every_entry
-@pytest.mark.parametrize("mode", ["fake", "symbolic"])
-def test_make_fx(entry: str, mode: str) -> None:
-    inputs = tensors(entry, requires_grad=False)
-    graph = make_fx(function(entry), tracing_mode=mode)(*inputs)
-    assert any("csdiv" in str(node.target) for node in graph.graph.nodes)
-    close(graph(*inputs), function(entry, "reference")(*inputs))
-
-
-@on_every_entry
-def test_meta_and_fake_tensors_give_shapes(entry: str) -> None:
-    inputs = tensors(entry, torch.float32, requires_grad=False)
-    expected = function(entry)(*inputs)
-    found = function(entry)(*(t.to("meta") for t in inputs))
-    assert found.is_meta
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = function(entry)(*(mode.from_tensor(t) for t in inputs))
-    for t in (found, fake):
-        assert (t.shape, t.dtype, t.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 # Memory and context

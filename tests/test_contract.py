@@ -15,7 +15,6 @@ import csdiv
 from csdiv import GaussianMixture, testing
 
 BACKENDS = csdiv.available_backends()
-NATIVE = tuple(name for name in BACKENDS if name != "reference")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 RELATIVE_L2 = 3e-5
 
@@ -256,6 +255,16 @@ def eager_call(entry: str) -> Callable[..., Tensor]:
     return lambda p, q: testing.eager(entry, p, q)
 
 
+def conditioned(case: Case, name: str) -> bool:
+    """Whether the relative error of the gradient means anything.
+
+    The weight of a lone component, or one for all, has a gradient that is zero by cancellation; and far from every
+    component eps S, the relative error of a share, exceeds the bound.
+    """
+    lone = name.endswith("log_weights") and (case.layout == "expanded" or plain_shape(case, name)[-1] == 1)
+    return not lone and case.scale != "spread 30"
+
+
 def check(case: Case, backend: str) -> None:
     bases = make_bases(case)
     computed = torch.float64 if case.dtype == torch.float64 else torch.float32
@@ -276,10 +285,7 @@ def check(case: Case, backend: str) -> None:
     for name, a, e, x, b in zip(case.wanted, actual.grads, eager.grads, exact.grads, bands, strict=True):
         assert a.dtype == case.dtype, name
         try:
-            # Of expanded weights the gradient is the sum over all components, zero by cancellation; and far from every
-            # component eps S, the relative error of a share, exceeds the bound.
-            conditioned = case.layout != "expanded" and case.scale != "spread 30"
-            testing.assert_within_budget(a, e, x, b, relative_l2=RELATIVE_L2 if conditioned else None)
+            testing.assert_within_budget(a, e, x, b, relative_l2=RELATIVE_L2 if conditioned(case, name) else None)
         except AssertionError as error:
             raise AssertionError(f"gradient of {name}: {error}") from None
     if not exact.leaves:
@@ -338,48 +344,6 @@ def test_assign_takes_the_lowest_of_equal_ones(backend: str) -> None:
     heavier[[40, 60]] = 1.0
     q = GaussianMixture(torch.ones(70, 3), torch.ones(1, 1), heavier)
     assert q.assign(torch.zeros(9, 3), backend=backend).tolist() == [40] * 9
-
-
-def near_copies(dim: int, size: int, distance: float) -> tuple[GaussianMixture, GaussianMixture]:
-    """p at unit scale, and q the same with ``distance`` · N(0, 1) added to every parameter."""
-    g = torch.Generator().manual_seed(dim)
-    p = testing.random_mixture(size, dim, generator=g)
-    moved = [t + distance * torch.randn(t.shape, generator=g) for t in (p.means, p.variances.log(), p.log_weights)]
-    return p, GaussianMixture(moved[0], moved[1].exp(), moved[2])
-
-
-@pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3])
-@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 400), (64, 30), (64, 200), (256, 100)])
-def test_cs_divergence_near_zero_stays_within_the_stated_bound(
-    backend: str, dim: int, size: int, distance: float
-) -> None:
-    p, q = near_copies(dim, size, distance)
-    exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
-    error = (csdiv.cs_divergence(p, q, backend=backend).double() - exact).abs()
-    assert error <= 2e-6 * max(1.0, dim / 64)
-
-
-@pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize(("dim", "size"), [(16, 2000), (64, 2000), (256, 1000)])
-def test_cs_divergence_of_the_same_tensors_stays_within_the_stated_bound(backend: str, dim: int, size: int) -> None:
-    p, _ = near_copies(dim, size, 0.0)
-    assert csdiv.cs_divergence(p, p, backend=backend).abs() <= 2e-6 * max(1.0, dim / 64)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 300), (64, 100)])
-def test_cs_divergence_of_the_same_tensors_has_no_gradient(backend: str, dim: int, size: int) -> None:
-    tensors = [
-        t.requires_grad_() for t in (lambda p: (p.means, p.variances, p.log_weights))(near_copies(dim, size, 0.0)[0])
-    ]
-    p = GaussianMixture(*tensors)
-    grads = torch.autograd.grad(csdiv.cs_divergence(p, p, backend=backend), tensors)
-    wide = [t.detach().double().requires_grad_() for t in tensors]
-    p = GaussianMixture(*wide)
-    bands = testing.gradient_bands("cs_divergence", p, p, torch.ones(()), wide, scaled=backend != "reference")
-    for grad, band in zip(grads, bands, strict=True):
-        assert bool((grad.abs() <= band).all())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -30,12 +30,7 @@ def backend_status() -> dict[str, BackendStatus]:
         >>> csdiv.backend_status()["reference"]
         BackendStatus(available=True, reason='')
     """
-    return {
-        "reference": BackendStatus(True, ""),
-        "cpu": _native_status(),
-        "cuda": _cuda_status(),
-        "triton": _triton_status(),
-    }
+    return {name: status() for name, status in _STATUS.items()}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -67,7 +62,7 @@ def resolve(name: str, device: torch.device) -> ModuleType:
                 _warn_slow_cuda()
             name = "reference"
     if name != "reference":
-        status = backend_status()[name]
+        status = _STATUS[name]()
         if not status.available:
             raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
         if name == "cpu" and device.type != "cpu":
@@ -123,3 +118,11 @@ def _warn_slow_cuda() -> BackendStatus:
         stacklevel=2,
     )
     return BackendStatus(False, "")
+
+
+_STATUS: dict[str, Callable[[], BackendStatus]] = {
+    "reference": lambda: BackendStatus(True, ""),
+    "cpu": _native_status,
+    "cuda": _cuda_status,
+    "triton": _triton_status,
+}

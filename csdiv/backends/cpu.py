@@ -38,19 +38,24 @@ class _Side(NamedTuple):
 def _side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> _Side:
     k, d = means.shape[-2:]
     own = _own_batch(means, variances, log_weights)
-    means = means.detach().expand(*own, k, d).contiguous()
-    variances = variances.detach().expand(*own, k, d).contiguous()
+    means, variances = _filled(means, (*own, k, d)), _filled(variances, (*own, k, d))
     if log_weights is not None:
-        log_weights = log_weights.detach().expand(*own, k).contiguous()
+        log_weights = _filled(log_weights, (*own, k))
     exponent = torch.empty(own, dtype=torch.int64)
     _C.cpu_scale_exponents(means.itemsize, d, variances.data_ptr(), own.numel(), k, exponent.data_ptr())
     return _Side(means, variances, log_weights, exponent, own)
 
 
+def _filled(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``t`` as a contiguous array of the full shape; ``t`` itself if it is one."""
+    return t if t.shape == shape and t.is_contiguous() else t.expand(shape).contiguous()
+
+
 def _own_batch(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> torch.Size:
-    if means.ndim == 2 and variances.ndim == 2 and (log_weights is None or log_weights.ndim == 1):
-        return torch.Size()
-    shapes = [means.shape[:-2], variances.shape[:-2]]
+    own = means.shape[:-2]
+    if variances.shape[:-2] == own and (log_weights is None or log_weights.shape[:-1] == own):
+        return own
+    shapes = [own, variances.shape[:-2]]
     return torch.broadcast_shapes(*shapes, *([] if log_weights is None else [log_weights.shape[:-1]]))
 
 

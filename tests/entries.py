@@ -1,0 +1,63 @@
+"""The differentiable entries as functions of tensors, for the tests of their derivatives and of the compilers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import csdiv
+from csdiv import GaussianMixture
+
+Entry = Callable[..., Tensor]
+
+
+def sides(*t: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
+    return GaussianMixture(*t[:3]), GaussianMixture(*t[3:])
+
+
+def _regularizer(m: Tensor, v: Tensor, *q: Tensor, backend: str = "auto") -> Tensor:
+    return csdiv.cs_regularizer(m, v, GaussianMixture(*q), backend=backend)
+
+
+ENTRIES: dict[str, tuple[int, Entry]] = {
+    "cs_divergence": (6, lambda *t, backend="auto": csdiv.cs_divergence(*sides(*t), backend=backend)),
+    "log_overlap": (6, lambda *t, backend="auto": csdiv.log_overlap(*sides(*t), backend=backend)),
+    "self_overlap": (3, lambda *t, backend="auto": csdiv.log_overlap(GaussianMixture(*t), backend=backend)),
+    "component_log_overlap": (
+        5,
+        lambda *t, backend="auto": csdiv.component_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),
+    ),
+    "pairwise_log_overlap": (
+        4,
+        lambda *t, backend="auto": csdiv.pairwise_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),
+    ),
+    "cs_regularizer": (5, _regularizer),
+}
+"""Each entry as a function of the tensors that it depends on, and how many these are."""
+
+
+def tensors(entry: str, dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> tuple[Tensor, ...]:
+    def side(k: int, d: int) -> list[Tensor]:
+        return [torch.randn(k, d), torch.rand(k, d) + 0.5, torch.randn(k).log_softmax(-1)]
+
+    (pm, pv, pw), (qm, qv, qw) = side(3, 2), side(4, 2)
+    inputs = {3: (pm, pv, pw), 4: (pm, pv, qm, qv), 5: (pm, pv, qm, qv, qw), 6: (pm, pv, pw, qm, qv, qw)}
+    return tuple(t.to(dtype).requires_grad_(requires_grad) for t in inputs[ENTRIES[entry][0]])
+
+
+def function(entry: str, backend: str = "auto") -> Entry:
+    return lambda *t: ENTRIES[entry][1](*t, backend=backend)
+
+
+def summed(entry: str, backend: str = "auto") -> Entry:
+    """A scalar with a different upstream gradient for each element."""
+
+    def total(*t: Tensor) -> Tensor:
+        value = function(entry, backend)(*t)
+        return (value * torch.arange(value.numel(), dtype=value.dtype).cos().view(value.shape)).sum()
+
+    return total
+
+
+def every(entry: str) -> tuple[int, ...]:
+    return tuple(range(ENTRIES[entry][0]))

@@ -1,0 +1,52 @@
+"""D_CS where its three terms cancel: the bound that the documentation states, and gradients that vanish."""
+
+import pytest
+import torch
+
+import csdiv
+from csdiv import GaussianMixture, testing
+
+BACKENDS = csdiv.available_backends()
+NATIVE = tuple(name for name in BACKENDS if name != "reference")
+
+
+def near_copies(dim: int, size: int, distance: float) -> tuple[GaussianMixture, GaussianMixture]:
+    """p at unit scale, and q the same with ``distance`` · N(0, 1) added to every parameter."""
+    g = torch.Generator().manual_seed(dim)
+    p = testing.random_mixture(size, dim, generator=g)
+    moved = [t + distance * torch.randn(t.shape, generator=g) for t in (p.means, p.variances.log(), p.log_weights)]
+    return p, GaussianMixture(moved[0], moved[1].exp(), moved[2])
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 400), (64, 30), (64, 200), (256, 100)])
+def test_cs_divergence_near_zero_stays_within_the_stated_bound(
+    backend: str, dim: int, size: int, distance: float
+) -> None:
+    p, q = near_copies(dim, size, distance)
+    exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
+    error = (csdiv.cs_divergence(p, q, backend=backend).double() - exact).abs()
+    assert error <= 2e-6 * max(1.0, dim / 64)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize(("dim", "size"), [(16, 2000), (64, 2000), (256, 1000)])
+def test_cs_divergence_of_the_same_tensors_stays_within_the_stated_bound(backend: str, dim: int, size: int) -> None:
+    p, _ = near_copies(dim, size, 0.0)
+    assert csdiv.cs_divergence(p, p, backend=backend).abs() <= 2e-6 * max(1.0, dim / 64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 300), (64, 100)])
+def test_cs_divergence_of_the_same_tensors_has_no_gradient(backend: str, dim: int, size: int) -> None:
+    tensors = [
+        t.requires_grad_() for t in (lambda p: (p.means, p.variances, p.log_weights))(near_copies(dim, size, 0.0)[0])
+    ]
+    p = GaussianMixture(*tensors)
+    grads = torch.autograd.grad(csdiv.cs_divergence(p, p, backend=backend), tensors)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    p = GaussianMixture(*wide)
+    bands = testing.gradient_bands("cs_divergence", p, p, torch.ones(()), wide, scaled=backend != "reference")
+    for grad, band in zip(grads, bands, strict=True):
+        assert bool((grad.abs() <= band).all())
