@@ -152,7 +152,7 @@ class GaussianMixture:
         event_dims = dict(zip(_FIELDS, (2, 2, 1, 3, 3), strict=True))
         fields = [(getattr(self, name), dims) for name, dims in event_dims.items()]
         shapes = {t.shape[:-dims] for t, dims in fields if t is not None and t.ndim > dims}
-        return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+        return torch.broadcast_shapes(*shapes) if len(shapes) > 1 else shapes.pop() if shapes else torch.Size()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -47,9 +47,13 @@ Mixture<T> mixture(const py::tuple& side, int64_t dim) {
   check_sizes({batch, n, dim});
   check(n > 0 && dim > 0 && dim <= cpu::kMaxDim, "n and dim must be positive, dim at most 2^22");
   const bool used = batch > 0;
-  return {pointer<const T>(address(0), used),    pointer<const T>(address(1), used),
-          pointer<const T>(address(2), false),   pointer<const int64_t>(address(3), false),
-          pointer<const int64_t>(address(4), false), batch, n};
+  return {pointer<const T>(address(0), used),
+          pointer<const T>(address(1), used),
+          pointer<const T>(address(2), false),
+          pointer<const int64_t>(address(3), false),
+          pointer<const int64_t>(address(4), false),
+          batch,
+          n};
 }
 
 template <class T>
@@ -168,8 +172,8 @@ void cpu_cs_divergence_backward(int itemsize, int64_t batch, int64_t dim, const 
   });
 }
 
-void cpu_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q, Pointer logits,
-                          int threads) {
+void cpu_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                          Pointer logits, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
@@ -202,8 +206,8 @@ void cpu_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, co
   });
 }
 
-}  // namespace
-}  // namespace csdiv
+}   // namespace
+}   // namespace csdiv
 
 PYBIND11_MODULE(_C, module) {
   using namespace csdiv;

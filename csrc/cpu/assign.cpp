@@ -41,4 +41,4 @@ void assign(const Problem<T>& batched, int64_t* assignment, int threads) {
 template void assign(const Problem<float>&, int64_t*, int);
 template void assign(const Problem<double>&, int64_t*, int);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -63,4 +63,4 @@ void pairwise_backward(const Problem<T>& problem, const T* grad_logits, const Si
 template <class T>
 void assign(const Problem<T>& problem, int64_t* assignment, int threads);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

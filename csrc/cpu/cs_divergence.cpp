@@ -14,7 +14,7 @@ double row_logit(const Problem<T>& problem, int64_t b, int64_t i, const T* rows)
   return log_weight == -INFINITY ? -INFINITY : log_weight + rows[b * problem.p.n + i];
 }
 
-}  // namespace
+}   // namespace
 
 template <class T>
 void cs_divergence_forward(const Problem<T>& problem, T* divergence, const Overlaps<T>& overlaps, int threads) {
@@ -64,4 +64,4 @@ template void cs_divergence_backward(const Problem<float>&, const float*, const 
 template void cs_divergence_backward(const Problem<double>&, const double*, const Overlaps<double>&,
                                      SideGradients<double>, SideGradients<double>, int);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

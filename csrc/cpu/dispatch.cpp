@@ -44,7 +44,7 @@ std::atomic<const Isa*>& selected() {
   return isa;
 }
 
-}  // namespace
+}   // namespace
 
 template <>
 const TileKernels<float>& tile_kernels() {
@@ -62,7 +62,9 @@ std::vector<std::string> compiled_isas() {
   return names;
 }
 
-std::string current_isa() { return selected().load()->name; }
+std::string current_isa() {
+  return selected().load()->name;
+}
 
 void set_isa(const std::string& name) {
   for (const Isa& isa : isas()) {
@@ -74,4 +76,4 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("no instruction set \"" + name + "\" was compiled in");
 }
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -13,6 +13,6 @@ const TileKernels<T>& tile_kernels();
 
 std::vector<std::string> compiled_isas();   // widest last
 std::string current_isa();
-void set_isa(const std::string& name);      // throws std::invalid_argument unless compiled in and supported here
+void set_isa(const std::string& name);   // throws std::invalid_argument unless compiled in and supported here
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

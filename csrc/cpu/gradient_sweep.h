@@ -18,8 +18,8 @@ namespace csdiv::cpu {
 
 constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
 constexpr int64_t kMaxBlocks = 32;
-constexpr int64_t kLopsided = 8;          // ratio of the sides from which one of them is cut alone
-constexpr int64_t kCopies = 8;            // sets of sums when one side is cut alone
+constexpr int64_t kLopsided = 8;   // ratio of the sides from which one of them is cut alone
+constexpr int64_t kCopies = 8;     // sets of sums when one side is cut alone
 
 struct Partition {
   int64_t row_blocks = 1, column_groups = 1;
@@ -44,7 +44,9 @@ inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t s
 }
 
 // Narrower stripes give few columns more groups.
-inline int64_t sweep_stripe_columns(int64_t m) { return std::clamp(ceil_div(m, kCopies * 16) * 16, int64_t(64), kStripeColumns); }
+inline int64_t sweep_stripe_columns(int64_t m) {
+  return std::clamp(ceil_div(m, kCopies * 16) * 16, int64_t(64), kStripeColumns);
+}
 
 // One tile of a sweep, and where the sums of its weights go (null: not wanted).
 template <class T>
@@ -131,7 +133,8 @@ class GradientSweep {
     const int64_t column_copy = partition_.column_copies() > 1 ? block : 0;
     T* const memory = scratch<T>(kTileRows * packed_.stride() + stripe_size());
     T* const weights = memory + stripe_size();
-    for (int64_t s = stripes * group / partition_.column_groups; s < stripes * (group + 1) / partition_.column_groups; ++s) {
+    for (int64_t s = stripes * group / partition_.column_groups; s < stripes * (group + 1) / partition_.column_groups;
+         ++s) {
       for (int64_t first = first_tile; first < last_tile; first += kRowsPerMerge / kTileRows) {
         const int64_t last = std::min(last_tile, first + kRowsPerMerge / kTileRows);
         if (columns_wanted_) std::fill_n(memory, stripe_size(), T(0));
@@ -161,7 +164,8 @@ class GradientSweep {
       grads.column_variances = column_sums + dim_ * columns.stride;
       place.column_sums = column_sums + 2 * dim_ * columns.stride;
     }
-    if (const uint32_t active = fill_(place, weights)) tile_kernels<T>().gradients(rows, columns, weights, active, grads);
+    if (const uint32_t active = fill_(place, weights))
+      tile_kernels<T>().gradients(rows, columns, weights, active, grads);
   }
 
   void merge_copies(double* sums, int64_t size, int64_t copies) {
@@ -224,4 +228,4 @@ void sweep_gradients(const Problem<T>& problem, LogWeights log_weights, const Si
   GradientSweep<T, Fill>(problem, log_weights, grad_p, grad_q, useful_threads(problem, threads), fill).run();
 }
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

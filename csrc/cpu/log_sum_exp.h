@@ -33,4 +33,4 @@ struct LogSumExp {
   static double scale(double from, double to) { return from == to ? 1.0 : std::exp(from - to); }
 };
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -8,14 +8,14 @@ namespace csdiv::cpu {
 // Mixtures of n components, read where the caller has them.
 template <class T>
 struct Mixture {
-  const T* means;                    // (batch, n, dim)
-  const T* variances;                // (batch, n, dim)
-  const T* log_weights;              // (batch, n); null: all 0
-  const int64_t* scale_exponents;    // (batch), even; null: all 0
-  const int64_t* index;              // the item that each problem uses; null: its own, or the only one
+  const T* means;                   // (batch, n, dim)
+  const T* variances;               // (batch, n, dim)
+  const T* log_weights;             // (batch, n); null: all 0
+  const int64_t* scale_exponents;   // (batch), even; null: all 0
+  const int64_t* index;             // the item that each problem uses; null: its own, or the only one
   int64_t batch;
   int64_t n;
-  int64_t exponent_period = 0;       // components per scale exponent; 0: n
+  int64_t exponent_period = 0;   // components per scale exponent; 0: n
 
   int64_t item(int64_t problem) const { return index ? index[problem] : batch == 1 ? 0 : problem; }
 
@@ -57,4 +57,4 @@ int useful_threads(const Problem<T>& problem, int threads) {
   return elements < kSmall ? 1 : threads;
 }
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

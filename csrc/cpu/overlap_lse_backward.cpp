@@ -22,4 +22,4 @@ template void overlap_lse_backward(const Problem<float>&, const float*, const fl
 template void overlap_lse_backward(const Problem<double>&, const double*, const double*, const SideGradients<double>&,
                                    const SideGradients<double>&, int);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kEnoughTasks = 64;   // with fewer row tiles the columns are cut as well
 
-}  // namespace
+}   // namespace
 
 template <class T>
 void overlap_lse_forward(const Problem<T>& batched, T* rows, int threads) {
@@ -39,8 +39,7 @@ void overlap_lse_forward(const Problem<T>& batched, T* rows, int threads) {
         sums[r].add(sum.max, sum.sum);
       }
     }
-    for (int64_t r = 0; r < tile_rows.count; ++r)
-      partial.get()[(b * n + tile * kTileRows + r) * chunks + c] = sums[r];
+    for (int64_t r = 0; r < tile_rows.count; ++r) partial.get()[(b * n + tile * kTileRows + r) * chunks + c] = sums[r];
   });
 
   for (int64_t row = 0; row < problem.batch * n; ++row) {
@@ -56,4 +55,4 @@ void overlap_lse_forward(const Problem<T>& batched, T* rows, int threads) {
 template void overlap_lse_forward(const Problem<float>&, float*, int);
 template void overlap_lse_forward(const Problem<double>&, double*, int);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -24,7 +24,7 @@ bool usable(T variance) {
   return std::isfinite(variance) && variance > 0;
 }
 
-}  // namespace
+}   // namespace
 
 template <class T>
 RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
@@ -52,9 +52,8 @@ PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weight
       stripes_(ceil_div(problem.q.n, stripe_columns)),
       memory_(problem.q.batch * stripes_ * (2 * problem.dim + 1) * stride_),
       all_(problem.q.batch * stripes_) {
-  parallel_for(all_.size(), threads, [&](int64_t task) {
-    pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_);
-  });
+  parallel_for(all_.size(), threads,
+               [&](int64_t task) { pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_); });
 }
 
 template <class T>
@@ -85,10 +84,8 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
     }
   }
   const int64_t padded = ceil_div(count, kernels.lanes) * kernels.lanes;
-  all_[item * stripes_ + s] = {means,   variances,
-                               packed_weights, count,
-                               padded,  stride_,
-                               kernels.range(means, variances, dim * stride_)};
+  all_[item * stripes_ + s] = {
+      means, variances, packed_weights, count, padded, stride_, kernels.range(means, variances, dim * stride_)};
 }
 
 template <class T>
@@ -120,4 +117,4 @@ template class PackedColumns<double>;
 template void scale_exponents(int64_t, const float*, int64_t, int64_t, int64_t*);
 template void scale_exponents(int64_t, const double*, int64_t, int64_t, int64_t*);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

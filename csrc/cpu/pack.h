@@ -41,7 +41,9 @@ T* scratch(int64_t size) {
   return array.get();
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 template <class T>
 int64_t num_row_tiles(const Problem<T>& problem) {
@@ -76,4 +78,4 @@ class PackedColumns {
 template <class T>
 void scale_exponents(int64_t dim, const T* variances, int64_t batch, int64_t n, int64_t* exponents);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -9,8 +9,8 @@
 
 namespace csdiv::cpu::CSDIV_ISA {
 
-constexpr int64_t kGroup = 4;            // dimensions that share one reciprocal and one step of the product
-constexpr int64_t kBlockedDims = 128;    // dimensions in one accumulator of the quadratic form
+constexpr int64_t kGroup = 4;           // dimensions that share one reciprocal and one step of the product
+constexpr int64_t kBlockedDims = 128;   // dimensions in one accumulator of the quadratic form
 
 template <class T>
 struct Certified;   // c^4 and delta^2 c^3 stay normal, and what underflows is below rounding
@@ -159,4 +159,4 @@ inline PairGradient<T> pair_gradient(Vec<T> weight, Vec<T> delta, Vec<T> c) {
   }
 }
 
-}  // namespace csdiv::cpu::CSDIV_ISA
+}   // namespace csdiv::cpu::CSDIV_ISA

@@ -54,4 +54,4 @@ template void pairwise_backward(const Problem<float>&, const float*, const SideG
 template void pairwise_backward(const Problem<double>&, const double*, const SideGradients<double>&,
                                 const SideGradients<double>&, int);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -13,7 +13,7 @@ Problem<T> with_itself(int64_t dim, const Mixture<T>& p) {
   return problem;
 }
 
-}  // namespace
+}   // namespace
 
 template <class T>
 void self_overlap_forward(int64_t dim, const Mixture<T>& p, double* values, int threads) {
@@ -88,4 +88,4 @@ template void self_overlap_backward(int64_t, const Mixture<float>&, const double
 template void self_overlap_backward(int64_t, const Mixture<double>&, const double*, const double*,
                                     const SideGradients<double>&, int);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -28,11 +28,11 @@ struct Float<float> {
   static constexpr float kExpMax = 88.3f;              // above: +inf
   static constexpr float kLn2High = 0x1.62e4p-1f;      // few bits: its products with exponents are exact
   static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
-  static constexpr int kExpTerms = 7;                  // Taylor: 0.347^8 / 8! < 2^-27
-  static constexpr int kLogTerms = 5;                  // atanh series: 0.172^10 / 11 < 2^-28
-  static constexpr float kTiny = 0x1p-64f;             // variances below are scaled by kTinyScale ...
+  static constexpr int kExpTerms = 7;        // Taylor: 0.347^8 / 8! < 2^-27
+  static constexpr int kLogTerms = 5;        // atanh series: 0.172^10 / 11 < 2^-28
+  static constexpr float kTiny = 0x1p-64f;   // variances below are scaled by kTinyScale ...
   static constexpr float kTinyScale = 0x1p64f;
-  static constexpr float kTinyRoot = 0x1p32f;          // ... and means by its root
+  static constexpr float kTinyRoot = 0x1p32f;   // ... and means by its root
   static constexpr int kTinyExponent = 64;
 };
 
@@ -186,7 +186,7 @@ template <class T>
 inline Vec<T> log(Vec<T> m, IntVec<T> n) {
   using F = Float<T>;
   const IntVec<T> low = m < broadcast<T>(T(0.70710678118654752440));
-  m = low ? m + m : m;   // [sqrt(1/2), sqrt(2))
+  m = low ? m + m : m;                                         // [sqrt(1/2), sqrt(2))
   const Vec<T> e = __builtin_convertvector(n + low, Vec<T>);   // a true lane is -1
   const Vec<T> s = (m - 1) / (m + 1);
   const Vec<T> z = s * s;
@@ -196,4 +196,4 @@ inline Vec<T> log(Vec<T> m, IntVec<T> n) {
   return e * F::kLn2High + (log_m + e * F::kLn2Low);
 }
 
-}  // namespace csdiv::cpu::CSDIV_ISA
+}   // namespace csdiv::cpu::CSDIV_ISA

@@ -113,7 +113,7 @@ class ThreadPool {
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> running_{0};
   Job* job_ = nullptr;
-  int places_ = 0;      // helpers that may still join
+  int places_ = 0;   // helpers that may still join
   std::vector<std::thread> workers_;
 };
 
@@ -131,7 +131,7 @@ ThreadPool& pool() {
   return *current;
 }
 
-}  // namespace
+}   // namespace
 
 void parallel_for(int64_t tasks, int threads, TaskRef run) {
   const int64_t useful = std::min<int64_t>({tasks, threads, kMaxThreads});
@@ -145,4 +145,4 @@ void parallel_for(int64_t tasks, int threads, TaskRef run) {
   for (int64_t task = 0; task < tasks; ++task) run(task);
 }
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

@@ -28,4 +28,4 @@ class TaskRef {
 // The first exception is rethrown. A forked child starts its own pool.
 void parallel_for(int64_t tasks, int threads, TaskRef run);
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

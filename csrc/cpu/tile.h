@@ -6,10 +6,10 @@
 
 namespace csdiv::cpu {
 
-constexpr int64_t kTileRows = 16;         // rows whose logits or weights stay in cache together
-constexpr int64_t kStripeColumns = 256;   // columns of a full stripe; also bounds the terms of one accumulator
-constexpr int64_t kMaxDim = 1 << 22;      // the sum of D exponents must fit the 32-bit lanes of the float kernels
-constexpr int64_t kMaxExponent = 1 << 30; // and so must the scale exponent it starts from
+constexpr int64_t kTileRows = 16;           // rows whose logits or weights stay in cache together
+constexpr int64_t kStripeColumns = 256;     // columns of a full stripe; also bounds the terms of one accumulator
+constexpr int64_t kMaxDim = 1 << 22;        // the sum of D exponents must fit the 32-bit lanes of the float kernels
+constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it starts from
 
 // What a block of components spans; decides whether a tile may take the fast form.
 template <class T>
@@ -22,8 +22,8 @@ struct Range {
 // Up to kTileRows consecutive components of p, read where the caller has them.
 template <class T>
 struct RowTile {
-  const T* means;                 // (count, dim)
-  const T* variances;             // (count, dim)
+  const T* means;       // (count, dim)
+  const T* variances;   // (count, dim)
   int64_t count;
   int64_t dim;
   uint32_t invalid;               // bit r: row r has a negative variance, its pairs are NaN
@@ -54,9 +54,9 @@ struct PartialSum {
 // Sums over pairs of w u (means) and w (u^2 - 1/c) (variances), where u = delta / c; null: not wanted.
 template <class T>
 struct TileGradients {
-  double* row_means;      // (count, dim) of the row tile
+  double* row_means;   // (count, dim) of the row tile
   double* row_variances;
-  T* column_means;        // (dim, stride) of the stripe
+  T* column_means;   // (dim, stride) of the stripe
   T* column_variances;
 };
 
@@ -83,4 +83,4 @@ struct TileKernels {
                     const TileGradients<T>& grads);
 };
 
-}  // namespace csdiv::cpu
+}   // namespace csdiv::cpu

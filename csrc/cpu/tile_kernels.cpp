@@ -46,10 +46,16 @@ void add_dims(const PairTerms<T> (&terms)[kRows], int64_t begin, int64_t end, Su
     for (; d + kGroup <= end; d += kGroup)
       for (int r = 0; r < kRows; ++r) add_group<kGroup>(terms[r], d, sums[r]);
     for (int r = 0; r < kRows; ++r) switch (end - d) {
-      case 1: add_group<1>(terms[r], d, sums[r]); break;
-      case 2: add_group<2>(terms[r], d, sums[r]); break;
-      case 3: add_group<3>(terms[r], d, sums[r]); break;
-    }
+        case 1:
+          add_group<1>(terms[r], d, sums[r]);
+          break;
+        case 2:
+          add_group<2>(terms[r], d, sums[r]);
+          break;
+        case 3:
+          add_group<3>(terms[r], d, sums[r]);
+          break;
+      }
   } else {
     for (; d < end; ++d)
       for (int r = 0; r < kRows; ++r) sums[r].add(terms[r].delta(d), terms[r].c(d));
@@ -215,9 +221,13 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, const T* weight
 template <class T>
 constexpr TileKernels<T> kKernels = {kLanes<T>, range<T>, logits<T>, partial_sum<T>, weights<T>, gradients<T>};
 
-}  // namespace
+}   // namespace
 
-TileKernels<float> tile_kernels_f32() { return kKernels<float>; }
-TileKernels<double> tile_kernels_f64() { return kKernels<double>; }
+TileKernels<float> tile_kernels_f32() {
+  return kKernels<float>;
+}
+TileKernels<double> tile_kernels_f64() {
+  return kKernels<double>;
+}
 
-}  // namespace csdiv::cpu::CSDIV_ISA
+}   // namespace csdiv::cpu::CSDIV_ISA

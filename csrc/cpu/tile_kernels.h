@@ -3,10 +3,10 @@
 
 #include "tile.h"
 
-#define CSDIV_DECLARE_TILE_KERNELS(isa)      \
-  namespace csdiv::cpu::isa {                \
-  TileKernels<float> tile_kernels_f32();     \
-  TileKernels<double> tile_kernels_f64();    \
+#define CSDIV_DECLARE_TILE_KERNELS(isa)   \
+  namespace csdiv::cpu::isa {             \
+  TileKernels<float> tile_kernels_f32();  \
+  TileKernels<double> tile_kernels_f64(); \
   }
 
 CSDIV_DECLARE_TILE_KERNELS(baseline)
