@@ -229,6 +229,14 @@ _overlap_lse = _entry(
         (2, 2, 2, 2, 1),
     )
 )
+_log_overlap = _entry(
+    _OpPair(
+        lambda backend, *t: ops.log_overlap_forward(*t, backend),
+        lambda backend, needs, grad, t, out: ops.log_overlap_backward(grad, t, [out[0], out[2]], needs, backend),
+        reference.log_overlap,
+        (2, 2, 1, 2, 2, 1),
+    )
+)
 _self_overlap = _entry(
     _OpPair(
         lambda backend, *t: ops.self_overlap_forward(*t, backend),
@@ -258,6 +266,11 @@ _pairwise = _entry(
 def overlap_lse(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """ℓ_i for p_means, p_variances, q_means, q_variances, q_log_weights: value and offset, None if it is zero."""
     return _split(_overlap_lse(backend, *tensors))
+
+
+def log_overlap(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """log V(p, q) for p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights: value and offset."""
+    return _split(_log_overlap(backend, *tensors))
 
 
 def self_overlap(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:

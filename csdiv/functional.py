@@ -80,11 +80,8 @@ def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = 
     p, q = _pair(p, q)
     if _takes_reference(backend, p, q):
         return reference.log_overlap(_components(p), _components(q))
-    value, offset = autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
-    value = reference.logsumexp(_add_log_weights(value, p.log_weights), -1)
-    if p.log_weights is None:
-        value = value - math.log(p.num_components)
-    return value if offset is None else _add_offset(value, offset.squeeze(-1))
+    value, offset = autograd.log_overlap(backend, *_weighted(p), *_weighted(q))
+    return (value if offset is None else value + offset).to(p.dtype)
 
 
 def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:

@@ -80,6 +80,47 @@ def overlap_lse_backward(
     return backends.resolve(backend, grad.device).overlap_lse_backward(grad, tensors, value, needs)
 
 
+def _fake_log_overlap_forward(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = _batch(p_means, p_variances, q_means, q_variances, weights=[p_log_weights, q_log_weights])
+    value = p_means.new_empty(batch, dtype=torch.float64)
+    return value, torch.empty_like(value), p_means.new_empty(*batch, p_means.shape[-2])
+
+
+@_define(
+    f"log_overlap_forward({_P}, {_P_WEIGHTS}, {_Q}, {_Q_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_log_overlap_forward,
+)
+def log_overlap_forward(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = backends.resolve(backend, p_means.device)
+    return module.log_overlap_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights)
+
+
+@_define(
+    "log_overlap_backward(Tensor grad, Tensor?[] tensors, Tensor[] saved, bool[] needs, str backend) -> Tensor[]",
+    lambda grad, tensors, saved, needs, backend: _fake_gradients(tensors, needs),
+)
+def log_overlap_backward(
+    grad: Tensor, tensors: list[Tensor | None], saved: list[Tensor], needs: list[bool], backend: str
+) -> list[Tensor]:
+    return backends.resolve(backend, grad.device).log_overlap_backward(grad, tensors, saved, needs)
+
+
 def _fake_self_overlap_forward(
     means: Tensor, variances: Tensor, log_weights: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:

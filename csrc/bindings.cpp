@@ -45,8 +45,8 @@ Mixture<T> mixture(const py::tuple& side, int64_t dim) {
   const auto address = [&](int k) { return side[k].cast<Pointer>(); };
   const auto batch = side[5].cast<int64_t>(), n = side[6].cast<int64_t>();
   check_sizes({batch, n, dim});
-  check(n > 0 && dim > 0 && dim <= cpu::kMaxDim, "n and dim must be positive, dim at most 2^22");
-  const bool used = batch > 0;
+  check(dim > 0 && dim <= cpu::kMaxDim, "dim must be positive and at most 2^22");
+  const bool used = batch > 0 && n > 0;
   return {pointer<const T>(address(0), used),
           pointer<const T>(address(1), used),
           pointer<const T>(address(2), false),
@@ -60,6 +60,7 @@ template <class T>
 Problem<T> make_problem(int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q) {
   const Problem<T> problem{batch, dim, mixture<T>(p, dim), mixture<T>(q, dim)};
   check_sizes({batch, problem.p.n, problem.q.n});
+  check(problem.q.n > 0, "q must have components");
   for (const auto* side : {&problem.p, &problem.q})
     check(batch == 0 || side->index || side->batch == batch || side->batch == 1, "an index is missing");
   return problem;
@@ -103,7 +104,7 @@ void cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py:
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    T* const out = pointer<T>(rows, batch > 0);
+    T* const out = pointer<T>(rows, problem.rows() > 0);
     const py::gil_scoped_release unlocked;
     cpu::overlap_lse_forward(problem, out, threads);
   });
@@ -115,11 +116,38 @@ void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    const T* const values = pointer<const T>(rows, batch > 0);
-    const T* const grads = pointer<const T>(grad_rows, batch > 0);
+    const T* const values = pointer<const T>(rows, problem.rows() > 0);
+    const T* const grads = pointer<const T>(grad_rows, problem.rows() > 0);
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
     cpu::overlap_lse_backward(problem, values, grads, to_p, to_q, threads);
+  });
+}
+
+void cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                             Pointer rows, Pointer values, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    T* const row_values = pointer<T>(rows, problem.rows() > 0);
+    double* const out = pointer<double>(values, batch > 0);
+    const py::gil_scoped_release unlocked;
+    cpu::log_overlap_forward(problem, row_values, out, threads);
+  });
+}
+
+void cpu_log_overlap_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                              Pointer rows, Pointer values, Pointer grad_values, const py::tuple& grad_p,
+                              const py::tuple& grad_q, int threads) {
+  with_type(itemsize, [&](auto type) {
+    using T = decltype(type);
+    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
+    const T* const saved = pointer<const T>(rows, problem.rows() > 0);
+    const double* const totals = pointer<const double>(values, batch > 0);
+    const T* const grads = pointer<const T>(grad_values, batch > 0);
+    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
+    const py::gil_scoped_release unlocked;
+    cpu::log_overlap_backward(problem, grads, T(1), saved, totals, to_p, to_q, threads);
   });
 }
 
@@ -177,7 +205,7 @@ void cpu_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tu
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    T* const out = pointer<T>(logits, batch > 0);
+    T* const out = pointer<T>(logits, problem.rows() > 0);
     const py::gil_scoped_release unlocked;
     cpu::pairwise_forward(problem, out, threads);
   });
@@ -188,7 +216,7 @@ void cpu_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::t
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    const T* const grads = pointer<const T>(grad_logits, batch > 0);
+    const T* const grads = pointer<const T>(grad_logits, problem.rows() > 0);
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
     cpu::pairwise_backward(problem, grads, to_p, to_q, threads);
@@ -200,7 +228,7 @@ void cpu_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, co
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    auto* const out = pointer<int64_t>(assignment, batch > 0);
+    auto* const out = pointer<int64_t>(assignment, problem.rows() > 0);
     const py::gil_scoped_release unlocked;
     cpu::assign(problem, out, threads);
   });
@@ -222,6 +250,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_scale_exponents", &cpu_scale_exponents);
   module.def("cpu_overlap_lse_forward", &cpu_overlap_lse_forward);
   module.def("cpu_overlap_lse_backward", &cpu_overlap_lse_backward);
+  module.def("cpu_log_overlap_forward", &cpu_log_overlap_forward);
+  module.def("cpu_log_overlap_backward", &cpu_log_overlap_backward);
   module.def("cpu_self_overlap_forward", &cpu_self_overlap_forward);
   module.def("cpu_self_overlap_backward", &cpu_self_overlap_backward);
   module.def("cpu_cs_divergence_forward", &cpu_cs_divergence_forward);

@@ -142,6 +142,38 @@ def overlap_lse_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: l
     return grad_p.results() + grad_q.results()
 
 
+def log_overlap_forward(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pair = _Pair(_side(p_means, p_variances, p_log_weights), _side(q_means, q_variances, q_log_weights))
+    rows = pair.new(pair.n)
+    value = rows.new_empty(pair.batch, dtype=torch.float64)
+    _C.cpu_log_overlap_forward(*pair.arguments(), rows.data_ptr(), value.data_ptr(), torch.get_num_threads())
+    return value, pair.offset() + pair.p.log_uniform(p_log_weights) + pair.q.log_uniform(q_log_weights), rows
+
+
+def log_overlap_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
+    pair = _Pair(_side(*tensors[:3]), _side(*tensors[3:]))
+    grad_p, grad_q = _Gradients(pair.p, tensors[:3], needs[:3]), _Gradients(pair.q, tensors[3:], needs[3:])
+    value, rows = (t.contiguous() for t in saved)
+    grad = grad.to(rows.dtype).contiguous()
+    _C.cpu_log_overlap_backward(
+        *pair.arguments(),
+        rows.data_ptr(),
+        value.data_ptr(),
+        grad.data_ptr(),
+        grad_p.pointers(),
+        grad_q.pointers(),
+        torch.get_num_threads(),
+    )
+    return grad_p.results() + grad_q.results()
+
+
 def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     p = _side(means, variances, log_weights)
     value = p.means.new_empty(p.own, dtype=torch.float64)

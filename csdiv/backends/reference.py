@@ -38,6 +38,25 @@ def overlap_lse_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: l
     return _gradients(overlap_lse, tensors, grad, needs)
 
 
+def log_overlap_forward(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log V(p, q): value and offset, both (*batch,) float64; and the rows (*batch, N), for the backward pass."""
+    p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
+    value = reference.log_overlap(p, q).double()
+    return value, torch.zeros_like(value), reference.overlap_lse(p, q)
+
+
+def log_overlap_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Gradients of Σ grad · log V(p, q). ``saved`` is the forward's value and rows."""
+    return _gradients(log_overlap, tensors, grad.to(tensors[0].dtype), needs)
+
+
 def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """log V(p, p): value and offset, both (*batch,) float64."""
     value = self_overlap(means, variances, log_weights).double()
@@ -97,6 +116,18 @@ def overlap_lse(
 ) -> Tensor:
     q = Components(q_means, q_variances, None, q_log_weights)
     return reference.overlap_lse(Components(p_means, p_variances), q)
+
+
+def log_overlap(
+    p_means: Tensor,
+    p_variances: Tensor,
+    p_log_weights: Tensor | None,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+) -> Tensor:
+    p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
+    return reference.log_overlap(p, q)
 
 
 def self_overlap(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> Tensor:

@@ -26,6 +26,16 @@ template <class T>
 void overlap_lse_backward(const Problem<T>& problem, const T* rows, const T* grad_rows, const SideGradients<T>& grad_p,
                           const SideGradients<T>& grad_q, int threads);
 
+// values[b] = LSE_i (log a_i + rows[b, i]); rows as above.
+template <class T>
+void log_overlap_forward(const Problem<T>& problem, T* rows, double* values, int threads);
+
+// Gradients of sum_b factor grad_values[b] values[b].
+template <class T>
+void log_overlap_backward(const Problem<T>& problem, const T* grad_values, T factor, const T* rows,
+                          const double* values, const SideGradients<T>& grad_p, const SideGradients<T>& grad_q,
+                          int threads);
+
 // values[b] = log sum_ij a_i a_j exp(logit_ij without weights).
 template <class T>
 void self_overlap_forward(int64_t dim, const Mixture<T>& p, double* values, int threads);

@@ -35,6 +35,8 @@ struct Problem {
   int64_t dim;
   Mixture<T> p;
   Mixture<T> q;
+
+  int64_t rows() const { return batch * p.n; }
 };
 
 // A batch of p against one q is one problem with batch * n rows; every output keeps its layout.

@@ -1,4 +1,4 @@
-#include <limits>
+#include <cmath>
 
 #include "gradient_sweep.h"
 
@@ -30,15 +30,19 @@ void pairwise_backward(const Problem<T>& batched, const T* grad, const SideGradi
                        const SideGradients<T>& grad_q, int threads) {
   const Problem<T> problem = flattened(batched);
   const int64_t m = problem.q.n;
-  // The weights are the gradients themselves; a row with a negative variance is NaN wherever it counts.
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  // The weights are the gradients themselves. Where the logit is -inf (components too far apart) they are zero, where
+  // it is NaN so are they; a certified tile has neither.
   const auto fill = [&](const SweepTile<T>& tile, T* weights) {
+    const bool plain = kernels.certified(tile.rows.range, tile.columns.range);
+    if (!plain) kernels.logits(tile.rows, tile.columns, 0, weights);
     uint32_t active = 0;
     for (int64_t r = 0; r < tile.rows.count; ++r) {
       T* const row = weights + r * tile.columns.stride;
       const T* const from = grad + (tile.problem * problem.p.n + tile.first_row + r) * m + tile.first_column;
-      const T unit = tile.rows.invalid >> r & 1 ? std::numeric_limits<T>::quiet_NaN() : T(1);
       for (int64_t j = 0; j < tile.columns.padded; ++j) {
-        row[j] = j < tile.columns.count && from[j] != 0 ? unit * from[j] : T(0);
+        const bool counts = j < tile.columns.count && from[j] != 0 && (plain || row[j] != -INFINITY);
+        row[j] = !counts ? T(0) : plain || row[j] == row[j] ? from[j] : row[j];
         if (row[j] != 0) active |= uint32_t(1) << r;
       }
     }

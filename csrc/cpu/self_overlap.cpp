@@ -9,7 +9,8 @@ namespace {
 template <class T>
 Problem<T> with_itself(int64_t dim, const Mixture<T>& p) {
   Problem<T> problem{p.batch, dim, p, p};
-  problem.p.log_weights = nullptr;   // the drivers below add them
+  problem.p.index = problem.q.index = nullptr;   // of the pair that p may come from
+  problem.p.log_weights = nullptr;               // the drivers below add them
   return problem;
 }
 

@@ -71,6 +71,8 @@ struct RowScale {
 template <class T>
 struct TileKernels {
   int64_t lanes;
+  // Whether a tile takes the fast form; then no logit overflows.
+  bool (*certified)(const Range<T>& p, const Range<T>& q);
   // Range of `size` means and variances.
   Range<T> (*range)(const T* means, const T* variances, int64_t size);
   // tile[r, j] = log b_j - (quadratic form + log determinant - E ln 2) / 2 for j >= first_column.

@@ -219,7 +219,8 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, const T* weight
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>, range<T>, logits<T>, partial_sum<T>, weights<T>, gradients<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>,      certified<T>, range<T>,    logits<T>,
+                                     partial_sum<T>, weights<T>,   gradients<T>};
 
 }   // namespace
 
