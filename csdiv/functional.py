@@ -166,7 +166,8 @@ def cs_regularizer(
     log_variances = log_variances.to(dtype)
     # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
     capped = log_variances.clamp(max=85.0 if dtype == torch.float32 else 700.0)
-    codes, prior = _pair(GaussianMixture(means, capped.exp()), prior, "means", "prior")
+    codes = GaussianMixture._unchecked(means=means, variances=capped.exp())  # B may be 0
+    codes, prior = _pair(codes, prior, "means", "prior")
     if prior_self_overlap is None:
         prior_self_overlap = _self_overlap(prior, backend)
     if _takes_reference(backend, codes, prior):

@@ -95,7 +95,8 @@ void cpu_scale_exponents(int itemsize, int64_t dim, Pointer variances, int64_t b
   check_sizes({batch, n, dim});
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
-    cpu::scale_exponents(dim, pointer<const T>(variances, batch > 0), batch, n, pointer<int64_t>(exponents, batch > 0));
+    cpu::scale_exponents(dim, pointer<const T>(variances, batch > 0 && n > 0), batch, n,
+                         pointer<int64_t>(exponents, batch > 0));
   });
 }
 

@@ -33,6 +33,9 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         add("overlap_lse_backward", rows.cos(), [pm, pv, qm, qv, qw], rows, [True, False, True, True, qw is not None])
         own, _ = add("self_overlap_forward", pm, pv, pw)
         add("self_overlap_backward", own.cos(), [pm, pv, pw], own, [True, True, pw is not None])
+        total, _, terms = add("log_overlap_forward", *t)
+        needs = [True, True, pw is not None, True, False, qw is not None]
+        add("log_overlap_backward", total.cos(), list(t), [total, terms], needs)
         value, *saved = add("cs_divergence_forward", *t)
         add("cs_divergence_backward", value.cos(), list(t), saved, [True, True, pw is not None, False, True, True])
         pairs = add("pairwise_forward", pm, pv, qm, qv)
