@@ -41,6 +41,7 @@ def exact(inputs: list[Tensor], backward: bool) -> list[Tensor]:
 
 def run_case(case: Case, everyone: list[Provider], rounds: int) -> list[dict[str, object]]:
     inputs = make_inputs(case)
+    torch.compiler.reset()  # or the shapes of all cases together would exceed its limit, and it would run eager code
     records = []
     for direction in ("forward", "forward + backward"):
         backward = direction != "forward"

@@ -21,15 +21,23 @@ class Timing(NamedTuple):
     count: int
 
 
-def interleave(calls: Sequence[Callable[[], object]], rounds: int = 7, min_ms: float = 2.0) -> list[Timing]:
+MIN_MS, MAX_MS = 2.0, 10_000.0
+
+
+def interleave(calls: Sequence[Callable[[], object]], rounds: int = 7) -> list[Timing]:
     """Times every call once in each round, so that slow phases of the machine hit all alike.
 
-    Calls shorter than ``min_ms`` are repeated within a round and averaged. Everything must have been called before.
+    Calls shorter than ``MIN_MS`` are repeated within a round and averaged; those that would take more than ``MAX_MS`` in
+    all sit out the last rounds, but have three. Everything must have been called before.
     """
-    repeats = [max(1, round(min_ms / max(1e-3, _once(call)))) for call in calls]
+    expected = [max(1e-3, _once(call)) for call in calls]
+    repeats = [max(1, round(MIN_MS / ms)) for ms in expected]
+    limits = [max(3, int(MAX_MS / ms)) for ms in expected]
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        for call, repeat, taken in zip(calls, repeats, times, strict=True):
+        for call, repeat, limit, taken in zip(calls, repeats, limits, times, strict=True):
+            if len(taken) >= limit:
+                continue
             start = time.perf_counter()
             for _ in range(repeat):
                 call()
