@@ -1,8 +1,9 @@
-"""Draws docs/images/overview.png for the README, from bench/results/cpu.json and a trained run: ``make figures``."""
+"""The README's pictures and table, from bench/results/cpu.json and the run of ``make train``: ``make figures``."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +72,53 @@ def draw_speed(ax: Axes, records: list[dict]) -> None:
     ax.axvline(1, color="black", linewidth=0.8)
     ax.set_yticks(range(len(cases)), [case.replace("x", " × ") for case in cases])
     ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="time relative to csdiv (1 = csdiv)", ylabel="N × M × D")
+    ax.set(xscale="log", xlim=(0.5, None), xlabel="time relative to csdiv (1 = csdiv)", ylabel="N × M × D")
     ax.set_title("value and all gradients\nCPU, 2 threads, float32")
     ax.legend(frameon=False, fontsize=6.5, loc="upper center", bbox_to_anchor=(0.45, -0.22), ncols=1)
 
 
+def speed_table(results: dict) -> str:
+    """Medians in ms per case and provider, forward / forward + backward, as Markdown."""
+    medians = {(r["case"], r["provider"], r["direction"]): r.get("median_ms") for r in results["records"]}
+    cases, names = (list(dict.fromkeys(r[key] for r in results["records"])) for key in ("case", "provider"))
+
+    def cell(case: str, name: str) -> str:
+        times = (medians.get((case, name, direction)) for direction in ("forward", "forward + backward"))
+        return " / ".join("–" if t is None else f"{t:.3g}" if t < 1000 else f"{t:.0f}" for t in times)
+
+    lines = [f"| N × M × D | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {case.replace('x', ' × ')} | {' | '.join(cell(case, name) for name in names)} |" for case in cases]
+    machine = results["machine"]
+    return "\n".join(
+        [
+            f"Milliseconds, forward / forward + backward with all gradients, medians of interleaved rounds; float32, "
+            f"{machine['threads']} threads of {machine['processor']} ({machine['isa']}), torch {machine['torch']}, "
+            f"{results['date']}:",
+            "",
+            *lines,
+        ]
+    )
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
+    before, rest = path.read_text().split(f"<!-- {name} -->")
+    after = rest.split(f"<!-- /{name} -->")[1]
+    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+
+
 def main() -> None:
+    results = json.loads((ROOT / "bench/results/cpu.json").read_text())
+    write_between(ROOT / "README.md", "speed", speed_table(results))
     figure = Figure((11, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_descent(left)
-    draw_speed(middle, json.loads((ROOT / "bench/results/cpu.json").read_text())["records"])
+    draw_speed(middle, results["records"])
     torch.manual_seed(0)
     draw_images(right, load_model(ROOT / "runs/digits").sample(80), (8, 8), 10)
     right.set_title("samples of a CSRAE\ntrained on digits by make train")
     figure.savefig(ROOT / "docs/images/overview.png", dpi=140)
+    shutil.copy(ROOT / "runs/digits/figures/overview.png", ROOT / "docs/images/digits.png")
 
 
 if __name__ == "__main__":
