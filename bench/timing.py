@@ -27,8 +27,8 @@ MIN_MS, MAX_MS = 2.0, 10_000.0
 def interleave(calls: Sequence[Callable[[], object]], rounds: int = 7) -> list[Timing]:
     """Times every call once in each round, so that slow phases of the machine hit all alike.
 
-    Calls shorter than ``MIN_MS`` are repeated within a round and averaged; those that would take more than ``MAX_MS`` in
-    all sit out the last rounds, but have three. Everything must have been called before.
+    Calls shorter than ``MIN_MS`` are repeated within a round and averaged; those that would take more than ``MAX_MS``
+    in all sit out the last rounds, but have three. Everything must have been called before.
     """
     expected = [max(1e-3, _once(call)) for call in calls]
     repeats = [max(1, round(MIN_MS / ms)) for ms in expected]
