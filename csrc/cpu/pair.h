@@ -54,17 +54,18 @@ struct PairSum {
   Vec<T> log_determinant() const { return log<T>(product, exponent); }
 };
 
-// What one row and one vector of columns have in dimension d.
+// What rows and one vector of columns have in dimension d.
 template <class T>
 struct PairTerms {
   const T* row_means;
   const T* row_variances;
+  int64_t dim;
   const T* column_means;
   const T* column_variances;
   int64_t stride;
 
-  Vec<T> delta(int64_t d) const { return row_means[d] - load(column_means + d * stride); }
-  Vec<T> c(int64_t d) const { return row_variances[d] + load(column_variances + d * stride); }
+  Vec<T> delta(int r, int64_t d) const { return row_means[r * dim + d] - load(column_means + d * stride); }
+  Vec<T> c(int r, int64_t d) const { return row_variances[r * dim + d] + load(column_variances + d * stride); }
 };
 
 template <class T>
@@ -72,24 +73,26 @@ struct Fraction {
   Vec<T> numerator, denominator;
 };
 
-// sum of delta^2 / c over kCount dimensions: x1/c1 + x2/c2 = (x1 c2 + x2 c1) / (c1 c2).
+// sum of delta^2 / c of row r over kCount dimensions: x1/c1 + x2/c2 = (x1 c2 + x2 c1) / (c1 c2).
 template <int kCount, class T>
-inline Fraction<T> quadratic_fraction(const PairTerms<T>& terms, int64_t d) {
+CSDIV_INLINE Fraction<T> quadratic_fraction(const PairTerms<T>& terms, int r, int64_t d) {
   if constexpr (kCount == 1) {
-    const Vec<T> delta = terms.delta(d);
-    return {delta * delta, terms.c(d)};
+    const Vec<T> delta = terms.delta(r, d);
+    return {delta * delta, terms.c(r, d)};
   } else {
-    const Fraction<T> a = quadratic_fraction<kCount / 2>(terms, d);
-    const Fraction<T> b = quadratic_fraction<kCount - kCount / 2>(terms, d + kCount / 2);
+    const Fraction<T> a = quadratic_fraction<kCount / 2>(terms, r, d);
+    const Fraction<T> b = quadratic_fraction<kCount - kCount / 2>(terms, r, d + kCount / 2);
     return {a.numerator * b.denominator + b.numerator * a.denominator, a.denominator * b.denominator};
   }
 }
 
-template <int kCount, class T>
-inline void add_group(const PairTerms<T>& terms, int64_t d, PairSum<T>& sum) {
-  const Fraction<T> fraction = quadratic_fraction<kCount>(terms, d);
-  sum.quadratic += fraction.numerator * fast_reciprocal<T>(fraction.denominator);
-  sum.multiply(fraction.denominator);
+template <int kCount, int kRows, class T>
+CSDIV_INLINE void add_group(const PairTerms<T>& terms, int64_t d, PairSum<T> (&sums)[kRows]) {
+  for (int r = 0; r < kRows; ++r) {
+    const Fraction<T> fraction = quadratic_fraction<kCount>(terms, r, d);
+    sums[r].quadratic += fraction.numerator * fast_reciprocal<T>(fraction.denominator);
+    sums[r].multiply(fraction.denominator);
+  }
 }
 
 // A term whose c may be subnormal, brought to normal size: delta^2 / c is unchanged.

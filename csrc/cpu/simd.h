@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+// For what the hot loops consist of: a call would move their sums from registers to memory.
+#define CSDIV_INLINE __attribute__((always_inline)) inline
+
 namespace csdiv::cpu::CSDIV_ISA {
 
 #if defined(__AVX512F__)
@@ -24,8 +27,7 @@ struct Float<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr int kBias = 127;
   static constexpr float kRoundingShift = 0x1.8p23f;   // adding it rounds to an integer, kept in the low bits
-  static constexpr float kExpMin = -87.3f;             // below: 0, so that no subnormal weight is ever produced
-  static constexpr float kExpMax = 88.3f;              // above: +inf
+  static constexpr float kExpMin = -87.33f;            // rounds to 2^-126
   static constexpr float kLn2High = 0x1.62e4p-1f;      // few bits: its products with exponents are exact
   static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr int kExpTerms = 7;        // Taylor: 0.347^8 / 8! < 2^-27
@@ -43,8 +45,7 @@ struct Float<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr int kBias = 1023;
   static constexpr double kRoundingShift = 0x1.8p52;
-  static constexpr double kExpMin = -708.3;
-  static constexpr double kExpMax = 709.0;
+  static constexpr double kExpMin = -708.39;
   static constexpr double kLn2High = 0x1.62e42feep-1;
   static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr int kExpTerms = 13;
@@ -102,10 +103,15 @@ inline T sum(Vec<T> value) {
   return total[0];
 }
 
-// NaN is dropped, as in the hardware's maximum: callers find it in a sum.
+// The second where either is NaN, as the hardware has it.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
+}
+
+template <class T>
+inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
 }
 
 template <class T>
@@ -156,29 +162,22 @@ inline Vec<T> mantissa(Vec<T> x) {
   return (Vec<T>)(((BitsVec<T>)x & kFraction) | kHalf);
 }
 
-// exp(x) within about 1 ulp; exact at 0 and -inf, +inf above kExpMax, NaN at NaN.
+// exp(x) for x <= 0, within about 1 ulp; exact at 0, NaN at NaN. The power of two is one too small and the series twice
+// too large, so that the power is 0 where the value would be subnormal: weights are normal numbers or 0.
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
   using F = Float<T>;
   constexpr T kInverseLn2 = T(1.4426950408889634074);
-  const Vec<T> low = broadcast<T>(F::kExpMin), high = broadcast<T>(F::kExpMax);
-  Vec<T> y = x < low ? low : x;
-  y = y > high ? high : y;
-  const Vec<T> shifted = y * kInverseLn2 + F::kRoundingShift;
+  x = maximum<T>(broadcast<T>(F::kExpMin), x);
+  const Vec<T> shifted = x * kInverseLn2 + F::kRoundingShift;
   const Vec<T> n = shifted - F::kRoundingShift;
-  const Vec<T> r = (y - n * F::kLn2High) - n * F::kLn2Low;
-  T factorial = 1;
-  T coefficients[F::kExpTerms + 1];
-  for (int k = 0; k <= F::kExpTerms; ++k) {
-    coefficients[k] = 1 / factorial;
-    factorial *= T(k + 1);
-  }
+  const Vec<T> r = (x - n * F::kLn2High) - n * F::kLn2Low;
+  T coefficients[F::kExpTerms + 1] = {2};
+  for (int k = 1; k <= F::kExpTerms; ++k) coefficients[k] = coefficients[k - 1] / T(k);
   Vec<T> series = broadcast<T>(coefficients[F::kExpTerms]);
   for (int k = F::kExpTerms - 1; k >= 0; --k) series = series * r + coefficients[k];
-  const BitsVec<T> power = ((BitsVec<T>)shifted + typename F::Unsigned(F::kBias)) << F::kMantissaBits;
-  Vec<T> value = series * (Vec<T>)power;
-  value = x < low ? Vec<T>{} : value;
-  return x > high ? broadcast<T>(T(__builtin_inf())) : value;
+  const BitsVec<T> power = ((BitsVec<T>)shifted + typename F::Unsigned(F::kBias - 1)) << F::kMantissaBits;
+  return series * (Vec<T>)power;
 }
 
 // log(m * 2^n) for m in [0.5, 1).
@@ -188,7 +187,7 @@ inline Vec<T> log(Vec<T> m, IntVec<T> n) {
   const IntVec<T> low = m < broadcast<T>(T(0.70710678118654752440));
   m = low ? m + m : m;                                         // [sqrt(1/2), sqrt(2))
   const Vec<T> e = __builtin_convertvector(n + low, Vec<T>);   // a true lane is -1
-  const Vec<T> s = (m - 1) / (m + 1);
+  const Vec<T> s = (m - 1) * fast_reciprocal<T>(m + 1);
   const Vec<T> z = s * s;
   Vec<T> series = broadcast<T>(T(1) / (2 * F::kLogTerms + 1));
   for (int k = F::kLogTerms - 1; k >= 1; --k) series = series * z + T(1) / (2 * k + 1);

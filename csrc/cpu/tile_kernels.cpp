@@ -32,51 +32,36 @@ Range<T> range(const T* means, const T* variances, int64_t size) {
           sum<T>(excess) == 0};
 }
 
-template <class T>
-PairTerms<T> pair_terms(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column) {
-  return {rows.means + row * rows.dim, rows.variances + row * rows.dim, columns.means + column,
-          columns.variances + column, columns.stride};
-}
-
-// `sums` for dimensions [begin, end), kRows rows against one vector of columns.
+// Dimensions [begin, end) of kRows rows against one vector of columns.
 template <bool kFast, int kRows, class T, class Sum>
-void add_dims(const PairTerms<T> (&terms)[kRows], int64_t begin, int64_t end, Sum (&sums)[kRows]) {
+CSDIV_INLINE void add_dims(const PairTerms<T>& terms, int64_t begin, int64_t end, Sum (&sums)[kRows]) {
   int64_t d = begin;
   if constexpr (kFast) {
-    for (; d + kGroup <= end; d += kGroup)
-      for (int r = 0; r < kRows; ++r) add_group<kGroup>(terms[r], d, sums[r]);
-    for (int r = 0; r < kRows; ++r) switch (end - d) {
-        case 1:
-          add_group<1>(terms[r], d, sums[r]);
-          break;
-        case 2:
-          add_group<2>(terms[r], d, sums[r]);
-          break;
-        case 3:
-          add_group<3>(terms[r], d, sums[r]);
-          break;
-      }
+    for (; d + kGroup <= end; d += kGroup) add_group<kGroup>(terms, d, sums);
+    if (end - d == 1) add_group<1>(terms, d, sums);
+    if (end - d == 2) add_group<2>(terms, d, sums);
+    if (end - d == 3) add_group<3>(terms, d, sums);
   } else {
     for (; d < end; ++d)
-      for (int r = 0; r < kRows; ++r) sums[r].add(terms[r].delta(d), terms[r].c(d));
+      for (int r = 0; r < kRows; ++r) sums[r].add(terms.delta(r, d), terms.c(r, d));
   }
 }
 
 template <bool kFast, int kRows, class T>
-void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column, T* tile) {
+CSDIV_INLINE void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column, T* tile) {
   using Sum = std::conditional_t<kFast, PairSum<T>, ExactPairSum<T>>;
-  const int64_t factors = kFast ? (rows.dim + kGroup - 1) / kGroup : rows.dim;
-  PairTerms<T> terms[kRows];
+  const int64_t dim = rows.dim, factors = kFast ? (dim + kGroup - 1) / kGroup : dim;
+  const PairTerms<T> terms{rows.means + row * dim, rows.variances + row * dim, dim,
+                           columns.means + column, columns.variances + column, columns.stride};
   Sum sums[kRows];
   Vec<T> quadratic[kRows];
   for (int r = 0; r < kRows; ++r) {
-    terms[r] = pair_terms(rows, row + r, columns, column);
     sums[r] = Sum(rows.exponents[row + r], factors);
     quadratic[r] = Vec<T>{};
   }
-  for (int64_t d = 0; d < rows.dim; d += kBlockedDims) {
-    const int64_t end = d + kBlockedDims < rows.dim ? d + kBlockedDims : rows.dim;
-    add_dims<kFast, kRows>(terms, d, end, sums);
+  for (int64_t begin = 0; begin < dim; begin += kBlockedDims) {
+    const int64_t end = begin + kBlockedDims < dim ? begin + kBlockedDims : dim;
+    add_dims<kFast, kRows>(terms, begin, end, sums);
     for (int r = 0; r < kRows; ++r) {
       quadratic[r] += sums[r].quadratic;
       sums[r].quadratic = Vec<T>{};
@@ -116,9 +101,13 @@ PartialSum<T> partial_sum(const T* logits, int64_t count) {
   Vec<T> largest = broadcast<T>(-kInfinity);
   for (int64_t j = 0; j < count; j += kLanes<T>) largest = maximum<T>(largest, load(logits + j));
   const T max = max_lane<T>(largest);
-  const T shift = max > -kInfinity && max < kInfinity ? max : T(0);
   Vec<T> total{};
-  for (int64_t j = 0; j < count; j += kLanes<T>) total += exp<T>(load(logits + j) - shift);
+  if (max == kInfinity) {
+    for (int64_t j = 0; j < count; j += kLanes<T>) total += maximum<T>(Vec<T>{}, load(logits + j));
+  } else {
+    const T shift = max > -kInfinity ? max : T(0);
+    for (int64_t j = 0; j < count; j += kLanes<T>) total += exp<T>(load(logits + j) - shift);
+  }
   return {max, sum<T>(total)};
 }
 
@@ -133,7 +122,9 @@ uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScal
     Vec<T> total{};
     IntVec<T> nonzero{};
     for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
-      const Vec<T> weight = empty ? Vec<T>{} : grad * exp<T>(load(weights + j) - log_normalizer);
+      // No weight exceeds 1: what is above comes from rounding.
+      const Vec<T> logit = minimum<T>(Vec<T>{}, load(weights + j) - log_normalizer);
+      const Vec<T> weight = empty ? Vec<T>{} : grad * exp<T>(logit);
       store(weights + j, weight);
       if (column_sums) store(column_sums + j, load(column_sums + j) + weight);
       total += weight;
@@ -149,21 +140,27 @@ uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScal
 template <bool kFast, bool kRowGrads, bool kColumnGrads, int kRows, class T>
 void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns, const T* weights,
                     const TileGradients<T>& grads) {
-  const T* const means = columns.means + d * columns.stride;
-  const T* const variances = columns.variances + d * columns.stride;
-  T* const grad_means = kColumnGrads ? grads.column_means + d * columns.stride : nullptr;
-  T* const grad_variances = kColumnGrads ? grads.column_variances + d * columns.stride : nullptr;
+  const int64_t stride = columns.stride, padded = columns.padded, dim = rows.dim;
+  const T* const means = columns.means + d * stride;
+  const T* const variances = columns.variances + d * stride;
+  const T* const first_weights = weights + row * stride;
+  T* const grad_means = kColumnGrads ? grads.column_means + d * stride : nullptr;
+  T* const grad_variances = kColumnGrads ? grads.column_variances + d * stride : nullptr;
   Vec<T> row_mean[kRows], row_variance[kRows], row_grad_mean[kRows], row_grad_variance[kRows];
   for (int r = 0; r < kRows; ++r) {
-    row_mean[r] = broadcast<T>(rows.means[(row + r) * rows.dim + d]);
-    row_variance[r] = broadcast<T>(rows.variances[(row + r) * rows.dim + d]);
+    row_mean[r] = broadcast<T>(rows.means[(row + r) * dim + d]);
+    row_variance[r] = broadcast<T>(rows.variances[(row + r) * dim + d]);
     row_grad_mean[r] = row_grad_variance[r] = Vec<T>{};
   }
-  for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+  for (int64_t j = 0; j < padded; j += kLanes<T>) {
     const Vec<T> mean = load(means + j), variance = load(variances + j);
     Vec<T> column_grad_mean{}, column_grad_variance{};
+    if constexpr (kColumnGrads) {
+      column_grad_mean = load(grad_means + j);
+      column_grad_variance = load(grad_variances + j);
+    }
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> weight = load(weights + (row + r) * columns.stride + j);
+      const Vec<T> weight = load(first_weights + r * stride + j);
       const PairGradient<T> pair = pair_gradient<kFast, T>(weight, row_mean[r] - mean, row_variance[r] + variance);
       row_grad_mean[r] += pair.mean;
       row_grad_variance[r] += pair.variance;
@@ -171,14 +168,14 @@ void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe
       column_grad_variance += pair.variance;
     }
     if constexpr (kColumnGrads) {
-      store(grad_means + j, load(grad_means + j) + column_grad_mean);
-      store(grad_variances + j, load(grad_variances + j) + column_grad_variance);
+      store(grad_means + j, column_grad_mean);
+      store(grad_variances + j, column_grad_variance);
     }
   }
   if constexpr (kRowGrads) {
     for (int r = 0; r < kRows; ++r) {
-      grads.row_means[(row + r) * rows.dim + d] += sum<T>(row_grad_mean[r]);
-      grads.row_variances[(row + r) * rows.dim + d] += sum<T>(row_grad_variance[r]);
+      grads.row_means[(row + r) * dim + d] += sum<T>(row_grad_mean[r]);
+      grads.row_variances[(row + r) * dim + d] += sum<T>(row_grad_variance[r]);
     }
   }
 }
