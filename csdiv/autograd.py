@@ -153,8 +153,7 @@ def _make_functions(pair: _OpPair) -> tuple[Any, Any]:
             rank = _batch_rank(tensors, dims, pair.event_dims)
             moved = [_move(t, d, e, rank) for t, d, e in zip(tensors, dims, pair.event_dims, strict=True)]
             outputs = Transformable.apply(backend, *moved)
-            # An output that depends on no mapped tensor has no mapped dimension yet.
-            return tuple(_to_front(o, 0, info.batch_size) for o in outputs), (0,) * len(outputs)
+            return outputs, (0,) * len(outputs)
 
     return Classic, Transformable
 

@@ -149,10 +149,12 @@ class GaussianMixture:
     @property
     def batch_shape(self) -> torch.Size:
         """The broadcast batch shape of all parameters."""
-        event_dims = dict(zip(_FIELDS, (2, 2, 1, 3, 3), strict=True))
-        fields = [(getattr(self, name), dims) for name, dims in event_dims.items()]
-        shapes = {t.shape[:-dims] for t, dims in fields if t is not None and t.ndim > dims}
-        return torch.broadcast_shapes(*shapes) if len(shapes) > 1 else shapes.pop() if shapes else torch.Size()
+        shape = self.means.shape[:-2]
+        matrix = self.scale_tril if self.scale_tril is not None else self.covariance_matrix
+        for t, event_dims in ((self.variances, 2), (self.log_weights, 1), (matrix, 3)):
+            if t is not None and t.shape[:-event_dims] != shape:
+                shape = torch.broadcast_shapes(shape, t.shape[:-event_dims])
+        return shape
 
     @property
     def dtype(self) -> torch.dtype:

@@ -156,17 +156,14 @@ def _fake_cs_divergence_forward(
     q_variances: Tensor,
     q_log_weights: Tensor | None,
     backend: str,
-) -> tuple[Tensor, ...]:
-    p_batch = _batch(p_means, p_variances, weights=[p_log_weights])
-    q_batch = _batch(q_means, q_variances, weights=[q_log_weights])
-    batch = torch.broadcast_shapes(p_batch, q_batch)
-    terms = (p_means.new_empty(shape, dtype=torch.float64) for shape in (batch, p_batch, q_batch))
-    return p_means.new_empty(batch), p_means.new_empty(*batch, p_means.shape[-2]), *terms
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = _batch(p_means, p_variances, q_means, q_variances, weights=[p_log_weights, q_log_weights])
+    overlaps = p_means.new_empty(*batch, 3, dtype=torch.float64)
+    return p_means.new_empty(batch), p_means.new_empty(*batch, p_means.shape[-2]), overlaps
 
 
 @_define(
-    f"cs_divergence_forward({_P}, {_P_WEIGHTS}, {_Q}, {_Q_WEIGHTS}, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"cs_divergence_forward({_P}, {_P_WEIGHTS}, {_Q}, {_Q_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_cs_divergence_forward,
 )
 def cs_divergence_forward(
@@ -177,7 +174,7 @@ def cs_divergence_forward(
     q_variances: Tensor,
     q_log_weights: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     module = backends.resolve(backend, p_means.device)
     return module.cs_divergence_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights)
 

@@ -1,6 +1,6 @@
 // The module csdiv._C: raw pointers, sizes and a number of threads; no torch. csdiv/backends/cpu.py is its only caller.
 //
-// A side is the tuple (means, variances, log_weights, scale_exponents, index, batch, n), see mixture.h; pointers are
+// A side is the tuple (means, variances, log_weights, index, batch, n), see mixture.h; pointers are
 // integers, 0 where an array is not given. `itemsize` is 4 (float) or 8 (double).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -41,17 +41,17 @@ T* pointer(Pointer address, bool needed = true) {
 
 template <class T>
 Mixture<T> mixture(const py::tuple& side, int64_t dim) {
-  check(side.size() == 7, "a side has 7 fields");
+  check(side.size() == 6, "a side has 6 fields");
   const auto address = [&](int k) { return side[k].cast<Pointer>(); };
-  const auto batch = side[5].cast<int64_t>(), n = side[6].cast<int64_t>();
+  const auto batch = side[4].cast<int64_t>(), n = side[5].cast<int64_t>();
   check_sizes({batch, n, dim});
   check(dim > 0 && dim <= cpu::kMaxDim, "dim must be positive and at most 2^22");
   const bool used = batch > 0 && n > 0;
   return {pointer<const T>(address(0), used),
           pointer<const T>(address(1), used),
           pointer<const T>(address(2), false),
+          nullptr,
           pointer<const int64_t>(address(3), false),
-          pointer<const int64_t>(address(4), false),
           batch,
           n};
 }
@@ -66,14 +66,14 @@ Problem<T> make_problem(int64_t batch, int64_t dim, const py::tuple& p, const py
   return problem;
 }
 
-// (rows, pq, pp, qq)
+// A pair with its scale exponents: made where the lock is released, for the call.
 template <class T>
-cpu::Overlaps<T> overlaps(const py::tuple& saved) {
-  check(saved.size() == 4, "overlaps have 4 fields");
-  const auto address = [&](int k) { return saved[k].cast<Pointer>(); };
-  return {pointer<T>(address(0), false), pointer<double>(address(1), false), pointer<double>(address(2), false),
-          pointer<double>(address(3), false)};
-}
+struct Scaled {
+  explicit Scaled(const Problem<T>& given) : problem(given) {}
+
+  Problem<T> problem;
+  cpu::ScaleExponents<T> p{problem.dim, problem.p}, q{problem.dim, problem.q};
+};
 
 // (means, variances, log_weights)
 template <class T>
@@ -91,23 +91,17 @@ void with_type(int itemsize, const F& f) {
   throw py::value_error("itemsize must be 4 or 8");
 }
 
-void cpu_scale_exponents(int itemsize, int64_t dim, Pointer variances, int64_t batch, int64_t n, Pointer exponents) {
-  check_sizes({batch, n, dim});
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    cpu::scale_exponents(dim, pointer<const T>(variances, batch > 0 && n > 0), batch, n,
-                         pointer<int64_t>(exponents, batch > 0));
-  });
-}
-
 void cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                             Pointer rows, int threads) {
+                             Pointer rows, Pointer offsets, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const out = pointer<T>(rows, problem.rows() > 0);
+    double* const left_out = pointer<double>(offsets, batch > 0);
     const py::gil_scoped_release unlocked;
-    cpu::overlap_lse_forward(problem, out, threads);
+    const Scaled<T> scaled(problem);
+    cpu::offsets(scaled.problem, cpu::Uniform::kOfQ, left_out);
+    cpu::overlap_lse_forward(scaled.problem, out, threads);
   });
 }
 
@@ -121,19 +115,23 @@ void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py
     const T* const grads = pointer<const T>(grad_rows, problem.rows() > 0);
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
-    cpu::overlap_lse_backward(problem, values, grads, to_p, to_q, threads);
+    const Scaled<T> scaled(problem);
+    cpu::overlap_lse_backward(scaled.problem, values, grads, to_p, to_q, threads);
   });
 }
 
 void cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                             Pointer rows, Pointer values, int threads) {
+                             Pointer rows, Pointer values, Pointer offsets, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const row_values = pointer<T>(rows, problem.rows() > 0);
     double* const out = pointer<double>(values, batch > 0);
+    double* const left_out = pointer<double>(offsets, batch > 0);
     const py::gil_scoped_release unlocked;
-    cpu::log_overlap_forward(problem, row_values, out, threads);
+    const Scaled<T> scaled(problem);
+    cpu::offsets(scaled.problem, cpu::Uniform::kOfBoth, left_out);
+    cpu::log_overlap_forward(scaled.problem, row_values, out, threads);
   });
 }
 
@@ -148,16 +146,21 @@ void cpu_log_overlap_backward(int itemsize, int64_t batch, int64_t dim, const py
     const T* const grads = pointer<const T>(grad_values, batch > 0);
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
-    cpu::log_overlap_backward(problem, grads, T(1), saved, totals, to_p, to_q, threads);
+    const Scaled<T> scaled(problem);
+    cpu::log_overlap_backward(scaled.problem, grads, T(1), saved, totals, to_p, to_q, threads);
   });
 }
 
-void cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, int threads) {
+void cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer offsets,
+                              int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
-    const Mixture<T> side = mixture<T>(p, dim);
+    Mixture<T> side = mixture<T>(p, dim);
     double* const out = pointer<double>(values, side.batch > 0);
+    double* const left_out = pointer<double>(offsets, side.batch > 0);
     const py::gil_scoped_release unlocked;
+    const cpu::ScaleExponents<T> exponents(dim, side);
+    cpu::offsets(Problem<T>{side.batch, dim, side, side}, cpu::Uniform::kOfBoth, left_out);
     cpu::self_overlap_forward(dim, side, out, threads);
   });
 }
@@ -166,38 +169,43 @@ void cpu_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Po
                                const py::tuple& grad, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
-    const Mixture<T> side = mixture<T>(p, dim);
+    Mixture<T> side = mixture<T>(p, dim);
     const double* const saved = pointer<const double>(values, side.batch > 0);
     const T* const grads = pointer<const T>(grad_values, side.batch > 0);
     const SideGradients<T> to_p = side_gradients<T>(grad);
     const py::gil_scoped_release unlocked;
+    const cpu::ScaleExponents<T> exponents(dim, side);
     cpu::self_overlap_backward(dim, side, saved, grads, to_p, threads);
   });
 }
 
 void cpu_cs_divergence_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                               Pointer divergence, const py::tuple& saved, int threads) {
+                               Pointer divergence, Pointer rows, Pointer overlaps, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const out = pointer<T>(divergence, batch > 0);
-    const cpu::Overlaps<T> terms = overlaps<T>(saved);
+    T* const row_values = pointer<T>(rows, problem.rows() > 0);
+    double* const terms = pointer<double>(overlaps, batch > 0);
     const py::gil_scoped_release unlocked;
-    cpu::cs_divergence_forward(problem, out, terms, threads);
+    const Scaled<T> scaled(problem);
+    cpu::cs_divergence_forward(scaled.problem, out, row_values, terms, threads);
   });
 }
 
 void cpu_cs_divergence_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                                Pointer grad, const py::tuple& saved, const py::tuple& grad_p, const py::tuple& grad_q,
-                                int threads) {
+                                Pointer grad, Pointer rows, Pointer overlaps, const py::tuple& grad_p,
+                                const py::tuple& grad_q, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     const T* const grads = pointer<const T>(grad, batch > 0);
-    const cpu::Overlaps<T> terms = overlaps<T>(saved);
+    const T* const row_values = pointer<const T>(rows, problem.rows() > 0);
+    const double* const terms = pointer<const double>(overlaps, batch > 0);
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
-    cpu::cs_divergence_backward(problem, grads, terms, to_p, to_q, threads);
+    const Scaled<T> scaled(problem);
+    cpu::cs_divergence_backward(scaled.problem, grads, row_values, terms, to_p, to_q, threads);
   });
 }
 
@@ -208,7 +216,8 @@ void cpu_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tu
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const out = pointer<T>(logits, problem.rows() > 0);
     const py::gil_scoped_release unlocked;
-    cpu::pairwise_forward(problem, out, threads);
+    const Scaled<T> scaled(problem);
+    cpu::pairwise_forward(scaled.problem, out, threads);
   });
 }
 
@@ -220,7 +229,8 @@ void cpu_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::t
     const T* const grads = pointer<const T>(grad_logits, problem.rows() > 0);
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
-    cpu::pairwise_backward(problem, grads, to_p, to_q, threads);
+    const Scaled<T> scaled(problem);
+    cpu::pairwise_backward(scaled.problem, grads, to_p, to_q, threads);
   });
 }
 
@@ -231,7 +241,8 @@ void cpu_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, co
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     auto* const out = pointer<int64_t>(assignment, problem.rows() > 0);
     const py::gil_scoped_release unlocked;
-    cpu::assign(problem, out, threads);
+    const Scaled<T> scaled(problem);
+    cpu::assign(scaled.problem, out, threads);
   });
 }
 
@@ -248,7 +259,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isas", &cpu::compiled_isas, "Instruction sets that were compiled in, widest last.");
   module.def("cpu_isa", &cpu::current_isa, "The instruction set in use.");
   module.def("cpu_set_isa", &cpu::set_isa, "For tests: uses another instruction set.");
-  module.def("cpu_scale_exponents", &cpu_scale_exponents);
   module.def("cpu_overlap_lse_forward", &cpu_overlap_lse_forward);
   module.def("cpu_overlap_lse_backward", &cpu_overlap_lse_backward);
   module.def("cpu_log_overlap_forward", &cpu_log_overlap_forward);

@@ -5,6 +5,7 @@ Every backend is a module with the same functions on the same tensors; :mod:`csd
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: one of {', '.join(map(repr, NAMES))} expected, got {name!r}")
 
 
+@functools.cache
 def resolve(name: str, device: torch.device) -> ModuleType:
     """The module that computes on ``device``.
 

@@ -75,13 +75,13 @@ def cs_divergence_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """D_CS(p, q) (*batch,), and what the backward pass wants back: the rows of pq (*batch, N) and the values of
-    log V(p, q) (*batch,), log V(p, p) (p's own batch) and log V(q, q) (q's own batch), float64."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """D_CS(p, q) (*batch,), and what the backward pass wants back: the rows of pq (*batch, N) and log V(p, q),
+    log V(p, p) and log V(q, q), (*batch, 3) float64."""
     p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
-    rows, pp, qq = reference.overlap_lse(p, q), reference.log_overlap(p, p), reference.log_overlap(q, q)
-    pq = reference.log_overlap(p, q)
-    return 0.5 * (pp + qq) - pq, rows, pq.double(), pp.double(), qq.double()
+    overlaps = (reference.log_overlap(*pair) for pair in ((p, q), (p, p), (q, q)))
+    pq, pp, qq = torch.broadcast_tensors(*overlaps)
+    return 0.5 * (pp + qq) - pq, reference.overlap_lse(p, q), torch.stack((pq, pp, qq), -1).double()
 
 
 def cs_divergence_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 // The entry points of the CPU backend; bindings.cpp describes and checks their arguments.
-// Logits and values are relative to E: log 2 (sum_d log2 c - E) / 2 stands for the log determinant.
+// Logits and values are relative to E: log 2 (sum_d log2 c - E) / 2 stands for the log determinant, and the constants
+// of the density and of uniform weights are left out as well.
 #pragma once
 
 #include "mixture.h"
@@ -16,6 +17,11 @@ struct SideGradients {
 
   bool wanted() const { return means || variances || log_weights; }
 };
+
+// What is left out of each problem's values; the uniform weights of a side count where it has no log weights.
+enum class Uniform { kNone, kOfQ, kOfBoth };
+template <class T>
+void offsets(const Problem<T>& problem, Uniform uniform, double* offsets);
 
 // rows[b, i] = LSE_j logit_ij.
 template <class T>
@@ -44,24 +50,16 @@ template <class T>
 void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* values, const T* grad_values,
                            const SideGradients<T>& grad, int threads);
 
-// What the divergence is made of, and its gradients again: rows (batch, n) and the logarithms of the three overlaps.
+// divergence[b] = (pp + qq) / 2 - pq from the three log overlaps, overlaps[b] = (pq, pp, qq); rows as above. The scales
+// cancel: E_pq = (E_pp + E_qq) / 2.
 template <class T>
-struct Overlaps {
-  T* rows;
-  double* pq;   // (batch)
-  double* pp;   // (p.batch)
-  double* qq;   // (q.batch)
-};
-
-// divergence[b] = (pp + qq) / 2 - pq. The scales cancel: E_pq = (E_pp + E_qq) / 2.
-template <class T>
-void cs_divergence_forward(const Problem<T>& problem, T* divergence, const Overlaps<T>& overlaps, int threads);
+void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, int threads);
 
 template <class T>
-void cs_divergence_backward(const Problem<T>& problem, const T* grad, const Overlaps<T>& overlaps,
+void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* rows, const double* overlaps,
                             SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
 
-// logits[b, i, j], without weights.
+// logits[b, i, j], without weights; nothing is left out.
 template <class T>
 void pairwise_forward(const Problem<T>& problem, T* logits, int threads);
 

@@ -17,6 +17,19 @@ double row_logit(const Problem<T>& problem, int64_t b, int64_t i, const T* rows)
 }   // namespace
 
 template <class T>
+void offsets(const Problem<T>& problem, Uniform uniform, double* offsets) {
+  constexpr double kLog2 = 0.69314718055994530942, kLog2Pi = 1.8378770664093454836;
+  double log_uniform = 0;
+  if (uniform != Uniform::kNone && !problem.q.log_weights) log_uniform -= std::log(double(problem.q.n));
+  if (uniform == Uniform::kOfBoth && !problem.p.log_weights) log_uniform -= std::log(double(problem.p.n));
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    const int64_t exponents =
+        problem.p.scale_exponent(problem.p.item(b), 0) + problem.q.scale_exponent(problem.q.item(b), 0);
+    offsets[b] = log_uniform - 0.5 * (0.5 * kLog2 * double(exponents) + double(problem.dim) * kLog2Pi);
+  }
+}
+
+template <class T>
 void log_overlap_forward(const Problem<T>& problem, T* rows, double* values, int threads) {
   overlap_lse_forward(problem, rows, threads);
   for (int64_t b = 0; b < problem.batch; ++b) {
@@ -42,6 +55,8 @@ void log_overlap_backward(const Problem<T>& problem, const T* grad_values, T fac
   overlap_lse_backward(problem, rows, grad_rows.get(), grad_p, grad_q, threads);
 }
 
+template void offsets(const Problem<float>&, Uniform, double*);
+template void offsets(const Problem<double>&, Uniform, double*);
 template void log_overlap_forward(const Problem<float>&, float*, double*, int);
 template void log_overlap_forward(const Problem<double>&, double*, double*, int);
 template void log_overlap_backward(const Problem<float>&, const float*, float, const float*, const double*,

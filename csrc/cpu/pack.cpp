@@ -19,9 +19,25 @@ int64_t stripe_stride(int64_t columns, int64_t stripe_columns, int64_t lanes) {
   return stripe_columns + kCacheLine / int64_t(sizeof(T));
 }
 
+// log2 of the product of the variances, NaN unless all are positive and finite.
 template <class T>
-bool usable(T variance) {
-  return std::isfinite(variance) && variance > 0;
+double log2_of_product(const T* variances, int64_t dim) {
+  constexpr double kSmall = 0x1p-500, kLarge = 0x1p500;
+  double product = 1, log2_of_rest = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const double variance = variances[d];
+    if (!(variance > 0 && variance <= std::numeric_limits<T>::max())) return std::numeric_limits<double>::quiet_NaN();
+    if (variance < kSmall || variance > kLarge) {
+      log2_of_rest += std::log2(variance);
+      continue;
+    }
+    product *= variance;
+    if (product < kSmall || product > kLarge) {
+      log2_of_rest += std::log2(product);
+      product = 1;
+    }
+  }
+  return log2_of_rest + std::log2(product);
 }
 
 }   // namespace
@@ -89,32 +105,26 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
 }
 
 template <class T>
-void scale_exponents(int64_t dim, const T* variances, int64_t batch, int64_t n, int64_t* exponents) {
-  for (int64_t item = 0; item < batch; ++item) {
+ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
+  for (int64_t item = 0; item < side.batch; ++item) {
     double total = 0;
     int64_t used = 0;
-    for (int64_t k = 0; k < n; ++k) {
-      const T* const component = variances + (item * n + k) * dim;
-      if (!std::all_of(component, component + dim, usable<T>)) continue;
-      double mantissa = 1;
-      int64_t exponent = dim;   // of 2^dim prod_d s_d
-      for (int64_t d = 0; d < dim; ++d) {
-        int step;
-        mantissa = std::frexp(mantissa * component[d], &step);
-        exponent += step;
-      }
-      total += double(exponent) + std::log2(mantissa);
+    for (int64_t k = 0; k < side.n; ++k) {
+      const double log2_size = log2_of_product(side.variances + (item * side.n + k) * dim, dim);
+      if (!std::isfinite(log2_size)) continue;
+      total += double(dim) + log2_size;
       ++used;
     }
-    exponents[item] = used ? 2 * std::llround(total / double(used) / 2) : 0;
+    exponents_.get()[item] = used ? 2 * std::llround(total / double(used) / 2) : 0;
   }
+  side.scale_exponents = exponents_.get();
 }
 
 template RowTile<float> row_tile(const Problem<float>&, int64_t, int64_t);
 template RowTile<double> row_tile(const Problem<double>&, int64_t, int64_t);
 template class PackedColumns<float>;
 template class PackedColumns<double>;
-template void scale_exponents(int64_t, const float*, int64_t, int64_t, int64_t*);
-template void scale_exponents(int64_t, const double*, int64_t, int64_t, int64_t*);
+template class ScaleExponents<float>;
+template class ScaleExponents<double>;
 
 }   // namespace csdiv::cpu

@@ -74,8 +74,15 @@ class PackedColumns {
   std::vector<Stripe<T>> all_;
 };
 
-// Per item the even integer nearest to the mean over its components of sum_d log2(2 s_d).
+// Gives a side its scale exponents, for as long as this lives: per item the even integer nearest to the mean over its
+// components of sum_d log2(2 s_d).
 template <class T>
-void scale_exponents(int64_t dim, const T* variances, int64_t batch, int64_t n, int64_t* exponents);
+class ScaleExponents {
+ public:
+  ScaleExponents(int64_t dim, Mixture<T>& side);
+
+ private:
+  AlignedArray<int64_t> exponents_;
+};
 
 }   // namespace csdiv::cpu

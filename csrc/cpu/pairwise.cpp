@@ -10,7 +10,9 @@ void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
   threads = useful_threads(problem, threads);
   const TileKernels<T>& kernels = tile_kernels<T>();
   const PackedColumns<T> columns(problem, LogWeights::kZero, kStripeColumns, threads);
-  const int64_t m = problem.q.n, tiles = num_row_tiles(problem);
+  const int64_t m = problem.q.n, tiles = num_row_tiles(problem), rows_of_problem = batched.p.n;
+  const AlignedArray<double> left_out(batched.batch);
+  offsets(batched, Uniform::kNone, left_out.get());
   parallel_for(problem.batch * tiles, threads, [&](int64_t task) {
     const int64_t b = task / tiles, first = task % tiles * kTileRows;
     const RowTile<T> rows = row_tile(problem, b, task % tiles);
@@ -18,9 +20,12 @@ void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
     for (int64_t s = 0; s < columns.stripes(); ++s) {
       const Stripe<T>& stripe = columns.stripe(problem.q.item(b), s);
       kernels.logits(rows, stripe, 0, logits);
-      for (int64_t r = 0; r < rows.count; ++r)
-        std::copy_n(logits + r * stripe.stride, stripe.count,
-                    out + (b * problem.p.n + first + r) * m + s * kStripeColumns);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const int64_t row = b * problem.p.n + first + r;
+        const T offset = T(left_out.get()[row / rows_of_problem]);
+        T* const to = out + row * m + s * kStripeColumns;
+        for (int64_t j = 0; j < stripe.count; ++j) to[j] = logits[r * stripe.stride + j] + offset;
+      }
     }
   });
 }
