@@ -3,13 +3,16 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: train test lint format bench figures clean
+.PHONY: train test mutate lint format bench figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
 	$(BIN)/csdiv train --output-dir runs/digits --overwrite
 
 test: .venv/built  ## every test
 	$(BIN)/python -m pytest
+
+mutate: .venv/built  ## change every arithmetic line of the CPU kernels in turn: a test must turn red (hours)
+	$(BIN)/python tests/mutate.py --output tests/mutation.json
 
 lint: .venv/built
 	$(BIN)/ruff check .

@@ -1,0 +1,122 @@
+"""Native kernels where their code takes another way: blocks, cuts of the work, and the limits of the fast form.
+
+Values and gradients of every entry are held to the error budget of :mod:`csdiv.testing`, as in test_contract.py.
+"""
+
+import pytest
+import torch
+from test_contract import INPUTS, P, Q, call, eager_call
+from torch import Tensor
+
+import csdiv
+from csdiv import GaussianMixture, testing
+
+NATIVE = tuple(name for name in csdiv.available_backends() if name != "reference")
+PAIRS = ("cs_divergence", "log_overlap", "component_log_overlap", "pairwise_log_overlap")
+on_every_backend = pytest.mark.parametrize("backend", NATIVE)
+
+
+def check(entry: str, backend: str, p: GaussianMixture, q: GaussianMixture, wanted: tuple[str, ...] = P + Q) -> None:
+    """``entry`` of the float32 mixtures and its gradients against float64, within the derived budget."""
+    given = dict(zip(P + Q, (p.means, p.variances, p.log_weights, q.means, q.variances, q.log_weights), strict=True))
+    wanted = tuple(name for name in wanted if name in INPUTS[entry])
+
+    def evaluate(dtype: torch.dtype, function: object) -> tuple[list[GaussianMixture], list[Tensor], Tensor]:
+        leaves = {name: t.to(dtype, copy=True).requires_grad_(name in wanted) for name, t in given.items()}
+        sides = [GaussianMixture(*(leaves[name] for name in names)) for names in (P, Q)]
+        return sides, [leaves[name] for name in wanted], function(*sides)
+
+    sides, leaves, exact = evaluate(torch.float64, call(entry, "reference"))
+    _, eager_leaves, eager = evaluate(torch.float32, eager_call(entry))
+    _, actual_leaves, actual = evaluate(torch.float32, call(entry, backend))
+    scaled = entry != "pairwise_log_overlap"  # whose scale is added back, rounded
+    testing.assert_within_budget(actual, eager, exact, testing.band(entry, *sides, scaled=scaled))
+    if not wanted:
+        return
+    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    bands = testing.gradient_bands(entry, *sides, grad, leaves)
+    grads = [
+        torch.autograd.grad(value, tensors, grad.to(value.dtype))
+        for value, tensors in ((actual, actual_leaves), (eager, eager_leaves), (exact, leaves))
+    ]
+    for name, found, plain, true, band in zip(wanted, *grads, bands, strict=True):
+        try:
+            testing.assert_within_budget(found, plain, true, band)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from None
+
+
+def pair(n: int, m: int, dim: int, **options: object) -> tuple[GaussianMixture, GaussianMixture]:
+    g = torch.Generator().manual_seed(n + m + dim)
+    return tuple(testing.random_mixture(size, dim, generator=g, **options) for size in (n, m))
+
+
+# Rows are cut in blocks, columns in groups, or both in phases; sums are merged after 1024 rows and 256 columns.
+@on_every_backend
+@pytest.mark.parametrize("wanted", [P + Q, P, Q], ids=["both", "rows", "columns"])
+@pytest.mark.parametrize(("n", "m"), [(140, 150), (300, 1030), (1030, 300), (1100, 40), (40, 1100), (17, 1500)])
+@pytest.mark.parametrize("entry", ["component_log_overlap", "log_overlap", "pairwise_log_overlap"])
+def test_every_cut_of_the_work_gives_the_gradients(
+    entry: str, n: int, m: int, wanted: tuple[str, ...], backend: str
+) -> None:
+    check(entry, backend, *pair(n, m, 2), wanted)
+
+
+@on_every_backend
+@pytest.mark.parametrize("size", [255, 256, 257, 272, 1030])
+def test_self_overlap_crosses_stripes_and_blocks(size: int, backend: str) -> None:
+    check("self_overlap", backend, *pair(size, 1, 2), P)
+
+
+# Dimensions come in groups of four and, from 128 on, in several accumulators.
+@on_every_backend
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 127, 128, 129, 130, 131, 258])
+@pytest.mark.parametrize("entry", PAIRS)
+def test_every_number_of_dimensions(entry: str, dim: int, backend: str) -> None:
+    check(entry, backend, *pair(6, 19, dim))
+
+
+# Powers of two around the limits from which the fast form may not be taken: 2^±20 for the sum of two variances and
+# 2^30 for the difference of two means; two sizes within a group of dimensions, so that products take every order.
+@on_every_backend
+@pytest.mark.parametrize("exponents", [(-22, -22), (-21, 19), (19, 19), (20, -20), (18, -21), (21, 20), (0, 24)])
+@pytest.mark.parametrize("entry", PAIRS)
+def test_variances_around_the_limits_of_the_fast_form(entry: str, exponents: tuple[int, int], backend: str) -> None:
+    p, q = pair(18, 21, 7)
+    scale = 2.0 ** torch.tensor([exponents[d % 2] for d in range(7)])
+    check(
+        entry, backend, *(GaussianMixture(s.means * scale.sqrt(), s.variances * scale, s.log_weights) for s in (p, q))
+    )
+
+
+@on_every_backend
+@pytest.mark.parametrize("distance", [2.0**28, 2.0**30, 2.0**31, 2.0**40])
+@pytest.mark.parametrize("variance", [2.0**-19, 1.0, 2.0**19])
+def test_means_around_the_limits_of_the_fast_form(variance: float, distance: float, backend: str) -> None:
+    """δ²c³ is largest where the difference is in one dimension of a group and the variances in the others."""
+    p, q = pair(18, 21, 4)
+    far = torch.tensor([1.0, 0.0, 0.0, 0.0]) * distance
+    q = GaussianMixture(q.means + far, q.variances * variance, q.log_weights)
+    p = GaussianMixture(p.means, p.variances * variance, p.log_weights)
+    for entry in ("component_log_overlap", "pairwise_log_overlap"):
+        for sides in ((p, q), (q, p)):
+            check(entry, backend, *sides, ())
+
+
+@on_every_backend
+@pytest.mark.parametrize("gap", [80.0, 87.0, 88.0, 95.0, 104.0, 120.0])
+@pytest.mark.parametrize("entry", ["component_log_overlap", "log_overlap"])
+def test_shares_down_to_the_smallest_numbers(entry: str, gap: float, backend: str) -> None:
+    """Column j has the share e^−(gap + j/4): a share below the normal numbers may be zero, nothing else."""
+    p, q = pair(3, 40, 3, structure="tied spherical")
+    log_weights = torch.cat([torch.zeros(1), -gap - 0.25 * torch.arange(39)])
+    check(entry, backend, p, GaussianMixture(q.means * 0.1, q.variances, log_weights))
+
+
+@on_every_backend
+@pytest.mark.parametrize("batches", [((3,), ()), ((), (3,)), ((2, 1), (1, 3)), ((1,), (2,))])
+def test_batches_of_several_tiles_and_stripes(batches: tuple[tuple[int, ...], tuple[int, ...]], backend: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    p, q = (testing.random_mixture(k, 2, batch_shape=b, generator=g) for k, b in zip((37, 290), batches, strict=True))
+    for entry in PAIRS:
+        check(entry, backend, p, q)
