@@ -198,6 +198,7 @@ class Laboratory:
         resource.setrlimit(resource.RLIMIT_AS, (1 << 34, 1 << 34))  # a mutant may ask for any amount of memory
         with (self.folder / "tests.log").open("w") as log:
             os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--durations=0", *arguments])))
 
     def try_mutant(self, mutant: Mutant) -> str:
