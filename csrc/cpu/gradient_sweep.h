@@ -1,6 +1,7 @@
 // From the weights of pairs to the gradients of both sides: the driver behind every backward pass.
 //
-// Sums are kept in float64 across tiles. The work is cut by sizes alone, in one of three ways:
+// Sums over rows are kept in T for up to kRowsPerMerge rows, then in float64; sums over columns are in float64 from one
+// tile to the next. The work is cut by sizes alone, in one of three ways:
 //   rows      many more rows than columns: blocks of rows, each with sums of its own for all columns;
 //   columns   the other way round;
 //   square    S row blocks and S column groups, in S phases: phase t runs (r, (r + t) mod S) for all r, so that no two
@@ -8,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu.h"
 #include "dispatch.h"
@@ -17,7 +19,7 @@
 namespace csdiv::cpu {
 
 constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
-constexpr int64_t kMaxBlocks = 32;
+constexpr int64_t kMaxBlocks = 16;
 constexpr int64_t kLopsided = 8;   // ratio of the sides from which one of them is cut alone
 constexpr int64_t kCopies = 8;     // sets of sums when one side is cut alone
 
@@ -45,7 +47,7 @@ inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t s
 
 // Narrower stripes give few columns more groups.
 inline int64_t sweep_stripe_columns(int64_t m) {
-  return std::clamp(ceil_div(m, kCopies * 16) * 16, int64_t(64), kStripeColumns);
+  return std::clamp(ceil_div(m, 4 * 16) * 16, int64_t(64), kStripeColumns);
 }
 
 // One tile of a sweep, and where the sums of its weights go (null: not wanted).
@@ -57,15 +59,23 @@ struct SweepTile {
   const Stripe<T>& columns;
   double* row_sums;
   T* column_sums;
+
+  // Of a mixture with itself, the column of the tile that holds the pair of row r with itself; it may lie outside.
+  int64_t diagonal(int64_t r) const { return first_row + r - first_column; }
 };
+
+// Which pairs are swept: all, or those with column >= row, of a mixture with itself, where the tiles on the diagonal
+// are for `fill` to cut.
+enum class Pairs { kAll, kUpperTriangle };
 
 // fill(tile, weights) writes the weights of a tile and returns the mask of rows that have any.
 template <class T, class Fill>
 class GradientSweep {
  public:
-  GradientSweep(const Problem<T>& problem, LogWeights log_weights, const SideGradients<T>& grad_p,
+  GradientSweep(const Problem<T>& problem, Pairs pairs, LogWeights log_weights, const SideGradients<T>& grad_p,
                 const SideGradients<T>& grad_q, int threads, const Fill& fill)
       : problem_(problem),
+        pairs_(pairs),
         grad_p_(grad_p),
         grad_q_(grad_q),
         threads_(threads),
@@ -79,9 +89,12 @@ class GradientSweep {
         row_size_(rows_wanted_ ? problem.p.batch * problem.p.n * (2 * dim_ + 1) : 0),
         column_size_(columns_wanted_ ? problem.q.batch * packed_.stripes() * stripe_size() : 0),
         row_sums_(row_size_ * partition_.row_copies()),
-        column_sums_(column_size_ * partition_.column_copies()) {
+        column_sums_(column_size_ * partition_.column_copies()),
+        recent_sums_(column_sums_.size()),
+        recent_rows_(columns_wanted_ ? problem.q.batch * packed_.stripes() * partition_.column_copies() : 0) {
     std::fill_n(row_sums_.get(), row_sums_.size(), 0.0);
     std::fill_n(column_sums_.get(), column_sums_.size(), 0.0);
+    std::fill_n(recent_sums_.get(), recent_sums_.size(), T(0));
   }
 
   void run() {
@@ -94,8 +107,14 @@ class GradientSweep {
     } else {
       for (int64_t b = 0; b < problem_.batch; ++b) run_problem(b);
     }
+    parallel_for(int64_t(recent_rows_.size()), threads_, [&](int64_t place) { merge_recent(place); });
     merge_copies(row_sums_.get(), row_size_, partition_.row_copies());
     merge_copies(column_sums_.get(), column_size_, partition_.column_copies());
+    if (pairs_ == Pairs::kUpperTriangle) {
+      columns_to_rows();
+      write_rows();
+      return;
+    }
     if (rows_wanted_) write_rows();
     if (columns_wanted_) write_columns();
   }
@@ -108,9 +127,17 @@ class GradientSweep {
     return row_sums_.get() + copy * row_size_ + item * problem_.p.n * (2 * dim_ + 1);
   }
 
-  // Sums of a stripe's columns: (dim, stride), (dim, stride) and (stride) likewise.
-  double* stripe_sums(int64_t copy, int64_t item, int64_t s) {
-    return column_sums_.get() + copy * column_size_ + (item * packed_.stripes() + s) * stripe_size();
+  // Where the sums of a stripe's columns are, likewise (dim, stride), (dim, stride) and (stride): in units of a stripe.
+  int64_t stripe_place(int64_t copy, int64_t item, int64_t s) const {
+    return (copy * problem_.q.batch + item) * packed_.stripes() + s;
+  }
+
+  void merge_recent(int64_t place) {
+    double* const sums = column_sums_.get() + place * stripe_size();
+    T* const recent = recent_sums_.get() + place * stripe_size();
+    for (int64_t k = 0; k < stripe_size(); ++k) sums[k] += recent[k];
+    std::fill_n(recent, stripe_size(), T(0));
+    recent_rows_[place] = 0;
   }
 
   void run_problem(int64_t b) {
@@ -131,18 +158,19 @@ class GradientSweep {
     const int64_t last_tile = tiles * (block + 1) / partition_.row_blocks;
     const int64_t row_copy = partition_.row_copies() > 1 ? group : 0;
     const int64_t column_copy = partition_.column_copies() > 1 ? block : 0;
-    T* const memory = scratch<T>(kTileRows * packed_.stride() + stripe_size());
-    T* const weights = memory + stripe_size();
+    T* const weights = scratch<T>(kTileRows * packed_.stride());
     for (int64_t s = stripes * group / partition_.column_groups; s < stripes * (group + 1) / partition_.column_groups;
          ++s) {
-      for (int64_t first = first_tile; first < last_tile; first += kRowsPerMerge / kTileRows) {
-        const int64_t last = std::min(last_tile, first + kRowsPerMerge / kTileRows);
-        if (columns_wanted_) std::fill_n(memory, stripe_size(), T(0));
-        for (int64_t tile = first; tile < last; ++tile) run_tile(b, tile, s, row_copy, memory, weights);
-        if (columns_wanted_) {
-          double* const sums = stripe_sums(column_copy, problem_.q.item(b), s);
-          for (int64_t k = 0; k < stripe_size(); ++k) sums[k] += memory[k];
+      const int64_t place = stripe_place(column_copy, problem_.q.item(b), s);
+      T* const column_sums = columns_wanted_ ? recent_sums_.get() + place * stripe_size() : nullptr;
+      const int64_t last_column = s * sweep_stripe_columns(problem_.q.n) + packed_.stripe(0, s).count - 1;
+      const int64_t tiles_here = pairs_ == Pairs::kAll ? last_tile : std::min(last_tile, last_column / kTileRows + 1);
+      for (int64_t tile = first_tile; tile < tiles_here; ++tile) {
+        if (columns_wanted_ && (recent_rows_[place] += kTileRows) > kRowsPerMerge) {
+          merge_recent(place);
+          recent_rows_[place] = kTileRows;
         }
+        run_tile(b, tile, s, row_copy, column_sums, weights);
       }
     }
   }
@@ -176,6 +204,24 @@ class GradientSweep {
     });
   }
 
+  // Of a mixture with itself: what a component has as a column joins what it has as a row, before anything is rounded.
+  void columns_to_rows() {
+    const int64_t n = problem_.q.n, width = sweep_stripe_columns(n), stride = packed_.stride();
+    parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
+      const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
+      const double* const from = column_sums_.get() + stripe_place(0, item, s) * stripe_size();
+      double* const to = row_sums(0, item);
+      for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
+        const int64_t i = s * width + j;
+        for (int64_t d = 0; d < dim_; ++d) {
+          to[i * dim_ + d] -= from[d * stride + j];
+          to[(n + i) * dim_ + d] += from[(dim_ + d) * stride + j];
+        }
+        to[2 * n * dim_ + i] += from[2 * dim_ * stride + j];
+      }
+    });
+  }
+
   // Sets or adds; `out` is null where the gradient is not wanted.
   static void write(const SideGradients<T>& side, T* out, int64_t k, double value) {
     if (out) out[k] = T(side.add ? out[k] + value : value);
@@ -198,7 +244,7 @@ class GradientSweep {
     const int64_t width = sweep_stripe_columns(problem_.q.n), stride = packed_.stride();
     parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
-      const double* const sums = stripe_sums(0, item, s);
+      const double* const sums = column_sums_.get() + stripe_place(0, item, s) * stripe_size();
       for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
         const int64_t k = item * problem_.q.n + s * width + j;
         for (int64_t d = 0; d < dim_; ++d) {
@@ -211,6 +257,7 @@ class GradientSweep {
   }
 
   const Problem<T>& problem_;
+  const Pairs pairs_;
   const SideGradients<T> grad_p_, grad_q_;
   const int threads_;
   const Fill& fill_;
@@ -220,12 +267,25 @@ class GradientSweep {
   const Partition partition_;
   const int64_t row_size_, column_size_;
   AlignedArray<double> row_sums_, column_sums_;
+  AlignedArray<T> recent_sums_;        // of the last rows, to be added to column_sums_
+  std::vector<int64_t> recent_rows_;   // how many, per stripe
 };
 
 template <class T, class Fill>
 void sweep_gradients(const Problem<T>& problem, LogWeights log_weights, const SideGradients<T>& grad_p,
                      const SideGradients<T>& grad_q, int threads, const Fill& fill) {
-  GradientSweep<T, Fill>(problem, log_weights, grad_p, grad_q, useful_threads(problem, threads), fill).run();
+  GradientSweep<T, Fill>(problem, Pairs::kAll, log_weights, grad_p, grad_q, useful_threads(problem, threads), fill)
+      .run();
+}
+
+// A mixture with itself: what a component has as a row and what it has as a column are added up.
+template <class T, class Fill>
+void sweep_self_gradients(const Problem<T>& problem, LogWeights log_weights, const SideGradients<T>& grad, int threads,
+                          const Fill& fill) {
+  if (!grad.wanted()) return;
+  GradientSweep<T, Fill>(problem, Pairs::kUpperTriangle, log_weights, grad, grad, useful_threads(problem, threads),
+                         fill)
+      .run();
 }
 
 }   // namespace csdiv::cpu

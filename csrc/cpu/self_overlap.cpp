@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "gradient_sweep.h"
 #include "log_sum_exp.h"
@@ -68,7 +70,8 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* value
                            const SideGradients<T>& grad, int threads) {
   const Problem<T> problem = with_itself(dim, p);
   const TileKernels<T>& kernels = tile_kernels<T>();
-  // Equation (6): twice the one-sided gradients, with r_ij = exp(log a_i + logit_ij - log V).
+  // Equation (6): twice the one-sided gradients, with r_ij = exp(log a_i + logit_ij - log V). A pair j > i counts for
+  // both of its components at once; the pair (i, i), swept as a row and as a column, counts half for each.
   const auto fill = [&](const SweepTile<T>& tile, T* weights) {
     T log_normalizers[kTileRows], grads[kTileRows];
     for (int64_t r = 0; r < tile.rows.count; ++r) {
@@ -77,9 +80,30 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* value
       grads[r] = log_weight == -INFINITY || values[tile.problem] == -INFINITY ? T(0) : 2 * grad_values[tile.problem];
     }
     kernels.logits(tile.rows, tile.columns, 0, weights);
-    return kernels.weights(tile.rows, tile.columns, {log_normalizers, grads}, weights, tile.column_sums, tile.row_sums);
+    T diagonal[kTileRows] = {};
+    for (int64_t r = 0; r < tile.rows.count; ++r) {
+      const int64_t j = tile.diagonal(r);
+      if (j < 0) continue;
+      T* const row = weights + r * tile.columns.stride;
+      if (j < tile.columns.count && grads[r] != 0) {
+        const T logit = row[j] - log_normalizers[r];
+        diagonal[r] = T(0.5) * grads[r] * std::exp(logit > 0 ? T(0) : logit);
+      }
+      std::fill_n(row, std::min(j + 1, tile.columns.padded), -std::numeric_limits<T>::infinity());
+    }
+    uint32_t active =
+        kernels.weights(tile.rows, tile.columns, {log_normalizers, grads}, weights, tile.column_sums, tile.row_sums);
+    for (int64_t r = 0; r < tile.rows.count; ++r) {
+      if (diagonal[r] == 0) continue;
+      const int64_t j = tile.diagonal(r);
+      weights[r * tile.columns.stride + j] = diagonal[r];
+      tile.column_sums[j] += diagonal[r];
+      tile.row_sums[r] += diagonal[r];
+      active |= uint32_t(1) << r;
+    }
+    return active;
   };
-  sweep_gradients(problem, LogWeights::kKept, grad, SideGradients<T>{}, threads, fill);
+  sweep_self_gradients(problem, LogWeights::kKept, grad, threads, fill);
 }
 
 template void self_overlap_forward(int64_t, const Mixture<float>&, double*, int);
