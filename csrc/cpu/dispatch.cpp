@@ -15,20 +15,26 @@ struct Isa {
   TileKernels<double> f64;
 };
 
-const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all = [] {
-    std::vector<Isa> list;
-    list.push_back({"baseline", true, baseline::tile_kernels_f32(), baseline::tile_kernels_f64()});
-#ifdef CSDIV_X86
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
-    list.push_back({"avx2", has_avx2, avx2::tile_kernels_f32(), avx2::tile_kernels_f64()});
-    list.push_back({"avx512", has_avx512, avx512::tile_kernels_f32(), avx512::tile_kernels_f64()});
+[[maybe_unused]] bool supports_baseline() {
+  return true;
+}
+
+#if defined(__x86_64__)
+[[maybe_unused]] bool supports_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+[[maybe_unused]] bool supports_avx512() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
-    return list;
-  }();
+
+// Widest last.
+const std::vector<Isa>& isas() {
+#define CSDIV_ISA_ENTRY(isa) {#isa, supports_##isa(), isa::tile_kernels_f32(), isa::tile_kernels_f64()},
+  static const std::vector<Isa> all = {CSDIV_FOR_EACH_ISA(CSDIV_ISA_ENTRY)};
+#undef CSDIV_ISA_ENTRY
   return all;
 }
 

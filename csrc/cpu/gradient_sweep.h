@@ -20,8 +20,9 @@ namespace csdiv::cpu {
 
 constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
 constexpr int64_t kMaxBlocks = 16;
-constexpr int64_t kLopsided = 8;   // ratio of the sides from which one of them is cut alone
-constexpr int64_t kCopies = 8;     // sets of sums when one side is cut alone
+constexpr int64_t kLopsided = 8;                     // ratio of the sides from which one of them is cut alone
+constexpr int64_t kCopies = 8;                       // sets of sums when one side is cut alone
+constexpr int64_t kCheapCopies = int64_t(1) << 22;   // elements of column sums up to which every row block has its own
 
 struct Partition {
   int64_t row_blocks = 1, column_groups = 1;
@@ -31,7 +32,9 @@ struct Partition {
   int64_t column_copies() const { return phases > 1 ? 1 : row_blocks; }
 };
 
-inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t stripes, bool rows, bool columns) {
+inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t stripes, bool rows,
+                                  int64_t column_size) {
+  const bool columns = column_size > 0;
   Partition partition;
   if (!columns && tiles >= kCopies) {
     partition.row_blocks = std::min(tiles, kMaxBlocks);
@@ -39,6 +42,8 @@ inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t s
     partition.row_blocks = std::min(tiles, kCopies);
   } else if (m >= kLopsided * n || !rows) {
     partition.column_groups = std::min(stripes, kCopies);
+  } else if (column_size * kCopies <= kCheapCopies) {
+    partition.row_blocks = std::clamp(tiles / 2, int64_t(1), kCopies);
   } else {
     partition.row_blocks = partition.column_groups = partition.phases = std::min({tiles, stripes, kMaxBlocks});
   }
@@ -84,17 +89,18 @@ class GradientSweep {
         packed_(problem, log_weights, sweep_stripe_columns(problem.q.n), threads),
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
-        partition_(choose_partition(problem.p.n, problem.q.n, num_row_tiles(problem), packed_.stripes(), rows_wanted_,
-                                    columns_wanted_)),
+        stripes_of_q_(columns_wanted_ ? problem.q.batch * packed_.stripes() : 0),
         row_size_(rows_wanted_ ? problem.p.batch * problem.p.n * (2 * dim_ + 1) : 0),
-        column_size_(columns_wanted_ ? problem.q.batch * packed_.stripes() * stripe_size() : 0),
+        partition_(choose_partition(problem.p.n, problem.q.n, num_row_tiles(problem), packed_.stripes(), rows_wanted_,
+                                    stripes_of_q_ * stripe_size())),
+        merged_copies_(rows_per_copy() > kRowsPerMerge ? partition_.column_copies() : 1),
         row_sums_(row_size_ * partition_.row_copies()),
-        column_sums_(column_size_ * partition_.column_copies()),
-        recent_sums_(column_sums_.size()),
-        recent_rows_(columns_wanted_ ? problem.q.batch * packed_.stripes() * partition_.column_copies() : 0) {
-    std::fill_n(row_sums_.get(), row_sums_.size(), 0.0);
-    std::fill_n(column_sums_.get(), column_sums_.size(), 0.0);
-    std::fill_n(recent_sums_.get(), recent_sums_.size(), T(0));
+        column_sums_(stripes_of_q_ * stripe_size() * merged_copies_),
+        recent_sums_(stripes_of_q_ * stripe_size() * partition_.column_copies()),
+        recent_rows_(stripes_of_q_ * partition_.column_copies()) {
+    fill_zero(row_sums_);
+    fill_zero(column_sums_);
+    fill_zero(recent_sums_);
   }
 
   void run() {
@@ -107,9 +113,11 @@ class GradientSweep {
     } else {
       for (int64_t b = 0; b < problem_.batch; ++b) run_problem(b);
     }
-    parallel_for(int64_t(recent_rows_.size()), threads_, [&](int64_t place) { merge_recent(place); });
+    parallel_for(stripes_of_q_, threads_, [&](int64_t stripe) {
+      for (int64_t copy = 0; copy < partition_.column_copies(); ++copy) merge_recent(copy, stripe);
+    });
     merge_copies(row_sums_.get(), row_size_, partition_.row_copies());
-    merge_copies(column_sums_.get(), column_size_, partition_.column_copies());
+    merge_copies(column_sums_.get(), stripes_of_q_ * stripe_size(), merged_copies_);
     if (pairs_ == Pairs::kUpperTriangle) {
       columns_to_rows();
       write_rows();
@@ -120,6 +128,11 @@ class GradientSweep {
   }
 
  private:
+  // At most: of all problems, which may share q.
+  int64_t rows_per_copy() const {
+    return problem_.batch * ceil_div(num_row_tiles(problem_), partition_.row_blocks) * kTileRows;
+  }
+
   int64_t stripe_size() const { return (2 * dim_ + 1) * packed_.stride(); }
 
   // Sums of an item's rows: (n, dim) for the means, (n, dim) for the variances, (n) for the weights.
@@ -127,17 +140,29 @@ class GradientSweep {
     return row_sums_.get() + copy * row_size_ + item * problem_.p.n * (2 * dim_ + 1);
   }
 
-  // Where the sums of a stripe's columns are, likewise (dim, stride), (dim, stride) and (stride): in units of a stripe.
-  int64_t stripe_place(int64_t copy, int64_t item, int64_t s) const {
-    return (copy * problem_.q.batch + item) * packed_.stripes() + s;
+  // Sums of a stripe's columns, likewise (dim, stride), (dim, stride) and (stride); stripes are counted over all items.
+  double* column_sums(int64_t copy, int64_t stripe) {
+    return column_sums_.get() + (std::min(copy, merged_copies_ - 1) * stripes_of_q_ + stripe) * stripe_size();
   }
 
-  void merge_recent(int64_t place) {
-    double* const sums = column_sums_.get() + place * stripe_size();
-    T* const recent = recent_sums_.get() + place * stripe_size();
+  T* recent_sums(int64_t copy, int64_t stripe) {
+    return recent_sums_.get() + (copy * stripes_of_q_ + stripe) * stripe_size();
+  }
+
+  void merge_recent(int64_t copy, int64_t stripe) {
+    double* const sums = column_sums(copy, stripe);
+    T* const recent = recent_sums(copy, stripe);
     for (int64_t k = 0; k < stripe_size(); ++k) sums[k] += recent[k];
     std::fill_n(recent, stripe_size(), T(0));
-    recent_rows_[place] = 0;
+    recent_rows_[copy * stripes_of_q_ + stripe] = 0;
+  }
+
+  template <class U>
+  void fill_zero(const AlignedArray<U>& array) {
+    constexpr int64_t kSlice = 1 << 16;
+    parallel_for(ceil_div(array.size(), kSlice), threads_, [&](int64_t task) {
+      std::fill_n(array.get() + task * kSlice, std::min(kSlice, array.size() - task * kSlice), U(0));
+    });
   }
 
   void run_problem(int64_t b) {
@@ -161,14 +186,15 @@ class GradientSweep {
     T* const weights = scratch<T>(kTileRows * packed_.stride());
     for (int64_t s = stripes * group / partition_.column_groups; s < stripes * (group + 1) / partition_.column_groups;
          ++s) {
-      const int64_t place = stripe_place(column_copy, problem_.q.item(b), s);
-      T* const column_sums = columns_wanted_ ? recent_sums_.get() + place * stripe_size() : nullptr;
+      const int64_t stripe = problem_.q.item(b) * stripes + s;
+      T* const column_sums = columns_wanted_ ? recent_sums(column_copy, stripe) : nullptr;
       const int64_t last_column = s * sweep_stripe_columns(problem_.q.n) + packed_.stripe(0, s).count - 1;
       const int64_t tiles_here = pairs_ == Pairs::kAll ? last_tile : std::min(last_tile, last_column / kTileRows + 1);
       for (int64_t tile = first_tile; tile < tiles_here; ++tile) {
-        if (columns_wanted_ && (recent_rows_[place] += kTileRows) > kRowsPerMerge) {
-          merge_recent(place);
-          recent_rows_[place] = kTileRows;
+        if (columns_wanted_) {
+          int64_t& recent_rows = recent_rows_[column_copy * stripes_of_q_ + stripe];
+          if (recent_rows + kTileRows > kRowsPerMerge) merge_recent(column_copy, stripe);
+          recent_rows += kTileRows;
         }
         run_tile(b, tile, s, row_copy, column_sums, weights);
       }
@@ -209,7 +235,7 @@ class GradientSweep {
     const int64_t n = problem_.q.n, width = sweep_stripe_columns(n), stride = packed_.stride();
     parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
-      const double* const from = column_sums_.get() + stripe_place(0, item, s) * stripe_size();
+      const double* const from = column_sums(0, task);
       double* const to = row_sums(0, item);
       for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
         const int64_t i = s * width + j;
@@ -229,14 +255,15 @@ class GradientSweep {
 
   // Equations (5): delta = mu - nu, so the means of p take the minus sign.
   void write_rows() {
-    const int64_t n = problem_.p.n, size = n * dim_;
-    parallel_for(problem_.p.batch, threads_, [&](int64_t item) {
+    const int64_t n = problem_.p.n, size = n * dim_, tiles = num_row_tiles(problem_);
+    parallel_for(problem_.p.batch * tiles, threads_, [&](int64_t task) {
+      const int64_t item = task / tiles, first = task % tiles * kTileRows, last = std::min(n, first + kTileRows);
       const double* const sums = row_sums(0, item);
-      for (int64_t k = 0; k < size; ++k) {
+      for (int64_t k = first * dim_; k < last * dim_; ++k) {
         write(grad_p_, grad_p_.means, item * size + k, -sums[k]);
         write(grad_p_, grad_p_.variances, item * size + k, 0.5 * sums[size + k]);
       }
-      for (int64_t i = 0; i < n; ++i) write(grad_p_, grad_p_.log_weights, item * n + i, sums[2 * size + i]);
+      for (int64_t i = first; i < last; ++i) write(grad_p_, grad_p_.log_weights, item * n + i, sums[2 * size + i]);
     });
   }
 
@@ -244,7 +271,7 @@ class GradientSweep {
     const int64_t width = sweep_stripe_columns(problem_.q.n), stride = packed_.stride();
     parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
-      const double* const sums = column_sums_.get() + stripe_place(0, item, s) * stripe_size();
+      const double* const sums = column_sums(0, task);
       for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
         const int64_t k = item * problem_.q.n + s * width + j;
         for (int64_t d = 0; d < dim_; ++d) {
@@ -264,8 +291,9 @@ class GradientSweep {
   const int64_t dim_;
   const PackedColumns<T> packed_;
   const bool rows_wanted_, columns_wanted_;
+  const int64_t stripes_of_q_, row_size_;
   const Partition partition_;
-  const int64_t row_size_, column_size_;
+  const int64_t merged_copies_;   // of the sums in float64; one where no copy has to be merged before the end
   AlignedArray<double> row_sums_, column_sums_;
   AlignedArray<T> recent_sums_;        // of the last rows, to be added to column_sums_
   std::vector<int64_t> recent_rows_;   // how many, per stripe

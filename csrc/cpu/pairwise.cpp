@@ -22,9 +22,9 @@ void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
       kernels.logits(rows, stripe, 0, logits);
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t row = b * problem.p.n + first + r;
-        const T offset = T(left_out.get()[row / rows_of_problem]);
+        const double offset = left_out.get()[row / rows_of_problem];
         T* const to = out + row * m + s * kStripeColumns;
-        for (int64_t j = 0; j < stripe.count; ++j) to[j] = logits[r * stripe.stride + j] + offset;
+        for (int64_t j = 0; j < stripe.count; ++j) to[j] = T(logits[r * stripe.stride + j] + offset);
       }
     }
   });

@@ -1,6 +1,7 @@
 // The tile kernels of each instruction set that was compiled in.
 #pragma once
 
+#include "isas.h"   // from CMake
 #include "tile.h"
 
 #define CSDIV_DECLARE_TILE_KERNELS(isa)   \
@@ -8,11 +9,5 @@
   TileKernels<float> tile_kernels_f32();  \
   TileKernels<double> tile_kernels_f64(); \
   }
-
-CSDIV_DECLARE_TILE_KERNELS(baseline)
-#ifdef CSDIV_X86
-CSDIV_DECLARE_TILE_KERNELS(avx2)
-CSDIV_DECLARE_TILE_KERNELS(avx512)
-#endif
-
+CSDIV_FOR_EACH_ISA(CSDIV_DECLARE_TILE_KERNELS)
 #undef CSDIV_DECLARE_TILE_KERNELS
