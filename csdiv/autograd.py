@@ -2,7 +2,9 @@
 
 A call takes one of three paths.
 
-1. Plain autograd and ``torch.compile``: a classic Function around the op pair; it costs the least per call.
+1. Plain autograd and ``torch.compile``: a classic Function around the op pair; it costs the least per call. Without
+   compilation the gradients of a scalar come with it, in one pass over the pairs, and the backward pass scales them;
+   not so for what several values of a batch share.
 2. ``torch.func`` transforms made of vmap and at most one grad: a Function with ``setup_context`` and a vmap rule that
    moves the mapped dimension into the batch, so the kernels stay native.
 3. Forward-mode differentiation and nested grads: the reference formula, which torch differentiates to any order. The
@@ -29,15 +31,23 @@ _Tensors = tuple[Tensor | None, ...]
 class _OpPair(NamedTuple):
     """An operator, its backward and the same quantity as differentiable torch."""
 
-    forward: Callable[..., tuple[Tensor, ...]]  # (backend, *tensors) -> value, then what the backward wants back
+    forward: Callable[
+        ..., tuple[Any, ...]
+    ]  # (backend, needs, *tensors) -> value, what the backward wants back, gradients
     backward: Callable[..., list[Tensor]]  # (backend, needs, grad, tensors, outputs) -> gradients where needed
     reference: Callable[..., Tensor]  # (*tensors) -> value
     event_dims: tuple[int, ...]  # of each tensor, beside its batch dimensions
+    at_once: bool = True  # whether forward can give the gradients of its value, where needed; else it returns none
 
 
 def _full_gradients(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
     remaining = iter(grads)
     return tuple(next(remaining) if need else None for need in needs)
+
+
+def _scaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Gradients of the values, (*batch, ...), times the gradients with respect to the values, (*batch)."""
+    return [grad.to(g.dtype).reshape(grad.shape + (1,) * (g.ndim - grad.ndim)) * g for g in grads]
 
 
 def _no_derivative(backend: str, what: str) -> NotImplementedError:
@@ -53,10 +63,12 @@ def _make_functions(pair: _OpPair) -> tuple[Any, Any]:
         """The backward op as a differentiable function: its derivative is that of the reference formula."""
 
         @staticmethod
-        def forward(ctx: Any, backend: str, needs: list[bool], count: int, grad: Tensor, *rest: Any) -> Any:
+        def forward(
+            ctx: Any, backend: str, needs: list[bool], at_once: bool, count: int, grad: Tensor, *rest: Any
+        ) -> Any:
             ctx.backend, ctx.needs, ctx.count = backend, needs, count
             ctx.save_for_backward(grad, *rest[:count])
-            return tuple(pair.backward(backend, needs, grad, list(rest[:count]), list(rest[count:])))
+            return tuple(first_gradients(backend, needs, at_once, grad, list(rest[:count]), list(rest[count:])))
 
         @staticmethod
         def backward(ctx: Any, *grad_grads: Tensor) -> Any:
@@ -74,31 +86,36 @@ def _make_functions(pair: _OpPair) -> tuple[Any, Any]:
                 )
             found = iter(seconds)
             results = [next(found) if t is not None and t.requires_grad else None for t in inputs]
-            saved_outputs = len(ctx.needs_input_grad) - 4 - ctx.count
-            return None, None, None, *results, *(None,) * saved_outputs
+            saved_outputs = len(ctx.needs_input_grad) - 5 - ctx.count
+            return None, None, None, None, *results, *(None,) * saved_outputs
 
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        count = len(pair.event_dims)
-        needs = list(ctx.needs_input_grad[1:])
-        saved = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not reference_needed():
-            grads = Backward.apply(ctx.backend, needs, count, grad, *saved)
-        else:
-            grads = pair.backward(ctx.backend, needs, grad, list(saved[:count]), list(saved[count:]))
-        return None, *_full_gradients(grads, needs)
+    def first_gradients(
+        backend: str, needs: list[bool], at_once: bool, grad: Tensor, tensors: list[Any], saved: list[Tensor]
+    ) -> list[Tensor]:
+        return _scaled(saved, grad) if at_once else pair.backward(backend, needs, grad, tensors, saved)
 
     class Classic(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, backend: str, *tensors: Tensor | None) -> Any:
-            outputs = pair.forward(backend, *tensors)
+        def forward(ctx: Any, backend: str, at_once: bool, *tensors: Tensor | None) -> Any:
+            needs = list(ctx.needs_input_grad[2:])
+            ctx.at_once = at_once and any(needs) and _has_all_items(tensors, pair.event_dims, needs)
             ctx.backend = backend
-            ctx.save_for_backward(*tensors, *outputs)
+            *outputs, grads = pair.forward(backend, needs if ctx.at_once else [False] * len(needs), *tensors)
+            ctx.save_for_backward(*tensors, *(grads if ctx.at_once else outputs))
             ctx.mark_non_differentiable(*outputs[1:])
-            return outputs
+            return tuple(outputs)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor, *rest: Any) -> Any:
-            return backward(ctx, grad)
+        def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+            count = len(pair.event_dims)
+            needs = list(ctx.needs_input_grad[2:])
+            saved = ctx.saved_tensors
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not reference_needed():
+                grads = Backward.apply(ctx.backend, needs, ctx.at_once, count, grad, *saved)
+            else:
+                tensors, rest = list(saved[:count]), list(saved[count:])
+                grads = first_gradients(ctx.backend, needs, ctx.at_once, grad, tensors, rest)
+            return None, None, *_full_gradients(grads, needs)
 
     class TransformableBackward(torch.autograd.Function):
         @staticmethod
@@ -133,7 +150,8 @@ def _make_functions(pair: _OpPair) -> tuple[Any, Any]:
     class Transformable(torch.autograd.Function):
         @staticmethod
         def forward(backend: str, *tensors: Tensor | None) -> Any:
-            return pair.forward(backend, *tensors)
+            *outputs, _ = pair.forward(backend, [False] * len(tensors), *tensors)
+            return tuple(outputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -156,6 +174,13 @@ def _make_functions(pair: _OpPair) -> tuple[Any, Any]:
             return outputs, (0,) * len(outputs)
 
     return Classic, Transformable
+
+
+def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[bool]) -> bool:
+    """Whether every tensor that needs a gradient has all batch dimensions, so that it is of one value of the batch."""
+    shapes = [torch.Size() if t is None else t.shape[: t.ndim - e] for t, e in zip(tensors, event_dims, strict=True)]
+    batch = torch.broadcast_shapes(*shapes) if any(shapes) else torch.Size()
+    return all(shape == batch for shape, need in zip(shapes, needs, strict=True) if need)
 
 
 def _batch_rank(tensors: _Tensors, dims: tuple[int | None, ...], event_dims: tuple[int, ...]) -> int:
@@ -208,29 +233,30 @@ def _entry(pair: _OpPair) -> Callable[..., tuple[Tensor, ...]]:
         if backend == "reference":
             return (pair.reference(*tensors),)
         if torch.compiler.is_compiling():
-            return classic.apply(backend, *tensors)
+            return classic.apply(backend, False, *tensors)
         if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
             if reference_needed():
                 if backend != "auto":
                     raise _no_derivative(backend, "forward-mode or nested derivatives")
                 return (pair.reference(*tensors),)
             return transformable.apply(backend, *tensors)
-        return classic.apply(backend, *tensors)
+        return classic.apply(backend, pair.at_once and torch.is_grad_enabled(), *tensors)
 
     return entry
 
 
 _overlap_lse = _entry(
     _OpPair(
-        lambda backend, *t: ops.overlap_lse_forward(*t, backend),
+        lambda backend, needs, *t: (*ops.overlap_lse_forward(*t, backend), []),
         lambda backend, needs, grad, t, out: ops.overlap_lse_backward(grad, t, out[0], needs, backend),
         reference.overlap_lse,
         (2, 2, 2, 2, 1),
+        at_once=False,
     )
 )
 _log_overlap = _entry(
     _OpPair(
-        lambda backend, *t: ops.log_overlap_forward(*t, backend),
+        lambda backend, needs, *t: ops.log_overlap_forward(*t, needs, backend),
         lambda backend, needs, grad, t, out: ops.log_overlap_backward(grad, t, [out[0], out[2]], needs, backend),
         reference.log_overlap,
         (2, 2, 1, 2, 2, 1),
@@ -238,7 +264,7 @@ _log_overlap = _entry(
 )
 _self_overlap = _entry(
     _OpPair(
-        lambda backend, *t: ops.self_overlap_forward(*t, backend),
+        lambda backend, needs, *t: ops.self_overlap_forward(*t, needs, backend),
         lambda backend, needs, grad, t, out: ops.self_overlap_backward(grad, t, out[0], needs, backend),
         reference.self_overlap,
         (2, 2, 1),
@@ -246,7 +272,7 @@ _self_overlap = _entry(
 )
 _cs_divergence = _entry(
     _OpPair(
-        lambda backend, *t: ops.cs_divergence_forward(*t, backend),
+        lambda backend, needs, *t: ops.cs_divergence_forward(*t, needs, backend),
         lambda backend, needs, grad, t, out: ops.cs_divergence_backward(grad, t, out[1:], needs, backend),
         reference.cs_divergence,
         (2, 2, 1, 2, 2, 1),
@@ -254,10 +280,11 @@ _cs_divergence = _entry(
 )
 _pairwise = _entry(
     _OpPair(
-        lambda backend, *t: (ops.pairwise_forward(*t, backend),),
+        lambda backend, needs, *t: (ops.pairwise_forward(*t, backend), []),
         lambda backend, needs, grad, t, out: ops.pairwise_backward(grad, t, needs, backend),
         reference.pairwise,
         (2, 2, 2, 2),
+        at_once=False,
     )
 )
 

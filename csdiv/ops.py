@@ -87,15 +87,19 @@ def _fake_log_overlap_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
+    needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     batch = _batch(p_means, p_variances, q_means, q_variances, weights=[p_log_weights, q_log_weights])
     value = p_means.new_empty(batch, dtype=torch.float64)
-    return value, torch.empty_like(value), p_means.new_empty(*batch, p_means.shape[-2])
+    tensors = [p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights]
+    rows = p_means.new_empty(*batch, p_means.shape[-2])
+    return value, torch.empty_like(value), rows, _fake_gradients(tensors, needs)
 
 
 @_define(
-    f"log_overlap_forward({_P}, {_P_WEIGHTS}, {_Q}, {_Q_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"log_overlap_forward({_P}, {_P_WEIGHTS}, {_Q}, {_Q_WEIGHTS}, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
     _fake_log_overlap_forward,
 )
 def log_overlap_forward(
@@ -105,10 +109,11 @@ def log_overlap_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
+    needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     module = backends.resolve(backend, p_means.device)
-    return module.log_overlap_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights)
+    return module.log_overlap_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights, needs)
 
 
 @_define(
@@ -122,20 +127,21 @@ def log_overlap_backward(
 
 
 def _fake_self_overlap_forward(
-    means: Tensor, variances: Tensor, log_weights: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
+    means: Tensor, variances: Tensor, log_weights: Tensor | None, needs: list[bool], backend: str
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     value = means.new_empty(_batch(means, variances, weights=[log_weights]), dtype=torch.float64)
-    return value, torch.empty_like(value)
+    return value, torch.empty_like(value), _fake_gradients([means, variances, log_weights], needs)
 
 
 @_define(
-    "self_overlap_forward(Tensor means, Tensor variances, Tensor? log_weights, str backend) -> (Tensor, Tensor)",
+    "self_overlap_forward(Tensor means, Tensor variances, Tensor? log_weights, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor[])",
     _fake_self_overlap_forward,
 )
 def self_overlap_forward(
-    means: Tensor, variances: Tensor, log_weights: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    return backends.resolve(backend, means.device).self_overlap_forward(means, variances, log_weights)
+    means: Tensor, variances: Tensor, log_weights: Tensor | None, needs: list[bool], backend: str
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return backends.resolve(backend, means.device).self_overlap_forward(means, variances, log_weights, needs)
 
 
 @_define(
@@ -155,15 +161,18 @@ def _fake_cs_divergence_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
+    needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     batch = _batch(p_means, p_variances, q_means, q_variances, weights=[p_log_weights, q_log_weights])
-    overlaps = p_means.new_empty(*batch, 3, dtype=torch.float64)
-    return p_means.new_empty(batch), p_means.new_empty(*batch, p_means.shape[-2]), overlaps
+    tensors = [p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights]
+    rows, overlaps = p_means.new_empty(*batch, p_means.shape[-2]), p_means.new_empty(*batch, 3, dtype=torch.float64)
+    return p_means.new_empty(batch), rows, overlaps, _fake_gradients(tensors, needs)
 
 
 @_define(
-    f"cs_divergence_forward({_P}, {_P_WEIGHTS}, {_Q}, {_Q_WEIGHTS}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"cs_divergence_forward({_P}, {_P_WEIGHTS}, {_Q}, {_Q_WEIGHTS}, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
     _fake_cs_divergence_forward,
 )
 def cs_divergence_forward(
@@ -173,10 +182,11 @@ def cs_divergence_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
+    needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     module = backends.resolve(backend, p_means.device)
-    return module.cs_divergence_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights)
+    return module.cs_divergence_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights, needs)
 
 
 @_define(

@@ -83,6 +83,14 @@ SideGradients<T> side_gradients(const py::tuple& grads) {
   return {pointer<T>(address(0), false), pointer<T>(address(1), false), pointer<T>(address(2), false)};
 }
 
+// Those of a forward pass: problems may not share the side.
+template <class T>
+SideGradients<T> own_gradients(const Mixture<T>& side, int64_t batch, const py::tuple& grads) {
+  const SideGradients<T> gradients = side_gradients<T>(grads);
+  check(!gradients.wanted() || (side.batch == batch && !side.index), "gradients of a side that problems share");
+  return gradients;
+}
+
 // Calls f(float{}) or f(double{}); f takes what it needs of Python objects before it releases the lock.
 template <class F>
 void with_type(int itemsize, const F& f) {
@@ -121,17 +129,20 @@ void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py
 }
 
 void cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                             Pointer rows, Pointer values, Pointer offsets, int threads) {
+                             Pointer rows, Pointer values, Pointer offsets, const py::tuple& grad_p,
+                             const py::tuple& grad_q, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const row_values = pointer<T>(rows, problem.rows() > 0);
     double* const out = pointer<double>(values, batch > 0);
     double* const left_out = pointer<double>(offsets, batch > 0);
+    const SideGradients<T> to_p = own_gradients(problem.p, batch, grad_p);
+    const SideGradients<T> to_q = own_gradients(problem.q, batch, grad_q);
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
     cpu::offsets(scaled.problem, cpu::Uniform::kOfBoth, left_out);
-    cpu::log_overlap_forward(scaled.problem, row_values, out, threads);
+    cpu::log_overlap_forward(scaled.problem, T(1), row_values, out, to_p, to_q, threads);
   });
 }
 
@@ -152,16 +163,17 @@ void cpu_log_overlap_backward(int itemsize, int64_t batch, int64_t dim, const py
 }
 
 void cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer offsets,
-                              int threads) {
+                              const py::tuple& grad, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     Mixture<T> side = mixture<T>(p, dim);
     double* const out = pointer<double>(values, side.batch > 0);
     double* const left_out = pointer<double>(offsets, side.batch > 0);
+    const SideGradients<T> to_p = side_gradients<T>(grad);
     const py::gil_scoped_release unlocked;
     const cpu::ScaleExponents<T> exponents(dim, side);
     cpu::offsets(Problem<T>{side.batch, dim, side, side}, cpu::Uniform::kOfBoth, left_out);
-    cpu::self_overlap_forward(dim, side, out, threads);
+    cpu::self_overlap_forward(dim, side, T(1), out, to_p, threads);
   });
 }
 
@@ -180,16 +192,19 @@ void cpu_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Po
 }
 
 void cpu_cs_divergence_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                               Pointer divergence, Pointer rows, Pointer overlaps, int threads) {
+                               Pointer divergence, Pointer rows, Pointer overlaps, const py::tuple& grad_p,
+                               const py::tuple& grad_q, int threads) {
   with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const out = pointer<T>(divergence, batch > 0);
     T* const row_values = pointer<T>(rows, problem.rows() > 0);
     double* const terms = pointer<double>(overlaps, batch > 0);
+    const SideGradients<T> to_p = own_gradients(problem.p, batch, grad_p);
+    const SideGradients<T> to_q = own_gradients(problem.q, batch, grad_q);
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
-    cpu::cs_divergence_forward(scaled.problem, out, row_values, terms, threads);
+    cpu::cs_divergence_forward(scaled.problem, out, row_values, terms, to_p, to_q, threads);
   });
 }
 

@@ -31,12 +31,13 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         pm, pv, pw, qm, qv, qw = t
         rows, _ = add("overlap_lse_forward", pm, pv, qm, qv, qw)
         add("overlap_lse_backward", rows.cos(), [pm, pv, qm, qv, qw], rows, [True, False, True, True, qw is not None])
-        own, _ = add("self_overlap_forward", pm, pv, pw)
-        add("self_overlap_backward", own.cos(), [pm, pv, pw], own, [True, True, pw is not None])
-        total, _, terms = add("log_overlap_forward", *t)
-        needs = [True, True, pw is not None, True, False, qw is not None]
+        for needs in ([False] * 3, [True, True, pw is not None]):
+            own, _, _ = add("self_overlap_forward", pm, pv, pw, needs)
+        add("self_overlap_backward", own.cos(), [pm, pv, pw], own, needs)
+        for needs in ([False] * 6, [True, True, pw is not None, True, False, qw is not None]):
+            total, _, terms, _ = add("log_overlap_forward", *t, needs)
+            value, *saved, _ = add("cs_divergence_forward", *t, needs)
         add("log_overlap_backward", total.cos(), list(t), [total, terms], needs)
-        value, *saved = add("cs_divergence_forward", *t)
         add("cs_divergence_backward", value.cos(), list(t), saved, [True, True, pw is not None, False, True, True])
         pairs = add("pairwise_forward", pm, pv, qm, qv)
         add("pairwise_backward", pairs.cos(), [pm, pv, qm, qv], [True, True, False, True])

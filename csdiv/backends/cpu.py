@@ -132,13 +132,22 @@ def log_overlap_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pair = _Pair(_side(p_means, p_variances, p_log_weights), _side(q_means, q_variances, q_log_weights))
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    p, q = (p_means, p_variances, p_log_weights), (q_means, q_variances, q_log_weights)
+    pair = _Pair(_side(*p), _side(*q))
+    grad_p, grad_q = _Gradients(pair.p, p, needs[:3]), _Gradients(pair.q, q, needs[3:])
     rows, value, offset = pair.new(pair.n), pair.new(dtype=torch.float64), pair.new(dtype=torch.float64)
     _C.cpu_log_overlap_forward(
-        *pair.arguments(), rows.data_ptr(), value.data_ptr(), offset.data_ptr(), torch.get_num_threads()
+        *pair.arguments(),
+        rows.data_ptr(),
+        value.data_ptr(),
+        offset.data_ptr(),
+        grad_p.pointers(),
+        grad_q.pointers(),
+        torch.get_num_threads(),
     )
-    return value, offset, rows
+    return value, offset, rows, grad_p.results() + grad_q.results()
 
 
 def log_overlap_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
@@ -158,8 +167,11 @@ def log_overlap_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor]
     return grad_p.results() + grad_q.results()
 
 
-def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def self_overlap_forward(
+    means: Tensor, variances: Tensor, log_weights: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     p = _side(means, variances, log_weights)
+    grads = _Gradients(p, (means, variances, log_weights), needs)
     value, offset = (torch.empty(p.own, dtype=torch.float64) for _ in range(2))
     _C.cpu_self_overlap_forward(
         p.means.itemsize,
@@ -167,9 +179,10 @@ def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor |
         _pointers(p),
         value.data_ptr(),
         offset.data_ptr(),
+        grads.pointers(),
         torch.get_num_threads(),
     )
-    return value, offset
+    return value, offset, grads.results()
 
 
 def self_overlap_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
@@ -195,13 +208,22 @@ def cs_divergence_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pair = _Pair(_side(p_means, p_variances, p_log_weights), _side(q_means, q_variances, q_log_weights))
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    p, q = (p_means, p_variances, p_log_weights), (q_means, q_variances, q_log_weights)
+    pair = _Pair(_side(*p), _side(*q))
+    grad_p, grad_q = _Gradients(pair.p, p, needs[:3]), _Gradients(pair.q, q, needs[3:])
     value, rows, overlaps = pair.new(), pair.new(pair.n), pair.new(3, dtype=torch.float64)
     _C.cpu_cs_divergence_forward(
-        *pair.arguments(), value.data_ptr(), rows.data_ptr(), overlaps.data_ptr(), torch.get_num_threads()
+        *pair.arguments(),
+        value.data_ptr(),
+        rows.data_ptr(),
+        overlaps.data_ptr(),
+        grad_p.pointers(),
+        grad_q.pointers(),
+        torch.get_num_threads(),
     )
-    return value, rows, overlaps
+    return value, rows, overlaps, grad_p.results() + grad_q.results()
 
 
 def cs_divergence_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:

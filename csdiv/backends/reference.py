@@ -7,7 +7,8 @@ A logarithm comes in two parts, ``value`` and ``offset`` (float64): their sum is
 cancels in D_CS, the scale of log c and constants, to the offset, where it is not rounded to float32.
 
 ``needs`` says which of the tensors, in the order of the arguments, want a gradient; just those are returned, in the
-shape of the tensor.
+shape of the tensor. A forward function that takes ``needs`` returns the gradients of its scalars last, for which every
+tensor that wants one must have all batch dimensions; where it was asked for none its backward function gives them.
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ def log_overlap_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log V(p, q): value and offset, both (*batch,) float64; and the rows (*batch, N), for the backward pass."""
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """log V(p, q): value and offset, both (*batch,) float64; the rows (*batch, N), for the backward pass; gradients."""
     p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
-    value = reference.log_overlap(p, q).double()
-    return value, torch.zeros_like(value), reference.overlap_lse(p, q)
+    value = reference.log_overlap(p, q)
+    tensors = (p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights)
+    grads = _gradients(log_overlap, tensors, torch.ones_like(value), needs)
+    return value.double(), torch.zeros_like(value, dtype=torch.float64), reference.overlap_lse(p, q), grads
 
 
 def log_overlap_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
@@ -57,10 +61,14 @@ def log_overlap_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor]
     return _gradients(log_overlap, tensors, grad.to(tensors[0].dtype), needs)
 
 
-def self_overlap_forward(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log V(p, p): value and offset, both (*batch,) float64."""
-    value = self_overlap(means, variances, log_weights).double()
-    return value, torch.zeros_like(value)
+def self_overlap_forward(
+    means: Tensor, variances: Tensor, log_weights: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """log V(p, p): value and offset, both (*batch,) float64; gradients."""
+    tensors = (means, variances, log_weights)
+    value = self_overlap(*tensors)
+    grads = _gradients(self_overlap, tensors, torch.ones_like(value), needs)
+    return value.double(), torch.zeros_like(value, dtype=torch.float64), grads
 
 
 def self_overlap_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
@@ -75,17 +83,21 @@ def cs_divergence_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """D_CS(p, q) (*batch,), and what the backward pass wants back: the rows of pq (*batch, N) and log V(p, q),
-    log V(p, p) and log V(q, q), (*batch, 3) float64."""
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """D_CS(p, q) (*batch,); what the backward pass wants back: the rows of pq (*batch, N) and log V(p, q), log V(p, p)
+    and log V(q, q), (*batch, 3) float64; gradients."""
     p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
     overlaps = (reference.log_overlap(*pair) for pair in ((p, q), (p, p), (q, q)))
     pq, pp, qq = torch.broadcast_tensors(*overlaps)
-    return 0.5 * (pp + qq) - pq, reference.overlap_lse(p, q), torch.stack((pq, pp, qq), -1).double()
+    value = 0.5 * (pp + qq) - pq
+    tensors = (p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights)
+    grads = _gradients(cs_divergence, tensors, torch.ones_like(value), needs)
+    return value, reference.overlap_lse(p, q), torch.stack((pq, pp, qq), -1).double(), grads
 
 
 def cs_divergence_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
-    """Gradients of Σ grad · D_CS(p, q). ``saved`` is what the forward returned beside D_CS."""
+    """Gradients of Σ grad · D_CS(p, q). ``saved`` is the forward's rows and log overlaps."""
     return _gradients(cs_divergence, tensors, grad, needs)
 
 
@@ -152,6 +164,8 @@ def pairwise(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances:
 
 
 def _gradients(function: Callable[..., Tensor], tensors: Tensors, grad: Tensor, needs: list[bool]) -> list[Tensor]:
+    if not any(needs):
+        return []
     # Below a TorchDispatchMode autograd is excluded from dispatch: it is wanted here all the same.
     key, include = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
     with torch.enable_grad(), include(key.AutogradFunctionality, False), include(key.ADInplaceOrView, False):

@@ -13,7 +13,7 @@ void assign(const Problem<T>& batched, int64_t* assignment, int threads) {
   const Problem<T> problem = flattened(batched);
   threads = useful_threads(problem, threads);
   const TileKernels<T>& kernels = tile_kernels<T>();
-  const PackedColumns<T> columns(problem, LogWeights::kKept, kStripeColumns, threads);
+  const PackedColumns<T> columns(problem, LogWeights::kKept, threads);
   const int64_t tiles = num_row_tiles(problem);
   parallel_for(problem.batch * tiles, threads, [&](int64_t task) {
     const int64_t b = task / tiles, first = task % tiles * kTileRows;
@@ -30,7 +30,7 @@ void assign(const Problem<T>& batched, int64_t* assignment, int threads) {
           const T logit = logits[r * stripe.stride + j];
           if (logit <= best[r] || best[r] != best[r]) continue;   // the first NaN wins and stays, as in torch.argmax
           best[r] = logit;
-          winner[r] = s * kStripeColumns + j;
+          winner[r] = s * columns.width() + j;
         }
       }
     }

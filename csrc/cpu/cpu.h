@@ -32,9 +32,11 @@ template <class T>
 void overlap_lse_backward(const Problem<T>& problem, const T* rows, const T* grad_rows, const SideGradients<T>& grad_p,
                           const SideGradients<T>& grad_q, int threads);
 
-// values[b] = LSE_i (log a_i + rows[b, i]); rows as above.
+// values[b] = LSE_i (log a_i + rows[b, i]); rows as above. The gradients of sum_b factor values[b] are computed in the
+// same pass over the pairs; a side that wants any has one item for each problem.
 template <class T>
-void log_overlap_forward(const Problem<T>& problem, T* rows, double* values, int threads);
+void log_overlap_forward(const Problem<T>& problem, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
+                         const SideGradients<T>& grad_q, int threads);
 
 // Gradients of sum_b factor grad_values[b] values[b].
 template <class T>
@@ -42,18 +44,21 @@ void log_overlap_backward(const Problem<T>& problem, const T* grad_values, T fac
                           const double* values, const SideGradients<T>& grad_p, const SideGradients<T>& grad_q,
                           int threads);
 
-// values[b] = log sum_ij a_i a_j exp(logit_ij without weights).
+// values[b] = log sum_ij a_i a_j exp(logit_ij without weights); gradients of sum_b factor values[b] in the same pass.
 template <class T>
-void self_overlap_forward(int64_t dim, const Mixture<T>& p, double* values, int threads);
+void self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* values, const SideGradients<T>& grad,
+                          int threads);
 
 template <class T>
 void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* values, const T* grad_values,
                            const SideGradients<T>& grad, int threads);
 
 // divergence[b] = (pp + qq) / 2 - pq from the three log overlaps, overlaps[b] = (pq, pp, qq); rows as above. The scales
-// cancel: E_pq = (E_pp + E_qq) / 2.
+// cancel: E_pq = (E_pp + E_qq) / 2. Gradients of the divergences in the same pass; a side that wants any has one item
+// for each problem.
 template <class T>
-void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, int threads);
+void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
+                           SideGradients<T> grad_q, int threads);
 
 template <class T>
 void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* rows, const double* overlaps,

@@ -6,11 +6,13 @@
 namespace csdiv::cpu {
 
 template <class T>
-void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, int threads) {
+void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
+                           SideGradients<T> grad_q, int threads) {
   const AlignedArray<double> pq(problem.batch), pp(problem.p.batch), qq(problem.q.batch);
-  log_overlap_forward(problem, rows, pq.get(), threads);
-  self_overlap_forward(problem.dim, problem.p, pp.get(), threads);
-  self_overlap_forward(problem.dim, problem.q, qq.get(), threads);
+  log_overlap_forward(problem, T(-1), rows, pq.get(), grad_p, grad_q, threads);
+  grad_p.add = grad_q.add = true;
+  self_overlap_forward(problem.dim, problem.p, T(0.5), pp.get(), grad_p, threads);
+  self_overlap_forward(problem.dim, problem.q, T(0.5), qq.get(), grad_q, threads);
   for (int64_t b = 0; b < problem.batch; ++b) {
     double* const terms = overlaps + 3 * b;
     terms[0] = pq.get()[b];
@@ -44,8 +46,10 @@ void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* r
   add_self_term(problem.q, 2, grad_q);
 }
 
-template void cs_divergence_forward(const Problem<float>&, float*, float*, double*, int);
-template void cs_divergence_forward(const Problem<double>&, double*, double*, double*, int);
+template void cs_divergence_forward(const Problem<float>&, float*, float*, double*, SideGradients<float>,
+                                    SideGradients<float>, int);
+template void cs_divergence_forward(const Problem<double>&, double*, double*, double*, SideGradients<double>,
+                                    SideGradients<double>, int);
 template void cs_divergence_backward(const Problem<float>&, const float*, const float*, const double*,
                                      SideGradients<float>, SideGradients<float>, int);
 template void cs_divergence_backward(const Problem<double>&, const double*, const double*, const double*,

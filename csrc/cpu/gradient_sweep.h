@@ -1,59 +1,28 @@
 // From the weights of pairs to the gradients of both sides: the driver behind every backward pass.
 //
 // Sums over rows are kept in T for up to kRowsPerMerge rows, then in float64; sums over columns are in float64 from one
-// tile to the next. The work is cut by sizes alone, in one of three ways:
-//   rows      many more rows than columns: blocks of rows, each with sums of its own for all columns;
-//   columns   the other way round;
-//   square    S row blocks and S column groups, in S phases: phase t runs (r, (r + t) mod S) for all r, so that no two
-//             tasks share a row or a column, and one set of sums serves both sides.
+// tile to the next.
+//
+// The weights are given, by values that an earlier pass has found; or this is the only pass, and they are relative to
+// references that rise as it goes, of every stripe and of every row: the sums are scaled when their reference rises,
+// and once more when the values are known.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
 #include "dispatch.h"
-#include "pack.h"
+#include "partition.h"
 #include "thread_pool.h"
 
 namespace csdiv::cpu {
 
 constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
-constexpr int64_t kMaxBlocks = 16;
-constexpr int64_t kLopsided = 8;                     // ratio of the sides from which one of them is cut alone
-constexpr int64_t kCopies = 8;                       // sets of sums when one side is cut alone
-constexpr int64_t kCheapCopies = int64_t(1) << 22;   // elements of column sums up to which every row block has its own
-
-struct Partition {
-  int64_t row_blocks = 1, column_groups = 1;
-  int64_t phases = 1;   // above 1: square
-
-  int64_t row_copies() const { return phases > 1 ? 1 : column_groups; }
-  int64_t column_copies() const { return phases > 1 ? 1 : row_blocks; }
-};
-
-inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t stripes, bool rows,
-                                  int64_t column_size) {
-  const bool columns = column_size > 0;
-  Partition partition;
-  if (!columns && tiles >= kCopies) {
-    partition.row_blocks = std::min(tiles, kMaxBlocks);
-  } else if (n >= kLopsided * m) {
-    partition.row_blocks = std::min(tiles, kCopies);
-  } else if (m >= kLopsided * n || !rows) {
-    partition.column_groups = std::min(stripes, kCopies);
-  } else if (column_size * kCopies <= kCheapCopies) {
-    partition.row_blocks = std::clamp(tiles / 2, int64_t(1), kCopies);
-  } else {
-    partition.row_blocks = partition.column_groups = partition.phases = std::min({tiles, stripes, kMaxBlocks});
-  }
-  return partition;
-}
-
-// Narrower stripes give few columns more groups.
-inline int64_t sweep_stripe_columns(int64_t m) {
-  return std::clamp(ceil_div(m, 4 * 16) * 16, int64_t(64), kStripeColumns);
-}
+constexpr double kRise = 8;               // nats that weights may exceed their stripe's reference by
 
 // One tile of a sweep, and where the sums of its weights go (null: not wanted).
 template <class T>
@@ -73,12 +42,26 @@ struct SweepTile {
 // are for `fill` to cut.
 enum class Pairs { kAll, kUpperTriangle };
 
-// fill(tile, weights) writes the weights of a tile and returns the mask of rows that have any.
+// What finds the weights of a tile. Where they are given, it is called: fill(tile, weights) writes them and returns the
+// mask of rows that have any. In the only pass it is derived from this and has
+//   start(groups)                        called first, with the number of column groups;
+//   logits(tile, group, terms, scales)   writes terms, of which those of row r times exp(scales[r]) are the weights
+//   times
+//                                        the total, and adds them to the total;
+//   finish()                             called after all tiles, false if a total is not finite: then there is no
+//   result; log_total(b, i)                      of the problem that row i of problem b belongs to; factor of what the
+//   sweep results in.
+struct OnlyPass {
+  double factor;
+};
+
 template <class T, class Fill>
 class GradientSweep {
+  static constexpr bool kOnlyPass = std::is_base_of_v<OnlyPass, Fill>;
+
  public:
   GradientSweep(const Problem<T>& problem, Pairs pairs, LogWeights log_weights, const SideGradients<T>& grad_p,
-                const SideGradients<T>& grad_q, int threads, const Fill& fill)
+                const SideGradients<T>& grad_q, int threads, Fill& fill)
       : problem_(problem),
         pairs_(pairs),
         grad_p_(grad_p),
@@ -86,24 +69,27 @@ class GradientSweep {
         threads_(threads),
         fill_(fill),
         dim_(problem.dim),
-        packed_(problem, log_weights, sweep_stripe_columns(problem.q.n), threads),
+        packed_(problem, log_weights, threads),
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
         stripes_of_q_(columns_wanted_ ? problem.q.batch * packed_.stripes() : 0),
         row_size_(rows_wanted_ ? problem.p.batch * problem.p.n * (2 * dim_ + 1) : 0),
-        partition_(choose_partition(problem.p.n, problem.q.n, num_row_tiles(problem), packed_.stripes(), rows_wanted_,
-                                    stripes_of_q_ * stripe_size())),
+        partition_(choose_partition(problem, packed_, kOnlyPass || rows_wanted_, kOnlyPass || columns_wanted_)),
         merged_copies_(rows_per_copy() > kRowsPerMerge ? partition_.column_copies() : 1),
         row_sums_(row_size_ * partition_.row_copies()),
         column_sums_(stripes_of_q_ * stripe_size() * merged_copies_),
         recent_sums_(stripes_of_q_ * stripe_size() * partition_.column_copies()),
-        recent_rows_(stripes_of_q_ * partition_.column_copies()) {
+        recent_rows_(stripes_of_q_ * partition_.column_copies()),
+        row_references_(kOnlyPass ? row_size_ / (2 * dim_ + 1) * partition_.row_copies() : 0, kNoReference),
+        column_references_(kOnlyPass ? recent_rows_.size() : 0, kNoReference) {
     fill_zero(row_sums_);
     fill_zero(column_sums_);
     fill_zero(recent_sums_);
   }
 
-  void run() {
+  // False: the totals are not finite, and nothing was written.
+  bool run() {
+    if constexpr (kOnlyPass) fill_.start(partition_.column_groups);
     // Problems that share no sums run side by side; those that do run one after the other.
     const auto own_items = [&](const Mixture<T>& side, bool wanted) {
       return !wanted || (!side.index && side.batch == problem_.batch);
@@ -113,6 +99,10 @@ class GradientSweep {
     } else {
       for (int64_t b = 0; b < problem_.batch; ++b) run_problem(b);
     }
+    if constexpr (kOnlyPass) {
+      if (!fill_.finish()) return false;
+      scale_sums();
+    }
     parallel_for(stripes_of_q_, threads_, [&](int64_t stripe) {
       for (int64_t copy = 0; copy < partition_.column_copies(); ++copy) merge_recent(copy, stripe);
     });
@@ -121,13 +111,16 @@ class GradientSweep {
     if (pairs_ == Pairs::kUpperTriangle) {
       columns_to_rows();
       write_rows();
-      return;
+      return true;
     }
     if (rows_wanted_) write_rows();
     if (columns_wanted_) write_columns();
+    return true;
   }
 
  private:
+  static constexpr double kNoReference = -std::numeric_limits<double>::infinity();
+
   // At most: of all problems, which may share q.
   int64_t rows_per_copy() const {
     return problem_.batch * ceil_div(num_row_tiles(problem_), partition_.row_blocks) * kTileRows;
@@ -138,6 +131,10 @@ class GradientSweep {
   // Sums of an item's rows: (n, dim) for the means, (n, dim) for the variances, (n) for the weights.
   double* row_sums(int64_t copy, int64_t item) {
     return row_sums_.get() + copy * row_size_ + item * problem_.p.n * (2 * dim_ + 1);
+  }
+
+  double& row_reference(int64_t copy, int64_t item, int64_t i) {
+    return row_references_[(copy * problem_.p.batch + item) * problem_.p.n + i];
   }
 
   // Sums of a stripe's columns, likewise (dim, stride), (dim, stride) and (stride); stripes are counted over all items.
@@ -155,6 +152,66 @@ class GradientSweep {
     for (int64_t k = 0; k < stripe_size(); ++k) sums[k] += recent[k];
     std::fill_n(recent, stripe_size(), T(0));
     recent_rows_[copy * stripes_of_q_ + stripe] = 0;
+  }
+
+  // Weights of `copy` and `stripe` may be relative to what this returns, if none is exp(largest) or more.
+  double raise_reference(int64_t copy, int64_t stripe, double largest) {
+    double& reference = column_references_[copy * stripes_of_q_ + stripe];
+    if (largest > reference + kRise) {
+      scale_columns(copy, stripe, std::exp(reference - largest));
+      reference = largest;
+    }
+    return reference;
+  }
+
+  void scale_columns(int64_t copy, int64_t stripe, double factor) {
+    T* const recent = recent_sums(copy, stripe);
+    for (int64_t k = 0; k < stripe_size(); ++k) recent[k] *= T(factor);
+    if (merged_copies_ < partition_.column_copies()) return;   // nothing is merged yet
+    double* const sums = column_sums(copy, stripe);
+    for (int64_t k = 0; k < stripe_size(); ++k) sums[k] *= factor;
+  }
+
+  // What the rows of a tile gained joins their sums, relative to the larger reference.
+  void add_to_rows(int64_t copy, int64_t item, int64_t first, uint32_t active, double reference, double* gains) {
+    double* const sums = row_sums(copy, item);
+    const int64_t n = problem_.p.n;
+    for (int64_t r = 0; active >> r; ++r) {
+      if (!(active >> r & 1)) continue;
+      double& own = row_reference(copy, item, first + r);
+      const double top = std::max(own, reference);
+      const double keep = own == top ? 1 : std::exp(own - top), join = reference == top ? 1 : std::exp(reference - top);
+      const auto add = [&](double& sum, double& gain) {
+        sum = sum * keep + gain * join;
+        gain = 0;
+      };
+      for (int64_t d = 0; d < dim_; ++d) {
+        add(sums[(first + r) * dim_ + d], gains[r * dim_ + d]);
+        add(sums[(n + first + r) * dim_ + d], gains[(kTileRows + r) * dim_ + d]);
+      }
+      add(sums[2 * n * dim_ + first + r], gains[2 * kTileRows * dim_ + r]);
+      own = top;
+    }
+  }
+
+  // All sums, from their references to the totals.
+  void scale_sums() {
+    parallel_for(stripes_of_q_ * partition_.column_copies(), threads_, [&](int64_t task) {
+      const int64_t stripe = task % stripes_of_q_, item = stripe / packed_.stripes();
+      const double reference = column_references_[task];
+      scale_columns(task / stripes_of_q_, stripe, fill_.factor * std::exp(reference - fill_.log_total(item, 0)));
+    });
+    const int64_t n = rows_wanted_ ? problem_.p.n : 0;
+    parallel_for(problem_.p.batch * n * partition_.row_copies(), threads_, [&](int64_t task) {
+      const int64_t i = task % n, item = task / n % problem_.p.batch, copy = task / n / problem_.p.batch;
+      const double factor = fill_.factor * std::exp(row_reference(copy, item, i) - fill_.log_total(item, i));
+      double* const sums = row_sums(copy, item);
+      for (int64_t d = 0; d < dim_; ++d) {
+        sums[i * dim_ + d] *= factor;
+        sums[(n + i) * dim_ + d] *= factor;
+      }
+      sums[2 * n * dim_ + i] *= factor;
+    });
   }
 
   template <class U>
@@ -178,48 +235,62 @@ class GradientSweep {
   }
 
   void run_block(int64_t b, int64_t block, int64_t group) {
-    const int64_t tiles = num_row_tiles(problem_), stripes = packed_.stripes();
-    const int64_t first_tile = tiles * block / partition_.row_blocks;
-    const int64_t last_tile = tiles * (block + 1) / partition_.row_blocks;
+    const Part tiles = part(num_row_tiles(problem_), partition_.row_blocks, block);
+    const Part stripes = part(packed_.stripes(), partition_.column_groups, group);
     const int64_t row_copy = partition_.row_copies() > 1 ? group : 0;
     const int64_t column_copy = partition_.column_copies() > 1 ? block : 0;
     T* const weights = scratch<T>(kTileRows * packed_.stride());
-    for (int64_t s = stripes * group / partition_.column_groups; s < stripes * (group + 1) / partition_.column_groups;
-         ++s) {
-      const int64_t stripe = problem_.q.item(b) * stripes + s;
-      T* const column_sums = columns_wanted_ ? recent_sums(column_copy, stripe) : nullptr;
-      const int64_t last_column = s * sweep_stripe_columns(problem_.q.n) + packed_.stripe(0, s).count - 1;
-      const int64_t tiles_here = pairs_ == Pairs::kAll ? last_tile : std::min(last_tile, last_column / kTileRows + 1);
-      for (int64_t tile = first_tile; tile < tiles_here; ++tile) {
+    std::vector<double> gains(kOnlyPass && rows_wanted_ ? kTileRows * (2 * dim_ + 1) : 0);
+    for (int64_t s = stripes.begin; s < stripes.end; ++s) {
+      const int64_t stripe = problem_.q.item(b) * packed_.stripes() + s;
+      const int64_t last_column = s * packed_.width() + packed_.stripe(0, s).count - 1;
+      const int64_t tiles_end = pairs_ == Pairs::kAll ? tiles.end : std::min(tiles.end, last_column / kTileRows + 1);
+      for (int64_t tile = tiles.begin; tile < tiles_end; ++tile) {
         if (columns_wanted_) {
           int64_t& recent_rows = recent_rows_[column_copy * stripes_of_q_ + stripe];
           if (recent_rows + kTileRows > kRowsPerMerge) merge_recent(column_copy, stripe);
           recent_rows += kTileRows;
         }
-        run_tile(b, tile, s, row_copy, column_sums, weights);
+        run_tile(b, tile, s, group, row_copy, column_copy, weights, gains.data());
       }
     }
   }
 
-  void run_tile(int64_t b, int64_t tile, int64_t s, int64_t row_copy, T* column_sums, T* weights) {
+  void run_tile(int64_t b, int64_t tile, int64_t s, int64_t group, int64_t row_copy, int64_t column_copy, T* weights,
+                double* gains) {
     const int64_t n = problem_.p.n, first = tile * kTileRows;
     const RowTile<T> rows = row_tile(problem_, b, tile);
+    const int64_t item = problem_.p.item(b), stripe = problem_.q.item(b) * packed_.stripes() + s;
     const Stripe<T>& columns = packed_.stripe(problem_.q.item(b), s);
-    SweepTile<T> place{b, first, s * sweep_stripe_columns(problem_.q.n), rows, columns, nullptr, nullptr};
+    SweepTile<T> place{b, first, s * packed_.width(), rows, columns, nullptr, nullptr};
     TileGradients<T> grads{};
     if (rows_wanted_) {
-      double* const sums = row_sums(row_copy, problem_.p.item(b));
-      grads.row_means = sums + first * dim_;
-      grads.row_variances = sums + (n + first) * dim_;
-      place.row_sums = sums + 2 * n * dim_ + first;
+      double* const sums = kOnlyPass ? gains : row_sums(row_copy, item) + first * dim_;
+      const int64_t rows_of_sums = kOnlyPass ? kTileRows : n;
+      grads.row_means = sums;
+      grads.row_variances = sums + rows_of_sums * dim_;
+      place.row_sums = kOnlyPass ? gains + 2 * kTileRows * dim_ : row_sums(row_copy, item) + 2 * n * dim_ + first;
     }
     if (columns_wanted_) {
-      grads.column_means = column_sums;
-      grads.column_variances = column_sums + dim_ * columns.stride;
-      place.column_sums = column_sums + 2 * dim_ * columns.stride;
+      grads.column_means = recent_sums(column_copy, stripe);
+      grads.column_variances = grads.column_means + dim_ * columns.stride;
+      place.column_sums = grads.column_variances + dim_ * columns.stride;
     }
-    if (const uint32_t active = fill_(place, weights))
-      tile_kernels<T>().gradients(rows, columns, weights, active, grads);
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    if constexpr (kOnlyPass) {
+      double scales[kTileRows];
+      T factors[kTileRows];
+      fill_.logits(place, group, weights, scales);
+      const double largest = *std::max_element(scales, scales + rows.count);
+      if (!std::isfinite(largest)) return;   // no weights, or no result
+      const double reference = columns_wanted_ ? raise_reference(column_copy, stripe, largest) : largest;
+      for (int64_t r = 0; r < rows.count; ++r) factors[r] = T(std::exp(scales[r] - reference));
+      const uint32_t active = kernels.scale(rows, columns, factors, weights, place.column_sums, place.row_sums);
+      kernels.gradients(rows, columns, weights, active, grads);
+      if (rows_wanted_) add_to_rows(row_copy, item, first, active, reference, gains);
+    } else if (const uint32_t active = fill_(place, weights)) {
+      kernels.gradients(rows, columns, weights, active, grads);
+    }
   }
 
   void merge_copies(double* sums, int64_t size, int64_t copies) {
@@ -232,7 +303,7 @@ class GradientSweep {
 
   // Of a mixture with itself: what a component has as a column joins what it has as a row, before anything is rounded.
   void columns_to_rows() {
-    const int64_t n = problem_.q.n, width = sweep_stripe_columns(n), stride = packed_.stride();
+    const int64_t n = problem_.q.n, width = packed_.width(), stride = packed_.stride();
     parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
       const double* const from = column_sums(0, task);
@@ -268,7 +339,7 @@ class GradientSweep {
   }
 
   void write_columns() {
-    const int64_t width = sweep_stripe_columns(problem_.q.n), stride = packed_.stride();
+    const int64_t width = packed_.width(), stride = packed_.stride();
     parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
       const double* const sums = column_sums(0, task);
@@ -287,7 +358,7 @@ class GradientSweep {
   const Pairs pairs_;
   const SideGradients<T> grad_p_, grad_q_;
   const int threads_;
-  const Fill& fill_;
+  Fill& fill_;
   const int64_t dim_;
   const PackedColumns<T> packed_;
   const bool rows_wanted_, columns_wanted_;
@@ -295,24 +366,24 @@ class GradientSweep {
   const Partition partition_;
   const int64_t merged_copies_;   // of the sums in float64; one where no copy has to be merged before the end
   AlignedArray<double> row_sums_, column_sums_;
-  AlignedArray<T> recent_sums_;        // of the last rows, to be added to column_sums_
-  std::vector<int64_t> recent_rows_;   // how many, per stripe
+  AlignedArray<T> recent_sums_;                              // of the last rows, to be added to column_sums_
+  std::vector<int64_t> recent_rows_;                         // how many, per stripe
+  std::vector<double> row_references_, column_references_;   // log of what the sums are relative to
 };
 
 template <class T, class Fill>
-void sweep_gradients(const Problem<T>& problem, LogWeights log_weights, const SideGradients<T>& grad_p,
-                     const SideGradients<T>& grad_q, int threads, const Fill& fill) {
-  GradientSweep<T, Fill>(problem, Pairs::kAll, log_weights, grad_p, grad_q, useful_threads(problem, threads), fill)
+bool sweep_gradients(const Problem<T>& problem, LogWeights log_weights, const SideGradients<T>& grad_p,
+                     const SideGradients<T>& grad_q, int threads, Fill& fill) {
+  return GradientSweep<T, Fill>(problem, Pairs::kAll, log_weights, grad_p, grad_q, useful_threads(problem, threads),
+                                fill)
       .run();
 }
 
 // A mixture with itself: what a component has as a row and what it has as a column are added up.
 template <class T, class Fill>
-void sweep_self_gradients(const Problem<T>& problem, LogWeights log_weights, const SideGradients<T>& grad, int threads,
-                          const Fill& fill) {
-  if (!grad.wanted()) return;
-  GradientSweep<T, Fill>(problem, Pairs::kUpperTriangle, log_weights, grad, grad, useful_threads(problem, threads),
-                         fill)
+bool sweep_self_gradients(const Problem<T>& problem, const SideGradients<T>& grad, int threads, Fill& fill) {
+  return GradientSweep<T, Fill>(problem, Pairs::kUpperTriangle, LogWeights::kKept, grad, grad,
+                                useful_threads(problem, threads), fill)
       .run();
 }
 

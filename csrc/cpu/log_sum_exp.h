@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <vector>
 
 namespace csdiv::cpu {
 
@@ -31,6 +33,25 @@ struct LogSumExp {
 
  private:
   static double scale(double from, double to) { return from == to ? 1.0 : std::exp(from - to); }
+};
+
+// Sums that several tasks make the parts of.
+class PartialSums {
+ public:
+  PartialSums(int64_t sums, int64_t parts) : parts_(parts), all_(sums * parts) {}
+
+  LogSumExp& at(int64_t sum, int64_t part) { return all_[sum * parts_ + part]; }
+
+  // log of sums begin ... end - 1 together.
+  double value(int64_t begin, int64_t end) const {
+    LogSumExp total;
+    for (int64_t k = begin * parts_; k < end * parts_; ++k) total.add(all_[k].max, all_[k].sum);
+    return total.value();
+  }
+
+ private:
+  int64_t parts_;
+  std::vector<LogSumExp> all_;
 };
 
 }   // namespace csdiv::cpu

@@ -12,11 +12,16 @@ namespace {
 
 constexpr int64_t kTransposeColumns = 16;
 
+// Narrower stripes give few columns more groups.
+int64_t stripe_width(int64_t columns) {
+  return std::clamp(ceil_div(columns, 4 * 16) * 16, int64_t(64), kStripeColumns);
+}
+
 // The padding keeps the dimensions of a full stripe out of the same cache sets.
 template <class T>
-int64_t stripe_stride(int64_t columns, int64_t stripe_columns, int64_t lanes) {
-  if (columns < stripe_columns) return ceil_div(columns, lanes) * lanes;
-  return stripe_columns + kCacheLine / int64_t(sizeof(T));
+int64_t stripe_stride(int64_t columns, int64_t width, int64_t lanes) {
+  if (columns < width) return ceil_div(columns, lanes) * lanes;
+  return width + kCacheLine / int64_t(sizeof(T));
 }
 
 // log2 of the product of the variances, NaN unless all are positive and finite.
@@ -62,10 +67,10 @@ RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
 }
 
 template <class T>
-PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int64_t stripe_columns, int threads)
-    : stripe_columns_(stripe_columns),
-      stride_(stripe_stride<T>(problem.q.n, stripe_columns, tile_kernels<T>().lanes)),
-      stripes_(ceil_div(problem.q.n, stripe_columns)),
+PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads)
+    : width_(stripe_width(problem.q.n)),
+      stride_(stripe_stride<T>(problem.q.n, width_, tile_kernels<T>().lanes)),
+      stripes_(ceil_div(problem.q.n, width_)),
       memory_(problem.q.batch * stripes_ * (2 * problem.dim + 1) * stride_),
       all_(problem.q.batch * stripes_) {
   parallel_for(all_.size(), threads,
@@ -76,7 +81,7 @@ template <class T>
 void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_weights, int64_t item, int64_t s) {
   constexpr T kInfinity = std::numeric_limits<T>::infinity(), kNaN = std::numeric_limits<T>::quiet_NaN();
   const TileKernels<T>& kernels = tile_kernels<T>();
-  const int64_t first = s * stripe_columns_, count = std::min(stripe_columns_, q.n - first);
+  const int64_t first = s * width_, count = std::min(width_, q.n - first);
   T* const means = memory_.get() + (item * stripes_ + s) * (2 * dim + 1) * stride_;
   T* const variances = means + dim * stride_;
   T* const packed_weights = variances + dim * stride_;

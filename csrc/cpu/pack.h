@@ -60,8 +60,9 @@ enum class LogWeights { kKept, kZero };
 template <class T>
 class PackedColumns {
  public:
-  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int64_t stripe_columns, int threads);
+  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads);
 
+  int64_t width() const { return width_; }   // columns of a stripe, but for the last of an item
   int64_t stride() const { return stride_; }
   int64_t stripes() const { return stripes_; }   // of one item
   const Stripe<T>& stripe(int64_t item, int64_t s) const { return all_[item * stripes_ + s]; }
@@ -69,7 +70,7 @@ class PackedColumns {
  private:
   void pack(const Mixture<T>& q, int64_t dim, LogWeights log_weights, int64_t item, int64_t s);
 
-  int64_t stripe_columns_, stride_, stripes_;
+  int64_t width_, stride_, stripes_;
   AlignedArray<T> memory_;
   std::vector<Stripe<T>> all_;
 };

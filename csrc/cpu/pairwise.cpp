@@ -9,7 +9,7 @@ void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
   const Problem<T> problem = flattened(batched);
   threads = useful_threads(problem, threads);
   const TileKernels<T>& kernels = tile_kernels<T>();
-  const PackedColumns<T> columns(problem, LogWeights::kZero, kStripeColumns, threads);
+  const PackedColumns<T> columns(problem, LogWeights::kZero, threads);
   const int64_t m = problem.q.n, tiles = num_row_tiles(problem), rows_of_problem = batched.p.n;
   const AlignedArray<double> left_out(batched.batch);
   offsets(batched, Uniform::kNone, left_out.get());
@@ -23,7 +23,7 @@ void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t row = b * problem.p.n + first + r;
         const double offset = left_out.get()[row / rows_of_problem];
-        T* const to = out + row * m + s * kStripeColumns;
+        T* const to = out + row * m + s * columns.width();
         for (int64_t j = 0; j < stripe.count; ++j) to[j] = T(logits[r * stripe.stride + j] + offset);
       }
     }

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "gradient_sweep.h"
 #include "log_sum_exp.h"
@@ -12,66 +13,149 @@ template <class T>
 Problem<T> with_itself(int64_t dim, const Mixture<T>& p) {
   Problem<T> problem{p.batch, dim, p, p};
   problem.p.index = problem.q.index = nullptr;   // of the pair that p may come from
-  problem.p.log_weights = nullptr;               // the drivers below add them
+  problem.p.log_weights = nullptr;               // added below
   return problem;
 }
+
+// Logits of row i against columns j > i, and those of the pairs (i, i).
+template <class T>
+struct UpperLogits {
+  T diagonal[kTileRows];   // -inf: outside of the tile
+  int64_t first_column;    // what is before it was not written
+
+  // `first_row` and `origin` are the numbers of the tile's first component as a row and as a column.
+  UpperLogits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_row, int64_t origin, T* tile) {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    first_column = std::clamp(first_row - origin, int64_t(0), columns.padded) / kernels.lanes * kernels.lanes;
+    kernels.logits(rows, columns, first_column, tile);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      T* const row = tile + r * columns.stride;
+      const int64_t column = first_row + r - origin;
+      diagonal[r] = column >= 0 && column < columns.count ? row[column] : -kInfinity;
+      if (column >= 0) std::fill(row + first_column, row + std::min(column + 1, columns.padded), -kInfinity);
+    }
+  }
+};
+
+// values[b] = LSE_ij (log a_i + logit_ij), in parts: one for each row tile and column group. Pairs j > i count twice.
+template <class T>
+class SelfSums {
+ public:
+  SelfSums(int64_t dim, const Mixture<T>& p, int64_t groups)
+      : p_(p), tiles_(num_row_tiles(with_itself(dim, p))), sums_(p.batch * tiles_, groups) {}
+
+  // One tile more; terms of row r become exp(logit - maxima[r]).
+  void add(const RowTile<T>& rows, const Stripe<T>& columns, int64_t b, int64_t first, int64_t group,
+           const UpperLogits<T>& logits, T* tile, T* maxima) {
+    LogSumExp& total = sums_.at(b * tiles_ + first / kTileRows, group);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const double log_weight = p_.log_weight(b, first + r);
+      maxima[r] = -std::numeric_limits<T>::infinity();
+      if (log_weight == -INFINITY) continue;
+      total.add_one(log_weight + logits.diagonal[r]);
+      const PartialSum<T> sum = tile_kernels<T>().partial_sum(tile + r * columns.stride + logits.first_column,
+                                                              columns.padded - logits.first_column);
+      total.add_scaled(sum.max, 2 * sum.sum, log_weight);
+      maxima[r] = sum.max;
+    }
+  }
+
+  void write(double* values) const {
+    for (int64_t b = 0; b < p_.batch; ++b) values[b] = sums_.value(b * tiles_, (b + 1) * tiles_);
+  }
+
+ private:
+  const Mixture<T>& p_;
+  const int64_t tiles_;
+  PartialSums sums_;
+};
+
+// The value and its gradients at once: equation (6), twice the one-sided gradients. A pair j > i counts for both of its
+// components at once; the pair (i, i), swept as a row and as a column, counts half for each.
+template <class T>
+class OnlyPassOfSelf : public OnlyPass {
+ public:
+  OnlyPassOfSelf(int64_t dim, const Mixture<T>& p, double factor, double* values)
+      : OnlyPass{factor}, dim_(dim), p_(p), values_(values) {}
+
+  void start(int64_t groups) { sums_.emplace(dim_, p_, groups); }
+
+  void logits(const SweepTile<T>& tile, int64_t group, T* terms, double* scales) {
+    const UpperLogits<T> upper(tile.rows, tile.columns, tile.first_row, tile.first_column, terms);
+    T maxima[kTileRows];
+    sums_->add(tile.rows, tile.columns, tile.problem, tile.first_row, group, upper, terms, maxima);
+    for (int64_t r = 0; r < tile.rows.count; ++r) {
+      T* const row = terms + r * tile.columns.stride;
+      std::fill_n(row, upper.first_column, T(0));
+      const double log_weight = p_.log_weight(tile.problem, tile.first_row + r);
+      T top = maxima[r];
+      if (log_weight != -INFINITY && upper.diagonal[r] != -INFINITY) {
+        if (upper.diagonal[r] > top) {
+          const T rise = std::exp(top - upper.diagonal[r]);
+          for (int64_t j = 0; j < tile.columns.padded; ++j) row[j] *= rise;
+          top = upper.diagonal[r];
+        }
+        row[tile.diagonal(r)] = T(0.5) * std::exp(upper.diagonal[r] - top);
+      }
+      scales[r] = log_weight == -INFINITY ? -INFINITY : kLog2 + log_weight + top;
+    }
+  }
+
+  bool finish() {
+    sums_->write(values_);
+    return std::all_of(values_, values_ + p_.batch, [](double value) { return std::isfinite(value); });
+  }
+
+  double log_total(int64_t b, int64_t) const { return values_[b]; }
+
+ private:
+  static constexpr double kLog2 = 0.69314718055994530942;
+
+  const int64_t dim_;
+  const Mixture<T>& p_;
+  double* const values_;
+  std::optional<SelfSums<T>> sums_;
+};
 
 }   // namespace
 
 template <class T>
-void self_overlap_forward(int64_t dim, const Mixture<T>& p, double* values, int threads) {
+void self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* values, const SideGradients<T>& grad,
+                          int threads) {
   const Problem<T> problem = with_itself(dim, p);
-  threads = useful_threads(problem, threads);
-  const TileKernels<T>& kernels = tile_kernels<T>();
-  const PackedColumns<T> columns(problem, LogWeights::kKept, kStripeColumns, threads);
-  const int64_t tiles = num_row_tiles(problem), lanes = kernels.lanes;
-  AlignedArray<LogSumExp> partial(p.batch * tiles);
-
-  // Row i against columns j >= i. Pairs j > i count twice; those of a tile before its diagonal are taken out.
-  parallel_for(p.batch * tiles, threads, [&](int64_t task) {
-    const int64_t b = task / tiles, first = task % tiles * kTileRows;
-    const RowTile<T> rows = row_tile(problem, b, task % tiles);
-    T* const logits = scratch<T>(kTileRows * columns.stride());
-    LogSumExp total;
-    for (int64_t s = first / kStripeColumns; s < columns.stripes(); ++s) {
-      const Stripe<T>& stripe = columns.stripe(b, s);
-      const int64_t origin = s * kStripeColumns;
-      const int64_t first_column = first > origin ? (first - origin) / lanes * lanes : 0;
-      kernels.logits(rows, stripe, first_column, logits);
-      for (int64_t r = 0; r < rows.count; ++r) {
-        const double log_weight = p.log_weight(b, first + r);
-        if (log_weight == -INFINITY) continue;
-        T* const row = logits + r * stripe.stride;
-        const int64_t diagonal = first + r - origin;   // column of the pair (i, i); outside of the stripe for most
-        if (diagonal >= stripe.count) continue;
-        if (diagonal >= 0) {
-          total.add_one(log_weight + row[diagonal]);
-          std::fill(row + first_column, row + diagonal + 1, T(-INFINITY));
-        }
-        const PartialSum<T> sum = kernels.partial_sum(row + first_column, stripe.padded - first_column);
-        total.add_scaled(sum.max, 2 * sum.sum, log_weight);
-      }
-    }
-    partial.get()[task] = total;
-  });
-
-  for (int64_t b = 0; b < p.batch; ++b) {
-    LogSumExp total;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const LogSumExp& part = partial.get()[b * tiles + tile];
-      total.add(part.max, part.sum);
-    }
-    values[b] = total.value();
+  if (grad.wanted()) {
+    OnlyPassOfSelf<T> pass(dim, p, factor, values);
+    if (sweep_self_gradients(problem, grad, threads, pass)) return;
+    const AlignedArray<T> factors(p.batch);
+    std::fill_n(factors.get(), p.batch, factor);
+    return self_overlap_backward(dim, p, values, factors.get(), grad, threads);
   }
+  threads = useful_threads(problem, threads);
+  const PackedColumns<T> columns(problem, LogWeights::kKept, threads);
+  const int64_t tiles = num_row_tiles(problem), groups = choose_partition(problem, columns, true, true).column_groups;
+  SelfSums<T> sums(dim, p, groups);
+  parallel_for(p.batch * tiles * groups, threads, [&](int64_t task) {
+    const int64_t group = task % groups, b = task / groups / tiles, first = task / groups % tiles * kTileRows;
+    const RowTile<T> rows = row_tile(problem, b, first / kTileRows);
+    const Part stripes = part(columns.stripes(), groups, group);
+    T* const logits = scratch<T>(kTileRows * columns.stride());
+    T maxima[kTileRows];
+    for (int64_t s = std::max(stripes.begin, first / columns.width()); s < stripes.end; ++s) {
+      const Stripe<T>& stripe = columns.stripe(b, s);
+      const UpperLogits<T> upper(rows, stripe, first, s * columns.width(), logits);
+      sums.add(rows, stripe, b, first, group, upper, logits, maxima);
+    }
+  });
+  sums.write(values);
 }
 
 template <class T>
 void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* values, const T* grad_values,
                            const SideGradients<T>& grad, int threads) {
+  if (!grad.wanted()) return;
   const Problem<T> problem = with_itself(dim, p);
-  const TileKernels<T>& kernels = tile_kernels<T>();
-  // Equation (6): twice the one-sided gradients, with r_ij = exp(log a_i + logit_ij - log V). A pair j > i counts for
-  // both of its components at once; the pair (i, i), swept as a row and as a column, counts half for each.
+  // r_ij = exp(log a_i + logit_ij - log V).
   const auto fill = [&](const SweepTile<T>& tile, T* weights) {
     T log_normalizers[kTileRows], grads[kTileRows];
     for (int64_t r = 0; r < tile.rows.count; ++r) {
@@ -79,35 +163,28 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* value
       log_normalizers[r] = T(values[tile.problem] - double(log_weight));
       grads[r] = log_weight == -INFINITY || values[tile.problem] == -INFINITY ? T(0) : 2 * grad_values[tile.problem];
     }
-    kernels.logits(tile.rows, tile.columns, 0, weights);
-    T diagonal[kTileRows] = {};
+    const UpperLogits<T> upper(tile.rows, tile.columns, tile.first_row, tile.first_column, weights);
+    for (int64_t r = 0; r < tile.rows.count; ++r)
+      std::fill_n(weights + r * tile.columns.stride, upper.first_column, -std::numeric_limits<T>::infinity());
+    uint32_t active = tile_kernels<T>().weights(tile.rows, tile.columns, {log_normalizers, grads}, weights,
+                                                tile.column_sums, tile.row_sums);
     for (int64_t r = 0; r < tile.rows.count; ++r) {
+      if (grads[r] == 0 || upper.diagonal[r] == -INFINITY) continue;
       const int64_t j = tile.diagonal(r);
-      if (j < 0) continue;
-      T* const row = weights + r * tile.columns.stride;
-      if (j < tile.columns.count && grads[r] != 0) {
-        const T logit = row[j] - log_normalizers[r];
-        diagonal[r] = T(0.5) * grads[r] * std::exp(logit > 0 ? T(0) : logit);
-      }
-      std::fill_n(row, std::min(j + 1, tile.columns.padded), -std::numeric_limits<T>::infinity());
-    }
-    uint32_t active =
-        kernels.weights(tile.rows, tile.columns, {log_normalizers, grads}, weights, tile.column_sums, tile.row_sums);
-    for (int64_t r = 0; r < tile.rows.count; ++r) {
-      if (diagonal[r] == 0) continue;
-      const int64_t j = tile.diagonal(r);
-      weights[r * tile.columns.stride + j] = diagonal[r];
-      tile.column_sums[j] += diagonal[r];
-      tile.row_sums[r] += diagonal[r];
+      const T logit = upper.diagonal[r] - log_normalizers[r];
+      const T weight = T(0.5) * grads[r] * std::exp(logit > 0 ? T(0) : logit);
+      weights[r * tile.columns.stride + j] = weight;
+      tile.column_sums[j] += weight;
+      tile.row_sums[r] += weight;
       active |= uint32_t(1) << r;
     }
     return active;
   };
-  sweep_self_gradients(problem, LogWeights::kKept, grad, threads, fill);
+  sweep_self_gradients(problem, grad, threads, fill);
 }
 
-template void self_overlap_forward(int64_t, const Mixture<float>&, double*, int);
-template void self_overlap_forward(int64_t, const Mixture<double>&, double*, int);
+template void self_overlap_forward(int64_t, const Mixture<float>&, float, double*, const SideGradients<float>&, int);
+template void self_overlap_forward(int64_t, const Mixture<double>&, double, double*, const SideGradients<double>&, int);
 template void self_overlap_backward(int64_t, const Mixture<float>&, const double*, const float*,
                                     const SideGradients<float>&, int);
 template void self_overlap_backward(int64_t, const Mixture<double>&, const double*, const double*,

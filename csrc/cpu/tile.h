@@ -7,7 +7,7 @@
 namespace csdiv::cpu {
 
 constexpr int64_t kTileRows = 16;           // rows whose logits or weights stay in cache together
-constexpr int64_t kStripeColumns = 256;     // columns of a full stripe; also bounds the terms of one accumulator
+constexpr int64_t kStripeColumns = 256;     // of a stripe at most; also bounds the terms of one accumulator
 constexpr int64_t kMaxDim = 1 << 22;        // the sum of D exponents must fit the 32-bit lanes of the float kernels
 constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it starts from
 
@@ -44,7 +44,7 @@ struct Stripe {
   Range<T> range;
 };
 
-// sum of exp(logit) = exp(max) * sum where max is finite, and sum itself otherwise.
+// sum of exp(logit) = exp(max) * sum where max is finite, and sum itself otherwise: 0, infinite or NaN.
 template <class T>
 struct PartialSum {
   T max;
@@ -77,10 +77,14 @@ struct TileKernels {
   Range<T> (*range)(const T* means, const T* variances, int64_t size);
   // tile[r, j] = log b_j - (quadratic form + log determinant - E ln 2) / 2 for j >= first_column.
   void (*logits)(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile);
-  PartialSum<T> (*partial_sum)(const T* logits, int64_t count);
+  // Logits to exp(logit - max), in place, where max is finite.
+  PartialSum<T> (*partial_sum)(T* logits, int64_t count);
   // Logits to weights, in place; returns the bit mask of rows with a weight other than zero.
   uint32_t (*weights)(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile,
                       T* column_sums, double* row_sums);
+  // The same from what partial_sum left: row r times factors[r], where 0 gives 0 whatever it multiplies.
+  uint32_t (*scale)(const RowTile<T>& rows, const Stripe<T>& columns, const T* factors, T* tile, T* column_sums,
+                    double* row_sums);
   void (*gradients)(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads);
 };

@@ -96,7 +96,7 @@ void logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_colu
 }
 
 template <class T>
-PartialSum<T> partial_sum(const T* logits, int64_t count) {
+PartialSum<T> partial_sum(T* logits, int64_t count) {
   constexpr T kInfinity = T(__builtin_inf());
   Vec<T> largest = broadcast<T>(-kInfinity);
   for (int64_t j = 0; j < count; j += kLanes<T>) largest = maximum<T>(largest, load(logits + j));
@@ -106,25 +106,26 @@ PartialSum<T> partial_sum(const T* logits, int64_t count) {
     for (int64_t j = 0; j < count; j += kLanes<T>) total += maximum<T>(Vec<T>{}, load(logits + j));
   } else {
     const T shift = max > -kInfinity ? max : T(0);
-    for (int64_t j = 0; j < count; j += kLanes<T>) total += exp<T>(load(logits + j) - shift);
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+      const Vec<T> term = exp<T>(load(logits + j) - shift);
+      store(logits + j, term);
+      total += term;
+    }
   }
   return {max, sum<T>(total)};
 }
 
-template <class T>
-uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile, T* column_sums,
-                 double* row_sums) {
+// weight(row, entries) of every vector of the tile, in place, added to the sums that are wanted.
+template <class T, class Weight>
+CSDIV_INLINE uint32_t weigh_rows(const RowTile<T>& rows, const Stripe<T>& columns, T* tile, T* column_sums,
+                                 double* row_sums, const Weight& weight_of) {
   uint32_t active_rows = 0;
   for (int64_t row = 0; row < rows.count; ++row) {
     T* const weights = tile + row * columns.stride;
-    const T grad = scale.grads[row], log_normalizer = scale.log_normalizers[row];
-    const bool empty = grad == 0 || log_normalizer == -T(__builtin_inf());
     Vec<T> total{};
     IntVec<T> nonzero{};
     for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
-      // No weight exceeds 1: what is above comes from rounding.
-      const Vec<T> logit = minimum<T>(Vec<T>{}, load(weights + j) - log_normalizer);
-      const Vec<T> weight = empty ? Vec<T>{} : grad * exp<T>(logit);
+      const Vec<T> weight = weight_of(row, load(weights + j));
       store(weights + j, weight);
       if (column_sums) store(column_sums + j, load(column_sums + j) + weight);
       total += weight;
@@ -134,6 +135,24 @@ uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScal
     if (any<T>(nonzero)) active_rows |= uint32_t(1) << row;
   }
   return active_rows;
+}
+
+template <class T>
+uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile, T* column_sums,
+                 double* row_sums) {
+  return weigh_rows(rows, columns, tile, column_sums, row_sums, [&](int64_t row, Vec<T> logits) {
+    const T grad = scale.grads[row], log_normalizer = scale.log_normalizers[row];
+    const bool empty = grad == 0 || log_normalizer == -T(__builtin_inf());
+    // No weight exceeds 1: what is above comes from rounding.
+    return empty ? Vec<T>{} : grad * exp<T>(minimum<T>(Vec<T>{}, logits - log_normalizer));
+  });
+}
+
+template <class T>
+uint32_t scale(const RowTile<T>& rows, const Stripe<T>& columns, const T* factors, T* tile, T* column_sums,
+               double* row_sums) {
+  return weigh_rows(rows, columns, tile, column_sums, row_sums,
+                    [&](int64_t row, Vec<T> terms) { return factors[row] == 0 ? Vec<T>{} : factors[row] * terms; });
 }
 
 // Dimension d of kRows rows against the whole stripe.
@@ -216,8 +235,8 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, const T* weight
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,      certified<T>, range<T>,    logits<T>,
-                                     partial_sum<T>, weights<T>,   gradients<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>,      certified<T>, range<T>, logits<T>,
+                                     partial_sum<T>, weights<T>,   scale<T>, gradients<T>};
 
 }   // namespace
 

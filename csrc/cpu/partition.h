@@ -1,0 +1,57 @@
+// How the pairs of a problem are cut into tasks and into separate sums, by sizes alone: never by the number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "mixture.h"
+#include "pack.h"
+
+namespace csdiv::cpu {
+
+constexpr int64_t kMaxBlocks = 16;
+constexpr int64_t kLopsided = 8;                     // ratio of the sides from which one of them is cut alone
+constexpr int64_t kCopies = 8;                       // sets of sums when one side is cut alone
+constexpr int64_t kCheapCopies = int64_t(1) << 22;   // elements of column sums up to which every row block has its own
+
+// One of three ways:
+//   rows      many more rows than columns: blocks of rows, each with sums of its own for all columns;
+//   columns   the other way round;
+//   square    S row blocks and S column groups, in S phases: phase t runs (r, (r + t) mod S) for all r, so that no two
+//             tasks share a row or a column, and one set of sums serves both sides.
+struct Partition {
+  int64_t row_blocks = 1, column_groups = 1;
+  int64_t phases = 1;   // above 1: square
+
+  int64_t row_copies() const { return phases > 1 ? 1 : column_groups; }
+  int64_t column_copies() const { return phases > 1 ? 1 : row_blocks; }
+};
+
+// For the sums of rows, of columns, or of both.
+template <class T>
+Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& packed, bool rows, bool columns) {
+  const int64_t n = problem.p.n, m = problem.q.n, tiles = num_row_tiles(problem), stripes = packed.stripes();
+  const int64_t column_sums = problem.q.batch * stripes * (2 * problem.dim + 1) * packed.stride();
+  Partition partition;
+  if (!columns && tiles >= kCopies) {
+    partition.row_blocks = std::min(tiles, kMaxBlocks);
+  } else if (n >= kLopsided * m) {
+    partition.row_blocks = std::min(tiles, kCopies);
+  } else if (m >= kLopsided * n || !rows) {
+    partition.column_groups = std::min(stripes, kCopies);
+  } else if (column_sums * kCopies <= kCheapCopies) {
+    partition.row_blocks = std::clamp(tiles / 2, int64_t(1), kCopies);
+  } else {
+    partition.row_blocks = partition.column_groups = partition.phases = std::min({tiles, stripes, kMaxBlocks});
+  }
+  return partition;
+}
+
+// Part `k` of `parts` of 0 ... size - 1.
+struct Part {
+  int64_t begin, end;
+};
+inline Part part(int64_t size, int64_t parts, int64_t k) {
+  return {size * k / parts, size * (k + 1) / parts};
+}
+
+}   // namespace csdiv::cpu

@@ -1,0 +1,37 @@
+// The sums over columns that a forward pass makes, with or without gradients beside it: the same bits either way.
+#pragma once
+
+#include "dispatch.h"
+#include "log_sum_exp.h"
+#include "partition.h"
+
+namespace csdiv::cpu {
+
+// rows[b, i] = LSE_j logit_ij, in parts: one for each column group.
+template <class T>
+class RowSums {
+ public:
+  RowSums(const Problem<T>& problem, int64_t groups)
+      : size_(problem.rows()), sums_(size_, groups), kernels_(tile_kernels<T>()) {}
+
+  // One tile more, whose first row is `first` among those of all problems. Each logit becomes exp(logit - maxima[r]).
+  void add(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first, int64_t group, T* tile, double* maxima) {
+    kernels_.logits(rows, columns, 0, tile);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const PartialSum<T> sum = kernels_.partial_sum(tile + r * columns.stride, columns.padded);
+      sums_.at(first + r, group).add(sum.max, sum.sum);
+      maxima[r] = sum.max;
+    }
+  }
+
+  void write(T* rows) const {
+    for (int64_t row = 0; row < size_; ++row) rows[row] = T(sums_.value(row, row + 1));
+  }
+
+ private:
+  int64_t size_;
+  PartialSums sums_;
+  const TileKernels<T>& kernels_;
+};
+
+}   // namespace csdiv::cpu
