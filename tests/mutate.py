@@ -39,11 +39,12 @@ COPIED = ("CMakeLists.txt", "pyproject.toml", "csdiv", "csrc", "kernels", "bench
 PLUMBING = ("thread_pool.*", "dispatch.*", "tile_kernels.h")
 
 EXCLUDED: tuple[tuple[str, str, str], ...] = (
-    ("gradient_sweep.h", "constexpr int64_t kMaxBlocks", "speed only"),
-    ("gradient_sweep.h", "constexpr int64_t kLopsided", "speed only"),
-    ("gradient_sweep.h", "constexpr int64_t kCopies", "speed only"),
+    ("partition.h", "constexpr int64_t kMaxBlocks", "speed only"),
+    ("partition.h", "constexpr int64_t kLopsided", "speed only"),
+    ("partition.h", "constexpr int64_t kCopies", "speed only"),
     ("gradient_sweep.h", "constexpr int64_t kSlice", "speed only"),
-    ("overlap_lse_forward.cpp", "constexpr int64_t kEnoughTasks", "speed only"),
+    ("partition.h", "constexpr int64_t kCheapCopies", "speed only"),
+    ("gradient_sweep.h", "constexpr double kRise", "speed only"),
     ("*.cpp", "threads = useful_threads(problem, threads);", "speed only"),
     ("mixture.h", "constexpr double kSmall", "speed only"),
     ("mixture.h", "return elements ", "speed only"),

@@ -5,7 +5,8 @@ The cases are curated lists, not a full product; ``test_cases_cover_the_contract
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import csdiv
 from csdiv import GaussianMixture, testing
 
 BACKENDS = csdiv.available_backends()
+NATIVE = tuple(name for name in BACKENDS if name != "reference")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 RELATIVE_L2 = 3e-5
 
@@ -314,6 +316,35 @@ def test_cases_cover_the_contract() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_contract(case: Case, backend: str) -> None:
     check(case, backend)
+
+
+SCALARS = ("cs_divergence", "log_overlap", "self_overlap")
+"""Entries whose gradients come with the value where no compiler or transform is at work."""
+
+
+def gradients_later() -> Any:
+    """Within this context the gradients of scalars are left to the backward pass."""
+    return mock.patch.object(csdiv.autograd, "_has_all_items", return_value=False)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("case", [case for case in CASES if case.entry in SCALARS and case.wanted], ids=str)
+def test_contract_of_the_backward_pass(case: Case, backend: str) -> None:
+    with gradients_later():
+        check(case, backend)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("entry", SCALARS)
+@pytest.mark.parametrize(
+    ("n", "m"), [(3, 5), (140, 150), (300, 1030), (1030, 300), (1100, 40), (40, 1100), (2100, 2000)]
+)
+def test_values_are_the_same_bits_with_gradients_and_without(entry: str, n: int, m: int, backend: str) -> None:
+    g = torch.Generator().manual_seed(n)
+    for dtype in (torch.float32, torch.float64):
+        p, q = (testing.random_mixture(size, 3, dtype=dtype, generator=g) for size in (n, m))
+        plain = call(entry, backend)(p, q)
+        assert torch.equal(plain, call(entry, backend)(p.map(lambda t: t.requires_grad_()), q))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

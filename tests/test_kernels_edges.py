@@ -3,15 +3,15 @@
 Values and gradients of every entry are held to the error budget of :mod:`csdiv.testing`, as in test_contract.py.
 """
 
+import contextlib
+
 import pytest
 import torch
-from test_contract import INPUTS, P, Q, call, eager_call
+from test_contract import INPUTS, NATIVE, SCALARS, P, Q, call, eager_call, gradients_later
 from torch import Tensor
 
-import csdiv
 from csdiv import GaussianMixture, testing
 
-NATIVE = tuple(name for name in csdiv.available_backends() if name != "reference")
 PAIRS = ("cs_divergence", "log_overlap", "component_log_overlap", "pairwise_log_overlap")
 on_every_backend = pytest.mark.parametrize("backend", NATIVE)
 
@@ -28,21 +28,26 @@ def check(entry: str, backend: str, p: GaussianMixture, q: GaussianMixture, want
 
     sides, leaves, exact = evaluate(torch.float64, call(entry, "reference"))
     _, eager_leaves, eager = evaluate(torch.float32, eager_call(entry))
-    _, actual_leaves, actual = evaluate(torch.float32, call(entry, backend))
-    testing.assert_within_budget(actual, eager, exact, testing.band(entry, *sides, scaled=True))
-    if not wanted:
-        return
-    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
-    bands = testing.gradient_bands(entry, *sides, grad, leaves)
-    grads = [
-        torch.autograd.grad(value, tensors, grad.to(value.dtype))
-        for value, tensors in ((actual, actual_leaves), (eager, eager_leaves), (exact, leaves))
-    ]
-    for name, found, plain, true, band in zip(wanted, *grads, bands, strict=True):
-        try:
-            testing.assert_within_budget(found, plain, true, band)
-        except AssertionError as error:
-            raise AssertionError(f"gradient of {name}: {error}") from None
+    band = testing.band(entry, *sides, scaled=True)
+    if wanted:
+        grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+        bands = testing.gradient_bands(entry, *sides, grad, leaves)
+        true, plain = (
+            torch.autograd.grad(value, tensors, grad.to(value.dtype))
+            for value, tensors in ((exact, leaves), (eager, eager_leaves))
+        )
+    for later in [False, True] if entry in SCALARS and wanted else [False]:
+        with gradients_later() if later else contextlib.nullcontext():
+            _, actual_leaves, actual = evaluate(torch.float32, call(entry, backend))
+        testing.assert_within_budget(actual, eager, exact, band)
+        if not wanted:
+            return
+        found = torch.autograd.grad(actual, actual_leaves, grad)
+        for name, *values in zip(wanted, found, plain, true, bands, strict=True):
+            try:
+                testing.assert_within_budget(*values)
+            except AssertionError as error:
+                raise AssertionError(f"gradient of {name}, later {later}: {error}") from None
 
 
 def pair(n: int, m: int, dim: int, **options: object) -> tuple[GaussianMixture, GaussianMixture]:
@@ -110,6 +115,18 @@ def test_shares_down_to_the_smallest_numbers(entry: str, gap: float, backend: st
     p, q = pair(3, 40, 3, structure="tied spherical")
     log_weights = torch.cat([torch.zeros(1), -gap - 0.25 * torch.arange(39)])
     check(entry, backend, p, GaussianMixture(q.means * 0.1, q.variances, log_weights))
+
+
+@on_every_backend
+@pytest.mark.parametrize("step", [-30.0, -3.0, 3.0, 30.0])
+@pytest.mark.parametrize("entry", SCALARS)
+def test_weights_that_rise_or_fall_from_tile_to_tile(entry: str, step: float, backend: str) -> None:
+    """Sums of the weights of the first tiles are scaled when those of later ones exceed them."""
+    p, q = pair(150, 140, 2)
+    p, q = (
+        GaussianMixture(s.means, s.variances, s.log_weights + step / 16 * torch.arange(len(s.means))) for s in (p, q)
+    )
+    check(entry, backend, p, q)
 
 
 @on_every_backend

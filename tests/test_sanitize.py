@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import test_packaging
@@ -72,10 +73,16 @@ def call_every_entry(p_tensors: list[torch.Tensor], q_tensors: list[torch.Tensor
             t.requires_grad_(side in needs)
     p, q = GaussianMixture(*p_tensors), GaussianMixture(*q_tensors)
     log_variances = p_tensors[1].log().expand(p.means.shape)
-    values = [
-        csdiv.cs_divergence(p, q, backend="cpu"),
-        csdiv.log_overlap(p, q, backend="cpu"),
-        csdiv.log_overlap(q, backend="cpu"),
+    values = []
+    for at_once in (mock.DEFAULT, False):  # gradients with the values, then by the backward pass
+        with mock.patch.object(csdiv.autograd, "_has_all_items", wraps=csdiv.autograd._has_all_items) as decide:
+            decide.return_value = at_once
+            values += [
+                csdiv.cs_divergence(p, q, backend="cpu"),
+                csdiv.log_overlap(p, q, backend="cpu"),
+                csdiv.log_overlap(q, backend="cpu"),
+            ]
+    values += [
         csdiv.component_log_overlap(p, q, backend="cpu"),
         csdiv.pairwise_log_overlap(p, q, backend="cpu"),
         csdiv.cs_regularizer(p.means, log_variances, q, backend="cpu"),
