@@ -1,4 +1,4 @@
-"""``python -m bench cpu``: csdiv beside its peers, one table, one JSON file."""
+"""``python -m bench``: csdiv beside its peers (cpu) and beside float64 (accuracy), as tables and one JSON file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import accuracy
 from .cases import CPU_CASES, Case, make_inputs
 from .peers import Provider, providers, rows
 from .timing import interleave, machine, peak_mib
@@ -91,19 +92,27 @@ def print_table(records: list[dict[str, object]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suite", choices=["cpu"])
-    parser.add_argument("--cases", nargs="*", metavar="NxMxD", help="only these cases")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("suite", choices=["cpu", "accuracy"])
+    parser.add_argument("--cases", nargs="*", metavar="NxMxD", help="cpu: only these cases")
+    parser.add_argument("--rounds", type=int, default=7, help="cpu: how often each call is timed")
+    parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    everyone = providers()
-    records = []
-    for case in CPU_CASES:
-        if not options.cases or case.name in options.cases:
-            records += run_case(case, everyone, options.rounds)
     info = machine()
-    print_table(records)
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
+    records: list[dict[str, object]] = []
+    if options.suite == "accuracy":
+        records = accuracy.run()
+        tables = accuracy.markdown(records, info)
+        print(tables)
+        if options.markdown:
+            options.markdown.write_text(tables)
+    else:
+        everyone = providers()
+        for case in CPU_CASES:
+            if not options.cases or case.name in options.cases:
+                records += run_case(case, everyone, options.rounds)
+        print_table(records)
+        print(", ".join(f"{key} {value}" for key, value in info.items()))
     if options.output:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         options.output.parent.mkdir(parents=True, exist_ok=True)
