@@ -130,6 +130,17 @@ def test_weights_that_rise_or_fall_from_tile_to_tile(entry: str, step: float, ba
 
 
 @on_every_backend
+def test_gradients_that_overflow_before_the_largest_weight_is_met(backend: str) -> None:
+    """δ²/c² of all rows but the last is beyond float32, and so would be their sums if they were all there is."""
+    p, q = pair(40, 1, 3)
+    variances = torch.tensor([1e-25, 1.0, 1e20])
+    means = torch.cat([p.means[:-1], q.means])
+    for k in (1, 2):
+        check("log_overlap", backend, GaussianMixture(means.roll(k, 0), variances.expand(40, 3), p.log_weights), q)
+        check("log_overlap", backend, q, GaussianMixture(means.roll(k, 0), variances.expand(40, 3), p.log_weights))
+
+
+@on_every_backend
 @pytest.mark.parametrize("batches", [((3,), ()), ((), (3,)), ((2, 1), (1, 3)), ((1,), (2,))])
 def test_batches_of_several_tiles_and_stripes(batches: tuple[tuple[int, ...], tuple[int, ...]], backend: str) -> None:
     g = torch.Generator().manual_seed(0)

@@ -42,17 +42,15 @@ struct SweepTile {
 // are for `fill` to cut.
 enum class Pairs { kAll, kUpperTriangle };
 
-// What finds the weights of a tile. Where they are given, it is called: fill(tile, weights) writes them and returns the
-// mask of rows that have any. In the only pass it is derived from this and has
-//   start(groups)                        called first, with the number of column groups;
-//   logits(tile, group, terms, scales)   writes terms, of which those of row r times exp(scales[r]) are the weights
-//   times
-//                                        the total, and adds them to the total;
-//   finish()                             called after all tiles, false if a total is not finite: then there is no
-//   result; log_total(b, i)                      of the problem that row i of problem b belongs to; factor of what the
-//   sweep results in.
+// The weights of a tile. Given ones: fill(tile, weights) writes them and returns the mask of rows that have any. In the
+// only pass Fill is derived from this and offers four functions.
+//   start(groups): called first, with the number of column groups.
+//   logits(tile, group, terms, scales): writes terms, row r of which times exp(scales[r]) are the weights times the
+//     total; and adds them to the total.
+//   finish(): called after all tiles; false if a total is not finite.
+//   log_total(b, i): of the problem that row i of problem b belongs to.
 struct OnlyPass {
-  double factor;
+  double factor;   // of what the sweep results in
 };
 
 template <class T, class Fill>
@@ -87,7 +85,8 @@ class GradientSweep {
     fill_zero(recent_sums_);
   }
 
-  // False: the totals are not finite, and nothing was written.
+  // False: this cannot be the only pass, and nothing was written. A total is not finite, or a sum that was relative to
+  // a low reference has overflowed.
   bool run() {
     if constexpr (kOnlyPass) fill_.start(partition_.column_groups);
     // Problems that share no sums run side by side; those that do run one after the other.
@@ -108,6 +107,8 @@ class GradientSweep {
     });
     merge_copies(row_sums_.get(), row_size_, partition_.row_copies());
     merge_copies(column_sums_.get(), stripes_of_q_ * stripe_size(), merged_copies_);
+    if (kOnlyPass && !(all_finite(row_sums_, row_size_) && all_finite(column_sums_, stripes_of_q_ * stripe_size())))
+      return false;
     if (pairs_ == Pairs::kUpperTriangle) {
       columns_to_rows();
       write_rows();
@@ -212,6 +213,12 @@ class GradientSweep {
       }
       sums[2 * n * dim_ + i] *= factor;
     });
+  }
+
+  static bool all_finite(const AlignedArray<double>& sums, int64_t size) {
+    bool finite = true;
+    for (int64_t k = 0; k < size; ++k) finite &= std::abs(sums.get()[k]) <= std::numeric_limits<double>::max();
+    return finite;
   }
 
   template <class U>
