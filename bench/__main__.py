@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import accuracy
+from . import accuracy, limits
 from .cases import CPU_CASES, Case, make_inputs
 from .peers import Provider, providers, rows
 from .timing import interleave, machine, peak_mib
@@ -100,6 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     info = machine()
     records: list[dict[str, object]] = []
+    more: dict[str, list[dict[str, object]]] = {}
     if options.suite == "accuracy":
         records = accuracy.run()
         tables = accuracy.markdown(records, info)
@@ -108,15 +109,22 @@ def main() -> None:
             options.markdown.write_text(tables)
     else:
         everyone = providers()
-        for case in CPU_CASES:
-            if not options.cases or case.name in options.cases:
-                records += run_case(case, everyone, options.rounds)
+        cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]
+        for case in cases:
+            records += run_case(case, everyone, options.rounds)
+        more = {
+            "bounds": limits.run_bounds(cases, options.rounds),
+            "divergences": limits.run_divergences(options.rounds),
+        }
         print_table(records)
+        limits.print_tables(**more)
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     if options.output:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"date": date, "machine": info, "records": records}, indent=1) + "\n")
+        options.output.write_text(
+            json.dumps({"date": date, "machine": info, "records": records, **more}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def _full_gradients(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | No
 
 def _scaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
     """Gradients of the values, (*batch, ...), times the gradients with respect to the values, (*batch)."""
+    if grad.ndim == 0:
+        return list(torch._foreach_mul(grads, grad))  # one call, where each costs more than what it computes
     return [grad.to(g.dtype).reshape(grad.shape + (1,) * (g.ndim - grad.ndim)) * g for g in grads]
 
 

@@ -1,0 +1,109 @@
+"""How far the CPU kernels are from what the machine can do, and what a call costs where there is nothing to compute.
+
+The bound counts multiplications and fused multiply-adds of the inner loops alone (csrc/cpu/pair.h), at the rate that a
+matrix product reaches on the same threads: nothing for additions, loads, exponentials, logarithms and sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import csdiv
+from csdiv import GaussianMixture, testing
+
+from .cases import Case, make_inputs
+from .peers import Csdiv
+from .timing import interleave
+
+OPERATIONS = {"forward": 4.5, "forward + backward": 4.5 + 4.5 + 7.0}
+"""Multiplications per element: logits, once more in the backward pass, and gradients."""
+
+DIVERGENCES = (Case(16, 16, 2, "nothing to compute"), Case(1024, 1024, 32, "square, fits the caches"))
+
+
+def run_bounds(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
+    """Gel/s with one thread and with all, and the share of the bound; matrix products are timed in the same rounds."""
+    n, before = 1024, torch.get_num_threads()
+    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    provider, records = Csdiv("cpu"), []
+    for threads in sorted({1, before}):
+        torch.set_num_threads(threads)
+        for case in cases:
+            inputs = make_inputs(case)
+            calls: list[Callable[[], object]] = [
+                lambda: torch.mm(a, b, out=out),
+                lambda x=inputs: provider.forward(x),
+                lambda x=inputs: provider.forward_backward(x),
+            ]
+            for call in calls:
+                call()
+            product, *timings = interleave(calls, rounds)
+            rate = n**3 / product.median_ms / 1e6
+            for (direction, operations), timing in zip(OPERATIONS.items(), timings, strict=True):
+                speed = case.elements / timing.median_ms / 1e6
+                records.append(
+                    {
+                        "case": case.name,
+                        "direction": direction,
+                        "threads": threads,
+                        "multiply_adds_per_ns": rate,
+                        "gel_per_s": speed,
+                        "share_of_bound": speed * operations / rate,
+                    }
+                )
+    torch.set_num_threads(before)
+    return records
+
+
+class Nothing(torch.autograd.Function):
+    """What torch itself takes for a function of six tensors with six gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+def run_divergences(rounds: int) -> list[dict[str, Any]]:
+    """D_CS with all six gradients, milliseconds."""
+
+    def divergence(*t: Tensor) -> Tensor:
+        return csdiv.cs_divergence(GaussianMixture(*t[:3]), GaussianMixture(*t[3:]), backend="cpu")
+
+    def plain(*t: Tensor) -> Tensor:
+        return testing.eager("cs_divergence", GaussianMixture(*t[:3]), GaussianMixture(*t[3:]))
+
+    torch.compiler.reset()
+    ways: dict[str, Callable[..., Tensor]] = {
+        "csdiv cpu": divergence,
+        "eager": plain,
+        "torch.compile": torch.compile(plain, dynamic=False),
+        "torch.autograd.Function that computes nothing": Nothing.apply,
+    }
+    records = []
+    for case in DIVERGENCES:
+        mu, s, *q = make_inputs(case)
+        leaves = [t.requires_grad_() for t in (mu, s, torch.zeros(case.n), *q)]
+        calls = [lambda f=f, x=leaves: torch.autograd.grad(f(*x), x) for f in ways.values()]
+        for call in calls:
+            call()
+        for name, timing in zip(ways, interleave(calls, rounds), strict=True):
+            records.append({"case": case.name, "provider": name, **timing._asdict()})
+    return records
+
+
+def print_tables(bounds: list[dict[str, Any]], divergences: list[dict[str, Any]]) -> None:
+    print("\n| case | direction | threads | Gel/s | share of the bound |\n|---|---|---|---|---|")
+    for r in bounds:
+        print(f"| {r['case']} | {r['direction']} | {r['threads']} | {r['gel_per_s']:.2f} | {r['share_of_bound']:.0%} |")
+    print("\n| D_CS, forward + backward | provider | median ms | quartiles ms |\n|---|---|---|---|")
+    for r in divergences:
+        print(f"| {r['case']} | {r['provider']} | {r['median_ms']:.3f} | {r['lower_ms']:.3f} to {r['upper_ms']:.3f} |")
