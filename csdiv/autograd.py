@@ -31,9 +31,7 @@ _Tensors = tuple[Tensor | None, ...]
 class _OpPair(NamedTuple):
     """An operator, its backward and the same quantity as differentiable torch."""
 
-    forward: Callable[
-        ..., tuple[Any, ...]
-    ]  # (backend, needs, *tensors) -> value, what the backward wants back, gradients
+    forward: Callable[..., tuple[Any, ...]]  # (backend, needs, *tensors) -> value, what backward takes, gradients
     backward: Callable[..., list[Tensor]]  # (backend, needs, grad, tensors, outputs) -> gradients where needed
     reference: Callable[..., Tensor]  # (*tensors) -> value
     event_dims: tuple[int, ...]  # of each tensor, beside its batch dimensions

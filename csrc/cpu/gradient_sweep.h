@@ -155,7 +155,8 @@ class GradientSweep {
     recent_rows_[copy * stripes_of_q_ + stripe] = 0;
   }
 
-  // Weights of `copy` and `stripe` may be relative to what this returns, if none is exp(largest) or more.
+  // What the weights of a tile, exp(largest) at most, are to be relative to in the sums of `copy` and `stripe`; rises,
+  // and scales the sums, where they would exceed it by much.
   double raise_reference(int64_t copy, int64_t stripe, double largest) {
     double& reference = column_references_[copy * stripes_of_q_ + stripe];
     if (largest > reference + kRise) {
