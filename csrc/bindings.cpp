@@ -93,7 +93,7 @@ SideGradients<T> own_gradients(const Mixture<T>& side, int64_t batch, const py::
 
 // Calls f(float{}) or f(double{}); f takes what it needs of Python objects before it releases the lock.
 template <class F>
-void with_type(int itemsize, const F& f) {
+auto with_type(int itemsize, const F& f) {
   if (itemsize == 4) return f(float{});
   if (itemsize == 8) return f(double{});
   throw py::value_error("itemsize must be 4 or 8");
@@ -128,10 +128,10 @@ void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py
   });
 }
 
-void cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+bool cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
                              Pointer rows, Pointer values, Pointer offsets, const py::tuple& grad_p,
                              const py::tuple& grad_q, int threads) {
-  with_type(itemsize, [&](auto type) {
+  return with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const row_values = pointer<T>(rows, problem.rows() > 0);
@@ -142,7 +142,7 @@ void cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py:
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
     cpu::offsets(scaled.problem, cpu::Uniform::kOfBoth, left_out);
-    cpu::log_overlap_forward(scaled.problem, T(1), row_values, out, to_p, to_q, threads);
+    return cpu::log_overlap_forward(scaled.problem, T(1), row_values, out, to_p, to_q, threads);
   });
 }
 
@@ -162,9 +162,9 @@ void cpu_log_overlap_backward(int itemsize, int64_t batch, int64_t dim, const py
   });
 }
 
-void cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer offsets,
+bool cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer offsets,
                               const py::tuple& grad, int threads) {
-  with_type(itemsize, [&](auto type) {
+  return with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     Mixture<T> side = mixture<T>(p, dim);
     double* const out = pointer<double>(values, side.batch > 0);
@@ -173,7 +173,7 @@ void cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Poi
     const py::gil_scoped_release unlocked;
     const cpu::ScaleExponents<T> exponents(dim, side);
     cpu::offsets(Problem<T>{side.batch, dim, side, side}, cpu::Uniform::kOfBoth, left_out);
-    cpu::self_overlap_forward(dim, side, T(1), out, to_p, threads);
+    return cpu::self_overlap_forward(dim, side, T(1), out, to_p, threads);
   });
 }
 
@@ -191,10 +191,10 @@ void cpu_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Po
   });
 }
 
-void cpu_cs_divergence_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+bool cpu_cs_divergence_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
                                Pointer divergence, Pointer rows, Pointer overlaps, const py::tuple& grad_p,
                                const py::tuple& grad_q, int threads) {
-  with_type(itemsize, [&](auto type) {
+  return with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const out = pointer<T>(divergence, batch > 0);
@@ -204,7 +204,7 @@ void cpu_cs_divergence_forward(int itemsize, int64_t batch, int64_t dim, const p
     const SideGradients<T> to_q = own_gradients(problem.q, batch, grad_q);
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
-    cpu::cs_divergence_forward(scaled.problem, out, row_values, terms, to_p, to_q, threads);
+    return cpu::cs_divergence_forward(scaled.problem, out, row_values, terms, to_p, to_q, threads);
   });
 }
 

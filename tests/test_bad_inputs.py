@@ -328,6 +328,19 @@ def test_one_negative_variance_among_many_gives_nan(position: int, backend: str)
     assert csdiv.component_log_overlap(q, p, backend=backend).isnan().all()
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_gradients_of_the_pairs_of_a_negative_variance_are_nan(backend: str) -> None:
+    """Those of the others are not; a pair that is not asked for has none."""
+    p, q = mixture(5, 3), mixture(7, 3)
+    p.variances[2, 1] = -0.5
+    leaves = [t.requires_grad_() for t in (p.means, p.variances)]
+    pairs = csdiv.pairwise_log_overlap(GaussianMixture(*leaves), q, backend=backend)
+    for grad in torch.autograd.grad(pairs.sum(), leaves, retain_graph=True):
+        assert grad.isnan().any(-1).tolist() == [i == 2 for i in range(5)]
+    for grad in torch.autograd.grad(pairs[3:].sum(), leaves):
+        assert not grad.isnan()[[0, 1, 3, 4]].any()
+
+
 # 20–24: limits
 
 

@@ -4,19 +4,43 @@ Values and gradients of every entry are held to the error budget of :mod:`csdiv.
 """
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from test_contract import INPUTS, NATIVE, SCALARS, P, Q, call, eager_call, gradients_later
 from torch import Tensor
 
-from csdiv import GaussianMixture, testing
+from csdiv import _C, GaussianMixture, testing
 
 PAIRS = ("cs_divergence", "log_overlap", "component_log_overlap", "pairwise_log_overlap")
 on_every_backend = pytest.mark.parametrize("backend", NATIVE)
 
 
-def check(entry: str, backend: str, p: GaussianMixture, q: GaussianMixture, wanted: tuple[str, ...] = P + Q) -> None:
+@contextlib.contextmanager
+def passes() -> Iterator[list[bool]]:
+    """What the forward kernels of scalars return: whether the gradients came with the value, in one pass."""
+    returned = list[bool]()
+
+    def recorded(kernel: Any) -> Any:
+        return lambda *arguments: returned.append(kernel(*arguments)) or returned[-1]
+
+    with contextlib.ExitStack() as stack:
+        for name in (f"cpu_{entry}_forward" for entry in SCALARS):
+            stack.enter_context(mock.patch.object(_C, name, recorded(getattr(_C, name))))
+        yield returned
+
+
+def check(
+    entry: str,
+    backend: str,
+    p: GaussianMixture,
+    q: GaussianMixture,
+    wanted: tuple[str, ...] = P + Q,
+    one_pass: bool = True,
+) -> None:
     """``entry`` of the float32 mixtures and its gradients against float64, within the derived budget."""
     given = dict(zip(P + Q, (p.means, p.variances, p.log_weights, q.means, q.variances, q.log_weights), strict=True))
     wanted = tuple(name for name in wanted if name in INPUTS[entry])
@@ -37,8 +61,9 @@ def check(entry: str, backend: str, p: GaussianMixture, q: GaussianMixture, want
             for value, tensors in ((exact, leaves), (eager, eager_leaves))
         )
     for later in [False, True] if entry in SCALARS and wanted else [False]:
-        with gradients_later() if later else contextlib.nullcontext():
+        with gradients_later() if later else contextlib.nullcontext(), passes() as returned:
             _, actual_leaves, actual = evaluate(torch.float32, call(entry, backend))
+        assert returned == [one_pass or later] * (entry in SCALARS)
         testing.assert_within_budget(actual, eager, exact, band)
         if not wanted:
             return
@@ -72,6 +97,21 @@ def test_self_overlap_crosses_stripes_and_blocks(size: int, backend: str) -> Non
     check("self_overlap", backend, *pair(size, 1, 2), P)
 
 
+# The square cut, for which the sums of columns have to be large: 2 and 3 phases.
+@on_every_backend
+@pytest.mark.parametrize("wanted", [P + Q, P, Q], ids=["both", "rows", "columns"])
+@pytest.mark.parametrize(("n", "m", "dim"), [(20, 100, 1700), (33, 200, 900)])
+def test_every_phase_of_the_square_cut_gives_the_gradients(
+    n: int, m: int, dim: int, wanted: tuple[str, ...], backend: str
+) -> None:
+    check("log_overlap", backend, *pair(n, m, dim), wanted)
+
+
+@on_every_backend
+def test_self_overlap_in_the_square_cut(backend: str) -> None:
+    check("self_overlap", backend, *pair(70, 1, 1700), P)
+
+
 # Dimensions come in groups of four and, from 128 on, in several accumulators.
 @on_every_backend
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 127, 128, 129, 130, 131, 258])
@@ -102,8 +142,9 @@ def test_means_around_the_limits_of_the_fast_form(variance: float, distance: flo
     far = torch.tensor([1.0, 0.0, 0.0, 0.0]) * distance
     q = GaussianMixture(q.means + far, q.variances * variance, q.log_weights)
     p = GaussianMixture(p.means, p.variances * variance, p.log_weights)
+    half = tuple(GaussianMixture(side.means - far / 2, side.variances, side.log_weights) for side in (p, q))
     for entry in ("component_log_overlap", "pairwise_log_overlap"):
-        for sides in ((p, q), (q, p)):
+        for sides in ((p, q), (q, p), half, half[::-1]):
             check(entry, backend, *sides, ())
 
 
@@ -130,14 +171,26 @@ def test_weights_that_rise_or_fall_from_tile_to_tile(entry: str, step: float, ba
 
 
 @on_every_backend
+@pytest.mark.parametrize("step", [-30.0, 30.0])
+def test_weights_that_rise_or_fall_over_merged_sums(step: float, backend: str) -> None:
+    """So many rows that the sums of the columns are merged on the way, or so many columns in every group."""
+    p, q = pair(10000, 3, 2)
+    p = GaussianMixture(p.means, p.variances, p.log_weights + step / 1000 * torch.arange(10000))
+    check("log_overlap", backend, p, q)
+    check("log_overlap", backend, q, p)
+
+
+@on_every_backend
 def test_gradients_that_overflow_before_the_largest_weight_is_met(backend: str) -> None:
     """δ²/c² of all rows but the last is beyond float32, and so would be their sums if they were all there is."""
-    p, q = pair(40, 1, 3)
+    p, q = pair(140, 1, 3)
     variances = torch.tensor([1e-25, 1.0, 1e20])
+    q = GaussianMixture(q.means, variances[None], q.log_weights)
     means = torch.cat([p.means[:-1], q.means])
-    for k in (1, 2):
-        check("log_overlap", backend, GaussianMixture(means.roll(k, 0), variances.expand(40, 3), p.log_weights), q)
-        check("log_overlap", backend, q, GaussianMixture(means.roll(k, 0), variances.expand(40, 3), p.log_weights))
+    for k in (0, -5):
+        p = GaussianMixture(means.roll(k, 0), variances.expand(140, 3), p.log_weights)
+        check("log_overlap", backend, p, q, one_pass=False)
+        check("log_overlap", backend, q, p, one_pass=False)
 
 
 @on_every_backend

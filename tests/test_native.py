@@ -104,6 +104,25 @@ def test_fork_after_a_parallel_call_does_not_hang():
     assert _work(0) == expected  # the parent's threads still work
 
 
+@pytest.mark.parametrize(("n", "m", "batch", "shared"), [(300, 300, 3, True), (64, 2000, 1, False)])
+def test_sums_that_problems_or_blocks_share_are_the_same_bits_with_two_threads(n, m, batch, shared):
+    generator = torch.Generator().manual_seed(0)
+    p = random_mixture(n, 3, batch_shape=() if shared else (batch,), generator=generator)
+    q = random_mixture(m, 3, batch_shape=(batch,), generator=generator)
+    tensors = [t.requires_grad_() for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
+
+    def gradients(threads):
+        torch.set_num_threads(threads)
+        value = csdiv.log_overlap(
+            csdiv.GaussianMixture(*tensors[:3]), csdiv.GaussianMixture(*tensors[3:]), backend="cpu"
+        )
+        return torch.autograd.grad(value.sum(), tensors)
+
+    expected = gradients(1)
+    for _ in range(20):
+        assert all(map(torch.equal, gradients(2), expected))
+
+
 def test_concurrent_callers_get_their_own_results():
     expected = [_work(seed) for seed in range(4)]
     found = [None] * 4

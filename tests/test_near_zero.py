@@ -31,6 +31,20 @@ def test_cs_divergence_near_zero_stays_within_the_stated_bound(
 
 
 @pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, 50), (torch.float64, 50), (torch.float64, 320)])
+@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 60)])
+def test_the_bound_near_zero_holds_at_every_scale(
+    dim: int, size: int, dtype: torch.dtype, exponent: int, backend: str
+) -> None:
+    pair = [side.to(dtype) for side in near_copies(dim, size, 1e-3)]
+    exact = csdiv.cs_divergence(*pair, backend="reference")
+    for scale in (2.0**-exponent, 2.0**exponent):
+        scaled = [GaussianMixture(s.means * scale, s.variances * scale * scale, s.log_weights) for s in pair]
+        error = (csdiv.cs_divergence(*scaled, backend=backend) - exact).abs()
+        assert error <= 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize(("dim", "size"), [(16, 2000), (64, 2000), (256, 1000)])
 def test_cs_divergence_of_the_same_tensors_stays_within_the_stated_bound(backend: str, dim: int, size: int) -> None:
     p, _ = near_copies(dim, size, 0.0)

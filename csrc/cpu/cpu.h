@@ -33,9 +33,10 @@ void overlap_lse_backward(const Problem<T>& problem, const T* rows, const T* gra
                           const SideGradients<T>& grad_q, int threads);
 
 // values[b] = LSE_i (log a_i + rows[b, i]); rows as above. The gradients of sum_b factor values[b] are computed in the
-// same pass over the pairs; a side that wants any has one item for each problem.
+// same pass over the pairs; a side that wants any has one item for each problem. False: it took another pass, because a
+// value is not finite or a sum overflowed before its reference was known.
 template <class T>
-void log_overlap_forward(const Problem<T>& problem, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
+bool log_overlap_forward(const Problem<T>& problem, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
                          const SideGradients<T>& grad_q, int threads);
 
 // Gradients of sum_b factor grad_values[b] values[b].
@@ -46,7 +47,7 @@ void log_overlap_backward(const Problem<T>& problem, const T* grad_values, T fac
 
 // values[b] = log sum_ij a_i a_j exp(logit_ij without weights); gradients of sum_b factor values[b] in the same pass.
 template <class T>
-void self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* values, const SideGradients<T>& grad,
+bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* values, const SideGradients<T>& grad,
                           int threads);
 
 template <class T>
@@ -57,7 +58,7 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* value
 // cancel: E_pq = (E_pp + E_qq) / 2. Gradients of the divergences in the same pass; a side that wants any has one item
 // for each problem.
 template <class T>
-void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
+bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
                            SideGradients<T> grad_q, int threads);
 
 template <class T>

@@ -6,13 +6,13 @@
 namespace csdiv::cpu {
 
 template <class T>
-void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
+bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
                            SideGradients<T> grad_q, int threads) {
   const AlignedArray<double> pq(problem.batch), pp(problem.p.batch), qq(problem.q.batch);
-  log_overlap_forward(problem, T(-1), rows, pq.get(), grad_p, grad_q, threads);
+  bool once = log_overlap_forward(problem, T(-1), rows, pq.get(), grad_p, grad_q, threads);
   grad_p.add = grad_q.add = true;
-  self_overlap_forward(problem.dim, problem.p, T(0.5), pp.get(), grad_p, threads);
-  self_overlap_forward(problem.dim, problem.q, T(0.5), qq.get(), grad_q, threads);
+  once &= self_overlap_forward(problem.dim, problem.p, T(0.5), pp.get(), grad_p, threads);
+  once &= self_overlap_forward(problem.dim, problem.q, T(0.5), qq.get(), grad_q, threads);
   for (int64_t b = 0; b < problem.batch; ++b) {
     double* const terms = overlaps + 3 * b;
     terms[0] = pq.get()[b];
@@ -20,6 +20,7 @@ void cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, do
     terms[2] = qq.get()[problem.q.item(b)];
     divergence[b] = T(0.5 * (terms[1] + terms[2]) - terms[0]);
   }
+  return once;
 }
 
 template <class T>
@@ -46,9 +47,9 @@ void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* r
   add_self_term(problem.q, 2, grad_q);
 }
 
-template void cs_divergence_forward(const Problem<float>&, float*, float*, double*, SideGradients<float>,
+template bool cs_divergence_forward(const Problem<float>&, float*, float*, double*, SideGradients<float>,
                                     SideGradients<float>, int);
-template void cs_divergence_forward(const Problem<double>&, double*, double*, double*, SideGradients<double>,
+template bool cs_divergence_forward(const Problem<double>&, double*, double*, double*, SideGradients<double>,
                                     SideGradients<double>, int);
 template void cs_divergence_backward(const Problem<float>&, const float*, const float*, const double*,
                                      SideGradients<float>, SideGradients<float>, int);

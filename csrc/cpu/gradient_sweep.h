@@ -259,16 +259,16 @@ class GradientSweep {
           if (recent_rows + kTileRows > kRowsPerMerge) merge_recent(column_copy, stripe);
           recent_rows += kTileRows;
         }
-        run_tile(b, tile, s, group, row_copy, column_copy, weights, gains.data());
+        run_tile(b, tile, s, stripe, group, row_copy, column_copy, weights, gains.data());
       }
     }
   }
 
-  void run_tile(int64_t b, int64_t tile, int64_t s, int64_t group, int64_t row_copy, int64_t column_copy, T* weights,
-                double* gains) {
+  void run_tile(int64_t b, int64_t tile, int64_t s, int64_t stripe, int64_t group, int64_t row_copy,
+                int64_t column_copy, T* weights, double* gains) {
     const int64_t n = problem_.p.n, first = tile * kTileRows;
     const RowTile<T> rows = row_tile(problem_, b, tile);
-    const int64_t item = problem_.p.item(b), stripe = problem_.q.item(b) * packed_.stripes() + s;
+    const int64_t item = problem_.p.item(b);
     const Stripe<T>& columns = packed_.stripe(problem_.q.item(b), s);
     SweepTile<T> place{b, first, s * packed_.width(), rows, columns, nullptr, nullptr};
     TileGradients<T> grads{};

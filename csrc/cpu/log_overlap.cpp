@@ -71,18 +71,20 @@ void offsets(const Problem<T>& problem, Uniform uniform, double* offsets) {
 }
 
 template <class T>
-void log_overlap_forward(const Problem<T>& batched, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
+bool log_overlap_forward(const Problem<T>& batched, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
                          const SideGradients<T>& grad_q, int threads) {
   if (!grad_p.wanted() && !grad_q.wanted()) {
     overlap_lse_forward(batched, rows, threads);
-    return total_rows(batched, rows, values);
+    total_rows(batched, rows, values);
+    return true;
   }
   const Problem<T> problem = flattened(batched);
   OnlyPassOfPair<T> pass(batched, problem, factor, rows, values);
-  if (sweep_gradients(problem, LogWeights::kKept, grad_p, grad_q, threads, pass)) return;
+  if (sweep_gradients(problem, LogWeights::kKept, grad_p, grad_q, threads, pass)) return true;
   const AlignedArray<T> ones(batched.batch);
   std::fill_n(ones.get(), batched.batch, T(1));
   log_overlap_backward(batched, ones.get(), factor, rows, values, grad_p, grad_q, threads);
+  return false;
 }
 
 template <class T>
@@ -103,9 +105,9 @@ void log_overlap_backward(const Problem<T>& problem, const T* grad_values, T fac
 
 template void offsets(const Problem<float>&, Uniform, double*);
 template void offsets(const Problem<double>&, Uniform, double*);
-template void log_overlap_forward(const Problem<float>&, float, float*, double*, const SideGradients<float>&,
+template bool log_overlap_forward(const Problem<float>&, float, float*, double*, const SideGradients<float>&,
                                   const SideGradients<float>&, int);
-template void log_overlap_forward(const Problem<double>&, double, double*, double*, const SideGradients<double>&,
+template bool log_overlap_forward(const Problem<double>&, double, double*, double*, const SideGradients<double>&,
                                   const SideGradients<double>&, int);
 template void log_overlap_backward(const Problem<float>&, const float*, float, const float*, const double*,
                                    const SideGradients<float>&, const SideGradients<float>&, int);

@@ -11,20 +11,18 @@ struct Mixture {
   const T* means;                   // (batch, n, dim)
   const T* variances;               // (batch, n, dim)
   const T* log_weights;             // (batch, n); null: all 0
-  const int64_t* scale_exponents;   // (batch), even; null: all 0
+  const int64_t* scale_exponents;   // (batch), even; with an exponent_period one for each period
   const int64_t* index;             // the item that each problem uses; null: its own, or the only one
   int64_t batch;
   int64_t n;
-  int64_t exponent_period = 0;   // components per scale exponent; 0: n
+  int64_t exponent_period = 0;   // components of the only item per scale exponent; 0: one exponent for each item
 
   int64_t item(int64_t problem) const { return index ? index[problem] : batch == 1 ? 0 : problem; }
 
   T log_weight(int64_t item, int64_t k) const { return log_weights ? log_weights[item * n + k] : T(0); }
 
   int64_t scale_exponent(int64_t item, int64_t k) const {
-    if (!scale_exponents) return 0;
-    return exponent_period ? scale_exponents[item * (n / exponent_period) + k / exponent_period]
-                           : scale_exponents[item];
+    return scale_exponents[exponent_period ? k / exponent_period : item];
   }
 };
 

@@ -12,9 +12,9 @@ namespace {
 
 constexpr int64_t kTransposeColumns = 16;
 
-// Narrower stripes give few columns more groups.
+// Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
-  return std::clamp(ceil_div(columns, 4 * 16) * 16, int64_t(64), kStripeColumns);
+  return std::clamp(ceil_div(columns, 4 * kTileRows) * kTileRows, 4 * kTileRows, kStripeColumns);
 }
 
 // The padding keeps the dimensions of a full stripe out of the same cache sets.

@@ -17,7 +17,8 @@ Problem<T> with_itself(int64_t dim, const Mixture<T>& p) {
   return problem;
 }
 
-// Logits of row i against columns j > i, and those of the pairs (i, i).
+// Logits of row i against columns j > i, and those of the pairs (i, i). Stripes begin and end with a tile of rows, so a
+// tile's diagonal lies in the stripe, all of it, or before it.
 template <class T>
 struct UpperLogits {
   T diagonal[kTileRows];   // -inf: outside of the tile
@@ -27,13 +28,13 @@ struct UpperLogits {
   UpperLogits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_row, int64_t origin, T* tile) {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const TileKernels<T>& kernels = tile_kernels<T>();
-    first_column = std::clamp(first_row - origin, int64_t(0), columns.padded) / kernels.lanes * kernels.lanes;
+    first_column = std::max(first_row - origin, int64_t(0)) / kernels.lanes * kernels.lanes;
     kernels.logits(rows, columns, first_column, tile);
     for (int64_t r = 0; r < rows.count; ++r) {
       T* const row = tile + r * columns.stride;
       const int64_t column = first_row + r - origin;
-      diagonal[r] = column >= 0 && column < columns.count ? row[column] : -kInfinity;
-      if (column >= 0) std::fill(row + first_column, row + std::min(column + 1, columns.padded), -kInfinity);
+      diagonal[r] = column >= 0 ? row[column] : -kInfinity;
+      if (column >= 0) std::fill(row + first_column, row + column + 1, -kInfinity);
     }
   }
 };
@@ -121,15 +122,16 @@ class OnlyPassOfSelf : public OnlyPass {
 }   // namespace
 
 template <class T>
-void self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* values, const SideGradients<T>& grad,
+bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* values, const SideGradients<T>& grad,
                           int threads) {
   const Problem<T> problem = with_itself(dim, p);
   if (grad.wanted()) {
     OnlyPassOfSelf<T> pass(dim, p, factor, values);
-    if (sweep_self_gradients(problem, grad, threads, pass)) return;
+    if (sweep_self_gradients(problem, grad, threads, pass)) return true;
     const AlignedArray<T> factors(p.batch);
     std::fill_n(factors.get(), p.batch, factor);
-    return self_overlap_backward(dim, p, values, factors.get(), grad, threads);
+    self_overlap_backward(dim, p, values, factors.get(), grad, threads);
+    return false;
   }
   threads = useful_threads(problem, threads);
   const PackedColumns<T> columns(problem, LogWeights::kKept, threads);
@@ -148,6 +150,7 @@ void self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
     }
   });
   sums.write(values);
+  return true;
 }
 
 template <class T>
@@ -183,8 +186,8 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* value
   sweep_self_gradients(problem, grad, threads, fill);
 }
 
-template void self_overlap_forward(int64_t, const Mixture<float>&, float, double*, const SideGradients<float>&, int);
-template void self_overlap_forward(int64_t, const Mixture<double>&, double, double*, const SideGradients<double>&, int);
+template bool self_overlap_forward(int64_t, const Mixture<float>&, float, double*, const SideGradients<float>&, int);
+template bool self_overlap_forward(int64_t, const Mixture<double>&, double, double*, const SideGradients<double>&, int);
 template void self_overlap_backward(int64_t, const Mixture<float>&, const double*, const float*,
                                     const SideGradients<float>&, int);
 template void self_overlap_backward(int64_t, const Mixture<double>&, const double*, const double*,
