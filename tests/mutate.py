@@ -35,7 +35,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("CMakeLists.txt", "pyproject.toml", "csdiv", "csrc", "kernels", "bench", "tests")
+COPIED = (
+    *("CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
+    *("csdiv", "csrc", "kernels", "bench", "tests"),
+)
 PLUMBING = ("thread_pool.*", "dispatch.*", "tile_kernels.h")
 
 EXCLUDED: tuple[tuple[str, str, str], ...] = (
