@@ -1,4 +1,4 @@
-"""``python -m bench``: csdiv beside its peers (cpu) and beside float64 (accuracy), as tables and one JSON file."""
+"""``python -m bench``: csdiv beside its peers (cpu), beside float64 (accuracy), inside an autoencoder (epochs)."""
 
 from __future__ import annotations
 
@@ -90,14 +90,15 @@ def print_table(records: list[dict[str, object]]) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("suite", choices=["cpu", "accuracy"])
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="csdiv bench", description=__doc__)
+    parser.add_argument("suite", choices=["cpu", "accuracy", "epochs"])
     parser.add_argument("--cases", nargs="*", metavar="NxMxD", help="cpu: only these cases")
-    parser.add_argument("--rounds", type=int, default=7, help="cpu: how often each call is timed")
+    parser.add_argument("--rounds", type=int, default=7, help="cpu, epochs: how often each call is timed")
+    parser.add_argument("--data", help="epochs: a folder with MNIST's IDX files, or what csdiv train takes")
     parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     info = machine()
     records: list[dict[str, object]] = []
     more: dict[str, list[dict[str, object]]] = {}
@@ -107,6 +108,11 @@ def main() -> None:
         print(tables)
         if options.markdown:
             options.markdown.write_text(tables)
+    elif options.suite == "epochs":
+        from . import epochs  # needs the extra "train"
+
+        records = epochs.run(options.data or "digits", options.rounds)
+        print(epochs.markdown(records))
     else:
         everyone = providers()
         cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]

@@ -1,16 +1,22 @@
 """Closed-form divergences between Gaussian mixtures, exact and fast, for PyTorch."""
 
-from csdiv import nn
-from csdiv.backends import BackendStatus, available_backends, backend_status
-from csdiv.functional import (
-    component_log_overlap,
-    cs_divergence,
-    cs_regularizer,
-    log_overlap,
-    pairwise_log_overlap,
-    renyi2_entropy,
-)
-from csdiv.mixture import GaussianMixture
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from csdiv import nn
+    from csdiv.backends import BackendStatus, available_backends, backend_status
+    from csdiv.functional import (
+        component_log_overlap,
+        cs_divergence,
+        cs_regularizer,
+        log_overlap,
+        pairwise_log_overlap,
+        renyi2_entropy,
+    )
+    from csdiv.mixture import GaussianMixture
 
 __version__ = "0.1.0"
 
@@ -27,3 +33,26 @@ __all__ = [
     "pairwise_log_overlap",
     "renyi2_entropy",
 ]
+
+_MODULES = {"GaussianMixture": "mixture"} | dict.fromkeys(
+    ("BackendStatus", "available_backends", "backend_status"), "backends"
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when they are first used, so that ``csdiv --help`` need not wait for torch."""
+    if name in __all__ and name != "nn":
+        value = getattr(importlib.import_module(f"csdiv.{_MODULES.get(name, 'functional')}"), name)
+        globals()[name] = value  # found without this function from now on, as submodules are
+        return value
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f"csdiv.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"csdiv.{name}":
+                raise
+    raise AttributeError(f"module 'csdiv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

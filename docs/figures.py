@@ -115,7 +115,7 @@ def main() -> None:
     draw_descent(left)
     draw_speed(middle, results["records"])
     torch.manual_seed(0)
-    draw_images(right, load_model(ROOT / "runs/digits").sample(80), (8, 8), 10)
+    draw_images(right, load_model(ROOT / "runs/digits").sample(80), (1, 8, 8), 10)
     right.set_title("samples of a CSRAE\ntrained on digits by make train")
     figure.savefig(ROOT / "docs/images/overview.png", dpi=140)
     shutil.copy(ROOT / "runs/digits/figures/overview.png", ROOT / "docs/images/digits.png")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from csdiv import GaussianMixture, cs_regularizer
-from csdiv.models.networks import BernoulliDecoder, GaussianEncoder
+from csdiv import GaussianMixture, cs_regularizer, log_overlap
+from csdiv.models.networks import Decoder, Encoder
 from csdiv.nn import GaussianMixturePrior
 
 
@@ -17,17 +17,18 @@ class AutoencoderOutput:
     """What a forward pass gives.
 
     Attributes:
-        loss: (), mean over the batch of reconstruction + divergence_weight * divergence, nats.
-        reconstruction: (B,) −log p(x|z) at the sampled code, summed over pixels, nats.
-        divergence: (B,) from q(z|x) to the prior, nats.
+        loss: (), mean over the batch of reconstruction + divergence_weight * regularizer, nats.
+        reconstruction: (B,) −log p(x|z) at the sampled code, summed over features, nats.
+        regularizer: (B,) divergence from q(z|x) to the prior, nats.
         codes: (B, D) the sampled codes.
-        log_variances: (B, D) of q(z|x).
+        means, log_variances: (B, D) of q(z|x).
     """
 
     loss: Tensor
     reconstruction: Tensor
-    divergence: Tensor
+    regularizer: Tensor
     codes: Tensor
+    means: Tensor
     log_variances: Tensor
 
 
@@ -37,14 +38,17 @@ class Autoencoder(nn.Module):
     loss = mean_b [ −log p(x_b|z_b) + λ · divergence(q(z|x_b), prior) ],  z_b ~ q(z|x_b)
 
     Args:
-        encoder: x (B, P) -> means, log_variances (B, D), as :class:`GaussianEncoder`.
-        decoder: with forward and negative_log_likelihood, as :class:`BernoulliDecoder`.
-        divergence_weight: λ ≥ 0.
+        encoder: x (B, P) -> means, log_variances (B, D).
+        decoder: with forward and negative_log_likelihood.
+        divergence_weight: λ ≥ 0; a buffer, so that a learned one is kept with the weights.
     """
 
-    def __init__(self, encoder: GaussianEncoder, decoder: BernoulliDecoder, divergence_weight: float = 1.0) -> None:
+    divergence_weight: Tensor
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, divergence_weight: float = 1.0) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.divergence_weight = encoder, decoder, divergence_weight
+        self.encoder, self.decoder = encoder, decoder
+        self.register_buffer("divergence_weight", torch.tensor(float(divergence_weight)))
 
     def prior_mixture(self) -> GaussianMixture:
         """p(z) with K components in D dimensions."""
@@ -58,30 +62,37 @@ class Autoencoder(nn.Module):
         means, log_variances = self.encoder(x)
         codes = means + (0.5 * log_variances).exp() * torch.randn_like(means)
         reconstruction = self.decoder.negative_log_likelihood(codes, x)
-        divergence = self.divergence(means, log_variances)
-        loss = (reconstruction + self.divergence_weight * divergence).mean()
-        return AutoencoderOutput(loss, reconstruction, divergence, codes, log_variances)
+        regularizer = self.divergence(means, log_variances)
+        loss = (reconstruction + self.divergence_weight * regularizer).mean()
+        return AutoencoderOutput(loss, reconstruction, regularizer, codes, means, log_variances)
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> GaussianMixture:
+    def encode(self, x: Tensor, chunk_size: int = 4096) -> GaussianMixture:
         """The codes q(z|x_b) of a batch (B, P) as the B components of one mixture, the form that ``assign`` takes."""
-        means, log_variances = self.encoder(x)
+        pieces = [self.encoder(piece) for piece in x.split(chunk_size)]
+        means, log_variances = (torch.cat(side) for side in zip(*pieces, strict=True))
         return GaussianMixture(means, log_variances.exp())
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The decoded code means of a batch: (B, P) -> pixel means (B, P)."""
+        """The decoded code means of a batch: (B, P) -> means of x (B, P)."""
         return self.decoder(self.encoder(x)[0])
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """Pixel means (n, P) of n codes drawn from the prior."""
+        """Means of x (n, P) at n codes drawn from the prior."""
         return self.decoder(self.prior_mixture().sample(n))
 
     @torch.no_grad()
     def prototypes(self) -> Tensor:
-        """Pixel means (K, P) of the decoded component means."""
+        """Means of x (K, P) at the component means."""
         return self.decoder(self.prior_mixture().means)
+
+    @torch.no_grad()
+    def interpolate(self, start: Tensor, end: Tensor, num_steps: int) -> Tensor:
+        """Means of x (B, num_steps, P) on the lines between the code means of pairs (B, P), (B, P), ends included."""
+        first, last = self.encoder(start)[0].unsqueeze(1), self.encoder(end)[0].unsqueeze(1)
+        return self.decoder(torch.lerp(first, last, torch.linspace(0, 1, num_steps).to(first).unsqueeze(-1)))
 
 
 class VAE(Autoencoder):
@@ -103,22 +114,58 @@ class CSRAE(Autoencoder):
     Args:
         encoder, decoder, divergence_weight: see :class:`Autoencoder`.
         prior: the mixture p(z), trained along with the networks.
+        self_overlap_interval: n ≥ 1. The prior's log V(p, p) costs K² pairs a step; in training it is computed every n
+            calls and expanded to first order in the prior's parameters between, at O(K D). 1 is exact.
 
     Source: Tran, Pantic, Deisenroth, "Cauchy–Schwarz Regularized Autoencoder", JMLR 23(115), 2022.
     """
 
     def __init__(
         self,
-        encoder: GaussianEncoder,
-        decoder: BernoulliDecoder,
+        encoder: Encoder,
+        decoder: Decoder,
         prior: GaussianMixturePrior,
         divergence_weight: float = 1.0,
+        *,
+        self_overlap_interval: int = 1,
     ) -> None:
         super().__init__(encoder, decoder, divergence_weight)
-        self.prior = prior
+        if self_overlap_interval < 1:
+            raise ValueError(f"self_overlap_interval: at least 1 expected, got {self_overlap_interval}")
+        self.prior, self.self_overlap_interval = prior, self_overlap_interval
+        self._expansion: SelfOverlapExpansion | None = None
 
     def prior_mixture(self) -> GaussianMixture:
         return self.prior()
 
     def divergence(self, means: Tensor, log_variances: Tensor) -> Tensor:
-        return cs_regularizer(means, log_variances, self.prior)
+        if self.self_overlap_interval == 1 or not (self.training and torch.is_grad_enabled()):
+            return cs_regularizer(means, log_variances, self.prior)
+        if self._expansion is None or self._expansion.uses == self.self_overlap_interval:
+            self._expansion = SelfOverlapExpansion(self.prior)
+        return cs_regularizer(means, log_variances, self.prior, prior_self_overlap=self._expansion())
+
+    def refresh_self_overlap(self) -> None:
+        """The next call of ``divergence`` computes log V(p, p), whatever the interval."""
+        self._expansion = None
+
+
+class SelfOverlapExpansion:
+    """log V(p, p) to first order in the parameters of a prior, around those that it has now.
+
+    log V(θ) ≈ log V(θ₀) + ∇log V(θ₀) · (θ − θ₀); value and gradient are exact while θ = θ₀.
+    """
+
+    def __init__(self, prior: GaussianMixturePrior) -> None:
+        self.parameters = [p for p in prior.parameters() if p.requires_grad]
+        self.origin = [p.detach().clone() for p in self.parameters]
+        self.value = log_overlap(prior())
+        self.slopes = torch.autograd.grad(self.value, self.parameters) if self.parameters else ()
+        self.value = self.value.detach()
+        self.uses = 0
+
+    def __call__(self) -> Tensor:
+        """() nats, with gradients to the prior's parameters."""
+        self.uses += 1
+        terms = zip(self.slopes, self.parameters, self.origin, strict=True)
+        return self.value + sum((slope * (p - origin)).sum() for slope, p, origin in terms)

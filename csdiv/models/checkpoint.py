@@ -1,44 +1,77 @@
-"""A model on disk: tensors in model.safetensors, how to build it in config.json. Nothing is unpickled."""
+"""A run on disk: tensors in model.safetensors, how to build the model in config.json, its options in config.toml.
+
+Nothing is unpickled. What a run resumes from, resume.ckpt, is Lightning's, read with ``weights_only=True``.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 import csdiv
-from csdiv.models.autoencoder import CSRAE
-from csdiv.models.config import TrainConfig
-from csdiv.models.networks import BernoulliDecoder, GaussianEncoder
+from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder
+from csdiv.models.config import TrainConfig, read_toml, to_toml
+from csdiv.models.data import Dataset
+from csdiv.models.networks import build_networks
 from csdiv.nn import GaussianMixturePrior
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, OPTIONS, RESUME = "model.safetensors", "config.json", "config.toml", "resume.ckpt"
 
 
-def build_csrae(
-    num_pixels: int, latent_dim: int, hidden_dim: int, num_components: int, divergence_weight: float
-) -> CSRAE:
-    """A CSRAE with two hidden layers of one width in encoder and decoder."""
-    hidden = (hidden_dim, hidden_dim)
-    return CSRAE(
-        GaussianEncoder(num_pixels, latent_dim, hidden),
-        BernoulliDecoder(num_pixels, latent_dim, hidden),
-        GaussianMixturePrior(num_components, latent_dim),
-        divergence_weight,
-    )
+def build_model(
+    *,
+    model: str,
+    architecture: str,
+    likelihood: str,
+    sample_shape: list[int],
+    latent_dim: int,
+    hidden_dim: int,
+    num_components: int,
+    divergence_weight: float,
+    self_overlap_interval: int = 1,
+) -> Autoencoder:
+    """The "csrae" or "vae" of these options; ``num_components`` and ``self_overlap_interval`` are the former's."""
+    encoder, decoder = build_networks(architecture, likelihood, sample_shape, latent_dim, hidden_dim)
+    if model == "vae":
+        return VAE(encoder, decoder, divergence_weight)
+    if model != "csrae":
+        raise ValueError(f"model: 'csrae' or 'vae' expected, got {model!r}")
+    prior = GaussianMixturePrior(num_components, latent_dim)
+    return CSRAE(encoder, decoder, prior, divergence_weight, self_overlap_interval=self_overlap_interval)
 
 
-def model_options(config: TrainConfig, num_pixels: int) -> dict[str, Any]:
-    """The arguments of :func:`build_csrae`."""
-    names = ("latent_dim", "hidden_dim", "num_components", "divergence_weight")
-    return {"num_pixels": num_pixels} | {name: getattr(config, name) for name in names}
+def model_options(config: TrainConfig, data: Dataset) -> dict[str, Any]:
+    """The arguments of :func:`build_model`."""
+    names = ("model", "architecture", "latent_dim", "hidden_dim", "num_components", "divergence_weight")
+    likelihood = data.likelihood if config.likelihood == "auto" else config.likelihood
+    return {
+        "likelihood": likelihood,
+        "sample_shape": list(data.sample_shape),
+        "self_overlap_interval": config.self_overlap_interval,
+    } | {name: getattr(config, name) for name in names}
+
+
+def versions() -> dict[str, str]:
+    """Of csdiv and of what a run depends on."""
+    found = {"csdiv": csdiv.__version__}
+    for name in ("torch", "lightning", "numpy", "scikit-learn", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -55,23 +88,34 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def save_config(directory: Path, config: TrainConfig, num_pixels: int) -> None:
-    """Writes config.json: versions, how to build the model, and the options of the run."""
-    content = {
-        "csdiv": csdiv.__version__,
-        "model": model_options(config, num_pixels),
-        "training": asdict(config) | {"output_dir": str(config.output_dir)},
-    }
+def save_config(directory: Path, config: TrainConfig, data: Dataset) -> None:
+    """Writes config.json, how to build the model, and config.toml, the options of the run; versions in both."""
+    sizes = {"train": len(data.train.x), "validation": len(data.validation.x), "test": len(data.test.x)}
+    content = {"versions": versions(), "model": model_options(config, data), "data": {"name": data.name} | sizes}
     write_atomically(directory / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_atomically(directory / OPTIONS, to_toml(config, versions()))
 
 
-def save_weights(directory: Path, model: CSRAE) -> None:
+def save_weights(directory: Path, model: Autoencoder) -> None:
     """Writes model.safetensors."""
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     write_atomically(directory / WEIGHTS, safetensors.torch.save(state))
 
 
-def load_model(directory: str | Path) -> CSRAE:
+def load_config(directory: str | Path) -> TrainConfig:
+    """The options of a run.
+
+    Raises:
+        FileNotFoundError: no config.toml. ValueError: it is malformed.
+    """
+    path = Path(directory) / OPTIONS
+    try:
+        return TrainConfig(**read_toml(path))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_model(directory: str | Path) -> Autoencoder:
     """The model of a run's output directory, on the CPU, in evaluation mode.
 
     Raises:
@@ -80,19 +124,64 @@ def load_model(directory: str | Path) -> CSRAE:
     """
     directory = Path(directory)
     try:
-        model = build_csrae(**json.loads((directory / CONFIG).read_text())["model"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        model = build_model(**_read_config(directory)["model"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG}: not a csdiv configuration ({error})") from error
     try:
         state = safetensors.torch.load((directory / WEIGHTS).read_bytes())
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS}: truncated or not safetensors ({error})") from error
-    if (found := _shapes(state)) != (expected := _shapes(model.state_dict())):
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise ValueError(f"{directory / WEIGHTS}: weights of another model ({', '.join(wrong)} differ)")
+    check_weights(directory / WEIGHTS, state, model.state_dict())
     model.load_state_dict(state)
     return model.eval()
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in state.items()}
+def _read_config(directory: Path) -> dict[str, Any]:
+    """config.json, which ``save_config`` wrote."""
+    content = json.loads((directory / CONFIG).read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("no model in it")
+    return content
+
+
+def check_data(directory: Path, config: TrainConfig, data: Dataset) -> None:
+    """Raises a ValueError unless the data are those of the run: by shape, splits and range."""
+    found = _read_config(directory)
+    sizes = {"train": len(data.train.x), "validation": len(data.validation.x), "test": len(data.test.x)}
+    same = all(found.get("data", {}).get(name) == size for name, size in sizes.items())
+    if not same or found["model"] != json.loads(json.dumps(model_options(config, data))):
+        raise ValueError(
+            f"{directory}: the data {config.data!r} are not those of the run ({sizes}, {data.sample_shape})"
+        )
+
+
+def check_weights(source: Path | str, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises a ValueError unless both have the same names and shapes."""
+    found, wanted = ({name: tuple(t.shape) for name, t in side.items()} for side in (state, expected))
+    if found != wanted:
+        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise ValueError(f"{source}: weights of another model ({', '.join(wrong)} differ)")
+
+
+def save_resume_state(state: dict[str, Any], path: Path) -> None:
+    """Writes tensors, numbers and names, of which ``load_resume_state`` reads no more."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_resume_state(path: Path, map_location: Callable[..., Any] | torch.device | str = "cpu") -> dict[str, Any]:
+    """What ``save_resume_state`` wrote; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: nothing to resume from. ValueError: truncated, or with unexpected content.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path} to resume from")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or not a checkpoint of plain tensors") from error
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        raise ValueError(f"{path}: not a checkpoint of csdiv")
+    return state

@@ -2,58 +2,136 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CHOICES = {
+    "model": ("csrae", "vae"),
+    "architecture": ("mlp", "conv"),
+    "likelihood": ("auto", "bernoulli", "gaussian"),
+}
 
 
 class Option(NamedTuple):
-    """What an option means, and the values it takes: ≥ at_least, > above."""
+    """What an option means, and the values it takes: ≥ at_least, > above, < below."""
 
     help: str
     at_least: float = -math.inf
     above: float = -math.inf
+    below: float = math.inf
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a training run; each is a flag of ``csdiv train``.
+    """Options of a training run; each is a flag of ``csdiv train`` and a key of its TOML file.
 
     Raises:
         ValueError: a value out of range.
+        TypeError: a value of another type.
     """
 
+    data: Annotated[str, Option("'digits', or a folder of IDX files or images, or an .npz or .pt file.")] = "digits"
     output_dir: Annotated[Path, Option("Directory of all results.")] = Path("runs/digits")
-    overwrite: Annotated[bool, Option("Replace the results of an earlier run in the output directory.")] = False
+    model: Annotated[str, Option("'csrae', or 'vae' with the prior N(0, I).")] = "csrae"
+    architecture: Annotated[str, Option("'mlp', or 'conv' for images.")] = "mlp"
+    likelihood: Annotated[str, Option("'bernoulli', 'gaussian', or 'auto': by the range of the data.")] = "auto"
     num_components: Annotated[int, Option("K, components of the prior.", at_least=1)] = 50
     latent_dim: Annotated[int, Option("D, dimensions of the codes.", at_least=1)] = 10
-    hidden_dim: Annotated[int, Option("Width of both hidden layers of encoder and decoder.", at_least=1)] = 256
-    epochs: Annotated[int, Option("Passes over the training images, warm-up included.", at_least=1)] = 200
+    hidden_dim: Annotated[int, Option("Width of the hidden layers of encoder and decoder.", at_least=1)] = 256
+    epochs: Annotated[int, Option("Passes over the training samples, warm-up included.", at_least=1)] = 200
     warmup_epochs: Annotated[int, Option("Epochs as a VAE, before k-means on the codes.", at_least=0)] = 20
-    batch_size: Annotated[int, Option("Images in one step.", at_least=1)] = 128
+    batch_size: Annotated[int, Option("Samples in one step.", at_least=1)] = 128
     learning_rate: Annotated[float, Option("Peak rate of Adam under a one-cycle schedule.", above=0)] = 3e-3
     divergence_weight: Annotated[float, Option("λ; 2 acts like the KL term of a VAE.", at_least=0)] = 1.0
+    learn_divergence_weight: Annotated[bool, Option("λ as the multiplier of mean D_CS ≤ ε.")] = False
+    target_divergence: Annotated[
+        float, Option("ε in nats; 0: the D_CS reached at λ = 2 in as many epochs as the warm-up has.", at_least=0)
+    ] = 0.0
+    max_divergence_weight: Annotated[float, Option("Cap of a learned λ.", above=0)] = 100.0
     warmup_weight: Annotated[float, Option("β, weight of the warm-up's KL term.", at_least=0)] = 0.1
     variance_floor: Annotated[float, Option("Smallest component variance that k-means gives.", above=0)] = 1e-3
-    importance_samples: Annotated[int, Option("Samples per image for the test likelihood.", at_least=1)] = 1000
+    self_overlap_interval: Annotated[
+        int, Option("Steps between computations of the prior's K² self term, expanded between.", at_least=1)
+    ] = 1
+    validation_fraction: Annotated[
+        float, Option("Of the samples; 0 keeps the last weights, not the best.", at_least=0, below=1)
+    ] = 0.1
+    checkpoint_interval: Annotated[int, Option("Epochs between checkpoints to resume from.", at_least=1)] = 1
+    importance_samples: Annotated[int, Option("Samples of z for each test likelihood.", at_least=1)] = 1000
+    likelihood_samples: Annotated[int, Option("Test samples whose likelihood is estimated.", at_least=1)] = 1000
     seed: Annotated[int, Option("Of weights, batches and noise.", at_least=0)] = 0
-    num_threads: Annotated[int, Option("CPU threads; networks of this size gain nothing from more.", at_least=1)] = 1
+    num_threads: Annotated[int, Option("CPU threads; 0: as many as PyTorch takes.", at_least=0)] = 0
+    tensorboard: Annotated[bool, Option("Write TensorBoard files as well.")] = False
 
     def __post_init__(self) -> None:
+        types = get_type_hints(TrainConfig)
         for name, option in options().items():
             value = getattr(self, name)
+            if types[name] is float and type(value) is int:
+                object.__setattr__(self, name, float(value))
+            elif types[name] is Path and isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+            elif not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool):
+                raise TypeError(f"{name}: {types[name].__name__} expected, got {value!r}")
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"{name}: one of {', '.join(CHOICES[name])} expected, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name}: a finite value expected, got {value}")
             if option.at_least > -math.inf and value < option.at_least:
                 raise ValueError(f"{name}: at least {option.at_least} expected, got {value}")
             if option.above > -math.inf and value <= option.above:
                 raise ValueError(f"{name}: above {option.above} expected, got {value}")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: below epochs = {self.epochs} expected, got {self.warmup_epochs}")
+            if option.below < math.inf and value >= option.below:
+                raise ValueError(f"{name}: below {option.below} expected, got {value}")
+        if self.model == "csrae" and self.warmup_epochs + self.calibration_epochs >= self.epochs:
+            stages = "warm-up and calibration" if self.calibration_epochs else "warmup_epochs"
+            raise ValueError(
+                f"{stages}: fewer than epochs = {self.epochs} expected, "
+                f"got {self.warmup_epochs + self.calibration_epochs}"
+            )
+
+    @property
+    def calibration_epochs(self) -> int:
+        """Epochs at λ = 2 that give ε where it is not given."""
+        return max(1, self.warmup_epochs) if self.learn_divergence_weight and self.target_divergence == 0 else 0
 
 
 def options() -> dict[str, Option]:
     """The option of each field of :class:`TrainConfig`."""
     hints = get_type_hints(TrainConfig, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+    return {name: get_args(hint)[1] for name, hint in hints.items()}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The options in a TOML file.
+
+    Raises:
+        OSError: no such file.
+        ValueError: not TOML, or an option that does not exist.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from error
+    if unknown := sorted(values.keys() - options().keys()):
+        raise ValueError(f"{path}: no option is called {', '.join(unknown)}")
+    return values
+
+
+def to_toml(config: TrainConfig, comments: dict[str, str]) -> str:
+    """All options as TOML, below comment lines such as versions."""
+    lines = [f"# {name} {value}" for name, value in comments.items()]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        lines.append(f"{field.name} = {json.dumps(str(value) if isinstance(value, Path) else value)}")
+    return "\n".join(lines) + "\n"

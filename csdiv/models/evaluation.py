@@ -13,7 +13,8 @@ from torch import Tensor
 
 from csdiv import GaussianMixture, pairwise_log_overlap
 from csdiv.models.autoencoder import Autoencoder
-from csdiv.models.data import ImageData, binarize
+from csdiv.models.data import Dataset, binarize
+from csdiv.models.networks import BernoulliDecoder
 
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 1, 2, 3  # of the fixed binarisations
 PROPOSAL_WEIGHTS = (0.5, 0.3, 0.2)
@@ -41,9 +42,9 @@ def importance_sampled_nll(
     bound is loose, to S. The wide parts keep the weights bounded where the encoder's variance is below the posterior's.
 
     Args:
-        x: (n, P) images with pixels in {0, 1}; gray levels have no Bernoulli likelihood.
+        x: (n, P); for a Bernoulli decoder in {0, 1}, as gray levels have no likelihood.
         num_samples: S.
-        chunk_size: images at a time; memory is O(chunk_size · S · (P + width of the decoder)).
+        chunk_size: samples of x at a time; memory is O(chunk_size · S · (P + width of the decoder)).
     """
     prior = model.prior_mixture()
     nll, sizes = [], []
@@ -78,22 +79,38 @@ def merge_components(mixture: GaussianMixture, num_groups: int) -> Tensor:
     k = mixture.num_components
     if not 1 <= num_groups <= k:
         raise ValueError(f"num_groups: between 1 and {k} expected, got {num_groups}")
-    mixture = mixture.detach().to(torch.float64)
+    mixture = mixture.detach().to("cpu", torch.float64)
     overlap = pairwise_log_overlap(mixture, mixture)
     if mixture.log_weights is not None:
         overlap = overlap + mixture.log_weights.unsqueeze(-1) + mixture.log_weights
-    group = torch.arange(k, device=overlap.device)
-    while len(overlap) > num_groups:
-        self_overlap = overlap.diagonal()
-        divergence = 0.5 * (self_overlap.unsqueeze(-1) + self_overlap) - overlap
-        divergence = divergence.fill_diagonal_(math.inf).nan_to_num(nan=math.inf)
-        a, b = sorted(divmod(int(divergence.argmin()), len(overlap)))
-        for _ in range(2):  # rows, then columns
-            overlap[a] = torch.logaddexp(overlap[a], overlap[b])
-            overlap = torch.cat([overlap[:b], overlap[b + 1 :]]).T.contiguous()
+    own, group, alive = overlap.diagonal().clone(), torch.arange(k), torch.ones(k, dtype=torch.bool)
+
+    def divergences(rows: Tensor) -> Tensor:
+        """From these groups to all others; +inf to themselves and to groups that are gone or have no weight."""
+        found = 0.5 * (own[rows].unsqueeze(-1) + own) - overlap[rows]
+        found[:, ~alive] = math.inf
+        found[torch.arange(len(rows)), rows] = math.inf
+        return found.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+    least, nearest = divergences(group).min(-1)  # of each group, so that most merges take O(K)
+    for _ in range(k - num_groups):
+        a, b = sorted((int(least.argmin()), int(nearest[least.argmin()])))
+        if least.amin() == math.inf:  # nothing but components without weight is left to merge
+            a, b = (int(row) for row in alive.nonzero()[:2])
+        row = torch.logaddexp(overlap[a], overlap[b])
+        row[a] = torch.logaddexp(row[a], row[b])
+        overlap[a], overlap[:, a], own[a] = row, row, row[a]
         group[group == b] = a
-        group[group > b] -= 1
-    return group
+        alive[b] = False
+        least[b] = math.inf
+        (distances,) = divergences(torch.tensor([a]))
+        outdated = alive & ((nearest == a) | (nearest == b)) & (distances > least)
+        outdated[a] = True
+        closer = distances <= least
+        least[closer], nearest[closer] = distances[closer], a
+        rows = outdated.nonzero().squeeze(-1)
+        least[rows], nearest[rows] = divergences(rows).min(-1)
+    return torch.unique(group, return_inverse=True)[1]
 
 
 def match_clusters(
@@ -144,34 +161,53 @@ class ClusterScores:
 class Clustering:
     """Hard assignment of the test codes to the prior's components, (n,) int64, and its scores.
 
-    ``effective_components`` is exp(entropy) of the frequencies of assignment on the training split.
+    ``effective_components`` is exp(entropy) of the frequencies of assignment on the training split; ``active_units``
+    the number of code dimensions that the data move. Without labels there are no scores.
     """
 
     components: Tensor
     effective_components: float
+    active_units: int
     scores: tuple[ClusterScores, ...]
 
 
-def cluster(model: Autoencoder, data: ImageData, train_x: Tensor, test_x: Tensor) -> Clustering:
+def effective_number(assignment: Tensor) -> float:
+    """exp(entropy) of the frequencies of the values of (n,) int64: how many are used, if all were used alike."""
+    frequency = torch.bincount(assignment).double() / len(assignment)
+    return torch.special.entr(frequency).sum().exp().item()
+
+
+def active_units(means: Tensor) -> int:
+    """Dimensions of the code means (n, D) with a variance over the data above 0.01.
+
+    Source: Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016.
+    """
+    return int((means.var(0, correction=0) > 0.01).sum())
+
+
+def cluster(model: Autoencoder, data: Dataset, train_x: Tensor, test_x: Tensor) -> Clustering:
     """Assigns codes q(z|x) to the prior's K components, and to groups of them if K exceeds the number of classes.
 
     Args:
-        train_x, test_x: (n, P) the images of the two splits as the encoder sees them.
+        train_x, test_x: (n, P) the samples of the two splits as the encoder sees them.
     """
     prior, classes = model.prior_mixture().detach(), data.num_classes
-    k = prior.num_components
-    train, test = prior.assign(model.encode(train_x)).cpu(), prior.assign(model.encode(test_x)).cpu()
-    scores = [_scores("components", train, test, k, data)]
-    if k > classes:
-        group = merge_components(prior, classes).cpu()
-        scores.append(_scores("components merged by overlap", group[train], group[test], classes, data))
-    frequency = torch.bincount(train).double() / len(train)
-    return Clustering(test, torch.special.entr(frequency).sum().exp().item(), tuple(scores))
+    k, train_codes = prior.num_components, model.encode(train_x)
+    train, test = prior.assign(train_codes).cpu(), prior.assign(model.encode(test_x)).cpu()
+    scores = []
+    if classes and k > 1:
+        scores.append(_scores("components", train, test, k, data))
+        if k > classes:
+            group = merge_components(prior, classes)
+            scores.append(_scores("components merged by overlap", group[train], group[test], classes, data))
+    return Clustering(test, effective_number(train), active_units(train_codes.means), tuple(scores))
 
 
-def _scores(name: str, train: Tensor, test: Tensor, num_clusters: int, data: ImageData) -> ClusterScores:
+def _scores(name: str, train: Tensor, test: Tensor, num_clusters: int, data: Dataset) -> ClusterScores:
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+    assert data.train.labels is not None
+    assert data.test.labels is not None
     truth, one_to_one = data.test.labels, num_clusters == data.num_classes
     match = match_clusters(train, data.train.labels, num_clusters, data.num_classes, one_to_one=one_to_one)
     return ClusterScores(
@@ -227,7 +263,7 @@ def _now(x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that is said about a model on the test split, binarised once with TEST_SEED."""
+    """Everything that is said about a model on the test split; ``test_x`` is that split as the encoder sees it."""
 
     test_x: Tensor
     likelihood: Likelihood
@@ -235,11 +271,26 @@ class Evaluation:
     step_time: StepTime
 
 
-def evaluate(model: Autoencoder, data: ImageData, *, importance_samples: int, batch_size: int) -> Evaluation:
-    """The test protocol: fixed binarisation, fixed noise; the same model gives the same scores."""
-    train_x, test_x = binarize(data.train.images, TRAIN_SEED), binarize(data.test.images, TEST_SEED)
+def evaluate(
+    model: Autoencoder,
+    data: Dataset,
+    *,
+    importance_samples: int = 1000,
+    likelihood_samples: int = 1000,
+    batch_size: int = 128,
+) -> Evaluation:
+    """The test protocol: fixed binarisation, fixed noise; the same model gives the same scores.
+
+    Args:
+        importance_samples: draws of z for each likelihood.
+        likelihood_samples: so many test samples, the first, have their likelihood estimated.
+        batch_size: of the training step that is timed.
+    """
+    train_x, test_x = data.train.x, data.test.x
+    if isinstance(model.decoder, BernoulliDecoder):
+        train_x, test_x = binarize(train_x, TRAIN_SEED), binarize(test_x, TEST_SEED)
     with torch.random.fork_rng():
         torch.manual_seed(TEST_SEED)
-        likelihood = importance_sampled_nll(model, test_x, importance_samples)
+        likelihood = importance_sampled_nll(model, test_x[:likelihood_samples], importance_samples)
     clustering = cluster(model, data, train_x, test_x)
     return Evaluation(test_x, likelihood, clustering, time_divergence(model, train_x[:batch_size]))

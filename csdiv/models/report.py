@@ -6,17 +6,18 @@ import base64
 import platform
 from dataclasses import fields
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
 import torch
 
 import csdiv
-from csdiv.models.checkpoint import write_atomically
+from csdiv.models.autoencoder import Autoencoder
+from csdiv.models.checkpoint import versions, write_atomically
 from csdiv.models.config import TrainConfig
-from csdiv.models.data import ImageData
+from csdiv.models.data import Dataset
 from csdiv.models.evaluation import Evaluation
+from csdiv.models.networks import BernoulliDecoder
 from csdiv.models.training import FIGURES, REPORT
 
 Rows = list[tuple[str, str]]
@@ -26,7 +27,7 @@ PAGE = Template("""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>CSRAE on $data</title>
+<title>$model on $data</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; }
@@ -44,9 +45,8 @@ td { overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
-<h1>Cauchy–Schwarz regularized autoencoder on $data</h1>
-<p>A mixture of $components Gaussians is the prior of $dim-dimensional codes. The loss is the reconstruction,
-summed over pixels, plus $weight times the Cauchy–Schwarz divergence from each code to the prior, in closed form.</p>
+<h1>$title on $data</h1>
+<p>$summary</p>
 <h2>Scores on the test split</h2>
 $scores
 <h2>Protocol</h2>
@@ -61,23 +61,35 @@ $versions
 </html>
 """)
 
-PROTOCOL = """{train} training, {validation} validation and {test} test images, split once. Pixels are binarised, anew
-in each training step and once with a fixed seed for validation and test, so that a Bernoulli decoder has a likelihood.
-The weights are those of the lowest validation loss. The negative log likelihood is importance-sampled with the proposal
+TITLES = {"csrae": "Cauchy–Schwarz regularized autoencoder", "vae": "Variational autoencoder"}
+SUMMARIES = {
+    "csrae": """A mixture of {components} Gaussians is the prior of {dim}-dimensional codes. The loss is the
+reconstruction, summed over features, plus {weight} times the Cauchy–Schwarz divergence from each code to the prior, in
+closed form.""",
+    "vae": """The standard normal distribution is the prior of {dim}-dimensional codes. The loss is the
+reconstruction, summed over features, plus {weight} times the Kullback–Leibler divergence from each code to the
+prior.""",
+}
+PROTOCOL = """{train} training, {validation} validation and {test} test samples, split once.{binary} {weights} The
+negative log likelihood of the first {likelihood} test samples is importance-sampled with the proposal
 0.5 N(m, s) + 0.3 N(m, 2s) + 0.2 N(m, 4s), where N(m, s) is the encoder's code: an upper bound in expectation, close
-where the effective sample size is large. An image belongs to the component of largest posterior weight of its code.
-Which label a cluster stands for is decided on the training images: each cluster's majority (many-to-one) or, where
-there are as many clusters as labels, the best matching that uses each label once (one-to-one). Components are merged by
-their overlaps, without labels. The divergence's share is the median time of its forward and backward pass, alone, over
-that of a whole step."""
+where the effective sample size is large.{clustering} A code dimension is active if its mean has a variance above
+0.01 over the data. The divergence's share is the median time of its forward and backward pass, alone, over that of a
+whole step."""
+BINARY = """ Pixels are binarised, anew in each training step and once with a fixed seed for validation and test, so
+that a Bernoulli decoder has a likelihood."""
+CLUSTERING = """ A sample belongs to the component of largest posterior weight of its code. Which label a cluster
+stands for is decided on the training samples: each cluster's majority (many-to-one) or, where there are as many
+clusters as labels, the best matching that uses each label once (one-to-one). Components are merged by their overlaps,
+without labels."""
 
 
-def score_rows(evaluation: Evaluation, seconds: float) -> Rows:
-    """The scores as (name with unit and K, value)."""
+def score_rows(evaluation: Evaluation, seconds: float | None = None) -> Rows:
+    """The scores as (name with unit and K, value); ``seconds`` is the training's time."""
     likelihood, clustering, times = evaluation.likelihood, evaluation.clustering, evaluation.step_time
     rows = [
-        ("test NLL (nats per image)", f"{likelihood.nll.mean():.2f}"),
-        ("importance samples per image", str(likelihood.num_samples)),
+        ("test NLL (nats per sample)", f"{likelihood.nll.mean():.2f}"),
+        ("importance samples", str(likelihood.num_samples)),
         ("median effective sample size", f"{likelihood.effective_sample_size.median():.0f}"),
     ]
     for s in clustering.scores:
@@ -86,34 +98,49 @@ def score_rows(evaluation: Evaluation, seconds: float) -> Rows:
             (f"ARI, K = {s.num_clusters} {s.name}", f"{s.ari:.3f}"),
             (f"{s.matching} accuracy, K = {s.num_clusters} {s.name}", f"{s.accuracy:.3f}"),
         ]
+    rows += [
+        ("effective number of components", f"{clustering.effective_components:.1f}"),
+        ("active code dimensions", str(clustering.active_units)),
+    ]
+    if seconds is not None:
+        rows.append(("training time (s)", f"{seconds:.1f}"))
     return [
         *rows,
-        ("effective number of components", f"{clustering.effective_components:.1f}"),
-        ("training time (s)", f"{seconds:.1f}"),
         ("training step (ms)", f"{times.step_ms:.2f}"),
         ("the divergence takes", f"{100 * times.share:.0f} % of a step"),
     ]
 
 
-def write(config: TrainConfig, data: ImageData, scores: Rows, captions: dict[str, str]) -> None:
+def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, captions: dict[str, str]) -> None:
     """Writes report.html with the figures of the run embedded."""
-    directory = config.output_dir
-    libraries = ("torch", "lightning", "numpy", "scikit-learn", "matplotlib")
-    sizes = {name: len(getattr(data, name).labels) for name in ("train", "validation", "test")}
+    directory, weight = config.output_dir, f"{model.divergence_weight.item():.4g}"
+    labelled, best = data.num_classes > 0 and config.model == "csrae", len(data.validation.x) > 0
     page = PAGE.substitute(
         data=escape(data.name),
-        components=config.num_components,
-        dim=config.latent_dim,
-        weight=f"{config.divergence_weight:g}",
+        model=escape(config.model.upper()),
+        title=TITLES[config.model],
+        summary=SUMMARIES[config.model].format(
+            components=config.num_components,
+            dim=config.latent_dim,
+            weight=f"{weight}, learned," if config.learn_divergence_weight else weight,
+        ),
         scores=_table(scores),
-        protocol=PROTOCOL.format(**sizes),
+        protocol=PROTOCOL.format(
+            train=len(data.train.x),
+            validation=len(data.validation.x),
+            test=len(data.test.x),
+            likelihood=min(config.likelihood_samples, len(data.test.x)),
+            binary=BINARY if isinstance(model.decoder, BernoulliDecoder) else "",
+            weights=f"The weights are {'those of the lowest validation loss' if best else 'the last'}.",
+            clustering=CLUSTERING if labelled else "",
+        ),
         figures="\n".join(_figure(directory / FIGURES / name, caption) for name, caption in captions.items()),
         options=_table([(f.name, str(getattr(config, f.name))) for f in fields(config)]),
         versions=_table(
             [
-                ("csdiv", f"{csdiv.__version__}, backends: {', '.join(csdiv.available_backends())}"),
+                *versions().items(),
+                ("backends", ", ".join(csdiv.available_backends())),
                 ("Python", f"{platform.python_version()}, {platform.machine()}, {platform.system()}"),
-                *((name, version(name)) for name in libraries),
                 ("threads", str(torch.get_num_threads())),
             ]
         ),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,139 +15,289 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from csdiv.models import checkpoint
-from csdiv.models.autoencoder import CSRAE, VAE, AutoencoderOutput
+from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder, AutoencoderOutput
 from csdiv.models.config import TrainConfig
-from csdiv.models.data import ImageData, binarize
-from csdiv.models.evaluation import TRAIN_SEED, VALIDATION_SEED
+from csdiv.models.data import Batches, Dataset, binarize, mix_seed
+from csdiv.models.evaluation import TRAIN_SEED, VALIDATION_SEED, active_units, effective_number
 from csdiv.models.initialisation import initialize_from_codes_
+from csdiv.models.multiplier import ConstraintMultiplier, least_divergence
+from csdiv.models.networks import BernoulliDecoder, standardize_
 
-METRICS, FIGURES, REPORT = "metrics.jsonl", "figures", "report.html"
+METRICS, FIGURES, REPORT, SCORES = "metrics.jsonl", "figures", "report.html", "scores.json"
+_LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, WORLD_SIZE = (int(os.environ[name]) if _LAUNCHED else alone for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 class TrainingDiverged(ArithmeticError):
     """A loss that is not finite: the message names the step, the term and the smallest variance."""
 
 
-class TensorBatches:
-    """Batches of the rows of a tensor, in a new order for each pass: a loader without workers or collation.
+class Interrupted(Exception):
+    """The run was stopped from outside (SIGINT, SIGTERM); its last checkpoint remains."""
+
+
+class AutoencoderTraining(LightningModule):
+    """Trains an autoencoder; images of a Bernoulli likelihood are binarised anew in each step.
+
+    Every epoch draws from a seed of its own, so that a resumed run continues the same curve.
 
     Args:
-        rows: (n, P).
-        batch_size: rows in a batch; the last may have fewer.
-        generator: draws the orders; None keeps the given one.
-    """
-
-    def __init__(self, rows: Tensor, batch_size: int, generator: torch.Generator | None = None) -> None:
-        self.rows, self.batch_size, self.generator = rows, batch_size, generator
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        n = len(self.rows)
-        order = torch.arange(n) if self.generator is None else torch.randperm(n, generator=self.generator)
-        return (self.rows[index] for index in order.split(self.batch_size))
-
-
-class CSRAETraining(LightningModule):
-    """Trains a CSRAE: VAE warm-up, k-means on the codes, then the model itself.
-
-    The warm-up is a β-VAE of the same encoder and decoder, β = ``config.warmup_weight``.
-    Images are binarised anew in each step.
-
-    Args:
-        model: the CSRAE; used as it is, without Lightning, afterwards.
-        train_images: (n, P) gray levels in [0, 1].
+        model: used as it is, without Lightning, afterwards.
+        data: its training split is trained on.
         config: options.
     """
 
-    def __init__(self, model: CSRAE, train_images: Tensor, config: TrainConfig) -> None:
+    stage = "vae"
+
+    def __init__(self, model: Autoencoder, data: Dataset, config: TrainConfig) -> None:
         super().__init__()
-        self.model, self.config, self.train_images = model, config, train_images
-        self.warmup = VAE(model.encoder, model.decoder, config.warmup_weight)
+        self.model, self.data, self.config = model, data, config
+        self.binary = isinstance(model.decoder, BernoulliDecoder)
+        self._validation_means: list[Tensor] = []
 
     @property
-    def stage(self) -> str:
-        return "warm-up" if self.current_epoch < self.config.warmup_epochs else "csrae"
+    def active(self) -> Autoencoder:
+        """What is trained in this epoch."""
+        return self.model
 
     def on_train_epoch_start(self) -> None:
-        if self.current_epoch == self.config.warmup_epochs:
-            with torch.no_grad():
-                means, log_variances = self.model.encoder(binarize(self.train_images, TRAIN_SEED).to(self.device))
-            floor, seed = self.config.variance_floor, self.config.seed
-            initialize_from_codes_(self.model.prior, means, log_variances.exp(), variance_floor=floor, seed=seed)
+        batches = self.trainer.train_dataloader
+        assert isinstance(batches, Batches)
+        batches.set_epoch(self.current_epoch)
+        torch.manual_seed(mix_seed(self.config.seed, self.current_epoch, RANK))
 
-    def training_step(self, images: Tensor, batch_index: int) -> Tensor:
-        return self._step("train", torch.bernoulli(images))
+    def training_step(self, x: Tensor, batch_index: int) -> dict[str, Tensor]:
+        output = self._step("train", torch.bernoulli(x) if self.binary else x)
+        return {"loss": output.loss} | {
+            name: getattr(output, name).detach() for name in ("reconstruction", "regularizer")
+        }
 
     def validation_step(self, x: Tensor, batch_index: int) -> None:
-        self._step("validation", x)
+        self._validation_means.append(self._step("validation", x).means)
 
-    def _step(self, split: str, x: Tensor) -> Tensor:
-        output = (self.warmup if self.stage == "warm-up" else self.model)(x)
+    def on_validation_epoch_end(self) -> None:
+        means = torch.cat(self._validation_means)
+        self._validation_means.clear()
+        self.log("active_units", float(active_units(means)), sync_dist=WORLD_SIZE > 1)
+        self.log("divergence_weight", self.active.divergence_weight, sync_dist=WORLD_SIZE > 1)
+        if self.active is self.model and self.model.prior_mixture().num_components > 1:
+            components = self.model.prior_mixture().detach().assign(means)
+            self.log("effective_components", effective_number(components), sync_dist=WORLD_SIZE > 1)
+
+    def _step(self, split: str, x: Tensor) -> AutoencoderOutput:
+        output = self.active(x)
         if not output.loss.isfinite():
             raise TrainingDiverged(self._diagnosis(split, output))
         terms = {
             "loss": output.loss.detach(),
             "reconstruction": output.reconstruction.detach().mean(),
-            "divergence": output.divergence.detach().mean(),
+            "divergence": output.regularizer.detach().mean(),
         }
-        self.log_dict({f"{split}_{k}": v for k, v in terms.items()}, on_step=False, on_epoch=True, batch_size=len(x))
-        return output.loss
+        self.log_dict(
+            {f"{split}_{name}": value for name, value in terms.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(x),
+            sync_dist=WORLD_SIZE > 1,
+        )
+        return output
 
     def _diagnosis(self, split: str, output: AutoencoderOutput) -> str:
-        terms = {"reconstruction": output.reconstruction, "divergence": output.divergence}
+        terms = {"reconstruction": output.reconstruction, "divergence": output.regularizer}
         term = next((name for name, value in terms.items() if not value.isfinite().all()), "sum of the terms")
-        code, prior = (t.min().exp().item() for t in (output.log_variances, self.model.prior.log_variances))
+        variances = {"a code": output.log_variances.exp()}
+        if isinstance(self.active, CSRAE):
+            variances["the prior"] = self.active.prior.log_variances.exp()
+        smallest = ", ".join(f"of {name} {value.min().item():.3g}" for name, value in variances.items())
         return (
             f"{split} loss {output.loss.item()} at step {self.global_step} ({self.stage}): the {term} is not finite; "
-            f"smallest variance of a code {code:.3g}, of the prior {prior:.3g}; a smaller learning rate may help"
+            f"smallest variance {smallest}; a smaller learning rate may help"
         )
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)
-        steps = self.config.epochs * -(-len(self.train_images) // self.config.batch_size)
+        steps = self.config.epochs * -(-len(self.data.train.x) // self.config.batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.learning_rate, steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        checkpoint.check_weights(checkpoint.RESUME, state["state_dict"], self.state_dict())
+
+
+class VAETraining(AutoencoderTraining):
+    """Trains a VAE."""
+
+
+class CSRAETraining(AutoencoderTraining):
+    """Trains a CSRAE: VAE warm-up, k-means on the codes, then the model itself.
+
+    The warm-up is a β-VAE of the same encoder and decoder, β = ``config.warmup_weight``. A learned λ starts at 2, where
+    the D_CS that is reached gives ε if none is given.
+    """
+
+    model: CSRAE
+
+    def __init__(self, model: CSRAE, data: Dataset, config: TrainConfig) -> None:
+        super().__init__(model, data, config)
+        self.warmup = VAE(model.encoder, model.decoder, config.warmup_weight)
+        self.multiplier: ConstraintMultiplier | None = None
+        if config.learn_divergence_weight:
+            self.multiplier = ConstraintMultiplier(
+                target=config.target_divergence or None, max_weight=config.max_divergence_weight
+            )
+            model.divergence_weight.copy_(self.multiplier.weight)
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        return "warm-up" if self.current_epoch < self.config.warmup_epochs else "csrae"
+
+    @property
+    def active(self) -> Autoencoder:
+        return self.warmup if self.stage == "warm-up" else self.model
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.model.refresh_self_overlap()
+        begin = self.config.warmup_epochs
+        if self.current_epoch == begin:
+            self._initialize_prior()
+        if self.multiplier is not None and self.current_epoch == begin + self.config.calibration_epochs:
+            if self.config.calibration_epochs:
+                self.multiplier.set_target_()
+            self._warn_of_infeasible_target()
+
+    @torch.no_grad()
+    def _initialize_prior(self) -> None:
+        x = self.data.train.x
+        codes = self.model.encode((binarize(x, TRAIN_SEED) if self.binary else x).to(self.device))
+        assert codes.variances is not None
+        initialize_from_codes_(
+            self.model.prior,
+            codes.means,
+            codes.variances,
+            variance_floor=self.config.variance_floor,
+            seed=self.config.seed,
+        )
+        if WORLD_SIZE > 1:
+            for parameter in self.model.prior.parameters():
+                torch.distributed.broadcast(parameter.data, 0)
+
+    def _warn_of_infeasible_target(self) -> None:
+        assert self.multiplier is not None
+        target, least = self.multiplier.target.item(), least_divergence(self.model.prior())
+        if target < least:
+            warnings.warn(
+                f"target_divergence: ε = {target:.3g} nats is below the {least:.3g} that codes of separated components "
+                f"reach at best; λ may rise to its cap, {self.config.max_divergence_weight:g}",
+                stacklevel=2,
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        if self.multiplier is not None and self.stage == "csrae":
+            mean = self.trainer.strategy.reduce(outputs["regularizer"].mean(), reduce_op="mean")
+            self.model.divergence_weight.copy_(self.multiplier.update_(mean))
+
+    def on_train_end(self) -> None:
+        if self.multiplier is not None and self.multiplier.at_cap:
+            warnings.warn(
+                f"λ reached its cap, {self.multiplier.max_weight:g}, with a mean D_CS of {self.multiplier.average:.3g} "
+                f"nats: ε = {self.multiplier.target:.3g} is infeasible for this model",
+                stacklevel=2,
+            )
+
 
 class RunFiles(Callback):
-    """Appends each epoch to metrics.jsonl and keeps the weights of the lowest validation loss after the warm-up."""
+    """Writes each epoch to metrics.jsonl, the weights of the lowest validation loss, and what a run resumes from."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.best = directory, float("inf")
+    def __init__(self, directory: Path, interval: int) -> None:
+        self.directory, self.interval, self.best = directory, interval, float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = float(state["best"])
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Drops the records of epochs that a resumed run repeats."""
+        path = self.directory / METRICS
+        if trainer.is_global_zero:
+            records = read_metrics(path)[: trainer.current_epoch] if path.exists() else []
+            checkpoint.write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, CSRAETraining)
+        assert isinstance(module, AutoencoderTraining)
         values = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        if module.active is not module.model:
+            values.pop("effective_components", None)
         record = {"epoch": trainer.current_epoch, "step": trainer.global_step, "stage": module.stage} | values
-        with (self.directory / METRICS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if module.stage == "csrae" and values["validation_loss"] < self.best:
-            self.best = values["validation_loss"]
-            checkpoint.save_weights(self.directory, module.model)
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        due = last or (trainer.current_epoch + 1) % self.interval == 0
+        if trainer.is_global_zero:
+            with (self.directory / METRICS).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            score = values.get("validation_loss", -float(trainer.current_epoch))
+            if module.active is module.model and score < self.best and (due or "validation_loss" in values):
+                self.best = score
+                checkpoint.save_weights(self.directory, module.model)
+        if due:
+            trainer.save_checkpoint(self.directory / checkpoint.RESUME)
 
 
-class EpochBar(ProgressBar):
-    """One progress bar over all epochs, with the parts of the loss."""
+class PlainCheckpoints(CheckpointIO):
+    """Resume states that are written in full or not at all, and read without executing anything."""
+
+    def save_checkpoint(self, checkpoint_state: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        checkpoint.save_resume_state(checkpoint_state, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return checkpoint.load_resume_state(Path(path), map_location or "cpu")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class TrainingBar(ProgressBar):
+    """One progress bar over all epochs, with the parts of the loss and the samples per second."""
+
+    REFRESH = 0.5  # s
 
     def __init__(self) -> None:
         super().__init__()
-        columns = TextColumn("{task.completed}/{task.total} epochs"), BarColumn(16), TimeRemainingColumn()
+        columns = TextColumn("epoch {task.fields[epoch]}"), BarColumn(16), TimeRemainingColumn()
         self.bar = Progress(*columns, TextColumn("{task.fields[terms]}"))
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.task = self.bar.add_task("", total=trainer.max_epochs, terms="")
+        assert isinstance(module, AutoencoderTraining)
+        samples, epochs = len(module.data.train.x), trainer.max_epochs or 0
+        self.task = self.bar.add_task("", total=samples * epochs, completed=samples * trainer.current_epoch,
+                                      epoch=f"{trainer.current_epoch}/{epochs}", terms="")  # fmt: skip
         self.bar.start()
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        values = trainer.callback_metrics
-        terms = ", ".join(f"{name} {values[f'train_{name}']:.2f}" for name in ("reconstruction", "divergence"))
-        self.bar.update(self.task, advance=1, terms=terms)
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.start = self.shown = time.perf_counter()
+        self.samples = 0
+        self.bar.update(self.task, epoch=f"{trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        self.samples += len(batch) * WORLD_SIZE
+        self.bar.advance(self.task, len(batch) * WORLD_SIZE)
+        now = time.perf_counter()
+        if now - self.shown >= self.REFRESH or batch_index == 0:
+            terms = (outputs[name].mean().item() for name in ("reconstruction", "regularizer"))
+            rate = self.samples / (now - self.start)
+            self.bar.update(
+                self.task, terms="reconstruction {:.2f}, divergence {:.2f} nats, {:.0f} samples/s".format(*terms, rate)
+            )
+            self.shown = now
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar.stop()
@@ -160,9 +310,20 @@ class EpochBar(ProgressBar):
 class TrainResult:
     """The model of the lowest validation loss, one record per epoch as in metrics.jsonl, and the training's time."""
 
-    model: CSRAE
+    model: Autoencoder
     history: list[dict[str, Any]]
     seconds: float
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line that a kill has cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
 
 
 def prepare_output_dir(directory: Path, overwrite: bool) -> None:
@@ -172,51 +333,93 @@ def prepare_output_dir(directory: Path, overwrite: bool) -> None:
         FileExistsError: the directory is not empty and ``overwrite`` is False, or it is a file.
     """
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise FileExistsError(f"{directory} is not empty: pass --overwrite to replace its results")
+        raise FileExistsError(f"{directory} is not empty: pass --overwrite to replace its results, --resume to go on")
     directory.mkdir(parents=True, exist_ok=True)
-    for name in (METRICS, REPORT, checkpoint.WEIGHTS, checkpoint.CONFIG):
+    written = (checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.OPTIONS, checkpoint.RESUME)
+    for name in (METRICS, REPORT, SCORES, *written):
         (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / FIGURES, ignore_errors=True)
+    for name in (FIGURES, "tensorboard"):
+        shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def train(config: TrainConfig, data: ImageData) -> TrainResult:
-    """Trains a CSRAE and writes metrics.jsonl, config.json and model.safetensors to ``config.output_dir``.
+def train(config: TrainConfig, data: Dataset, *, overwrite: bool = False, resume: bool = False) -> TrainResult:
+    """Trains a model and writes metrics.jsonl, config.json, config.toml, model.safetensors and resume.ckpt.
 
     Seeds torch's global generator and sets its number of threads: the same configuration gives the same
-    curve on the same machine and versions.
+    curve on the same machine and versions. Under ``torchrun`` each process is a rank, and rank 0 writes.
+
+    Args:
+        config: options; files go to ``config.output_dir``.
+        data: see :func:`csdiv.models.data.load_data`.
+        overwrite: replace the files of an earlier run.
+        resume: go on from the last checkpoint of the run in the output directory.
 
     Raises:
         FileExistsError: see :func:`prepare_output_dir`.
+        FileNotFoundError, ValueError: nothing to resume from, or not a checkpoint of this model and data.
+        Interrupted: SIGINT or SIGTERM.
         TrainingDiverged: a loss that is not finite; the best weights so far remain on disk.
-        ValueError: fewer training images than components.
+        ValueError: fewer training samples than components.
     """
-    images = data.train.images
-    if len(images) < config.num_components:
-        raise ValueError(f"num_components: at most {len(images)}, one per image, expected, got {config.num_components}")
-    prepare_output_dir(config.output_dir, config.overwrite)
-    torch.set_num_threads(config.num_threads)
+    x, directory = data.train.x, config.output_dir
+    if config.model == "csrae" and len(x) < config.num_components:
+        raise ValueError(f"num_components: at most {len(x)}, one per sample, expected, got {config.num_components}")
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
-    model = checkpoint.build_csrae(**checkpoint.model_options(config, images.shape[-1]))
-    checkpoint.save_config(config.output_dir, config, images.shape[-1])
+    model = checkpoint.build_model(**checkpoint.model_options(config, data))
+    standardize_(model.encoder, model.decoder, x)
+    if resume:
+        checkpoint.load_resume_state(directory / checkpoint.RESUME)
+        checkpoint.check_data(directory, config, data)
+    elif RANK == 0:
+        prepare_output_dir(directory, overwrite)
+        checkpoint.save_config(directory, config, data)
+    module = CSRAETraining(model, data, config) if isinstance(model, CSRAE) else VAETraining(model, data, config)
+    validation = binarize(data.validation.x, VALIDATION_SEED) if module.binary else data.validation.x
+    start = time.perf_counter()
+    _fit(
+        module,
+        Batches(x, config.batch_size, config.seed, RANK, WORLD_SIZE),
+        Batches(validation, config.batch_size) if len(validation) else None,
+        directory / checkpoint.RESUME if resume else None,
+    )
+    seconds = time.perf_counter() - start
+    if RANK > 0:
+        return TrainResult(model, [], seconds)
+    return TrainResult(checkpoint.load_model(directory), read_metrics(directory / METRICS), seconds)
+
+
+def _fit(module: AutoencoderTraining, batches: Batches, validation: Batches | None, resume_from: Path | None) -> None:
+    config = module.config
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logger: Any = False
+    if config.tensorboard:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        logger = TensorBoardLogger(config.output_dir, name="tensorboard", version="")
+    parallel: dict[str, Any] = {"devices": 1}
+    if WORLD_SIZE > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        parallel = {"devices": local, "num_nodes": WORLD_SIZE // local, "use_distributed_sampler": False}
+        parallel["strategy"] = DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
     trainer = Trainer(
         max_epochs=config.epochs,
         accelerator="auto",
-        devices=1,
-        logger=False,
+        logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[RunFiles(config.output_dir), EpochBar()],
+        callbacks=[RunFiles(config.output_dir, config.checkpoint_interval), TrainingBar()],
+        plugins=[PlainCheckpoints()],
+        **parallel,
     )
-    start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning's use of torch
-        trainer.fit(
-            CSRAETraining(model, images, config),
-            TensorBatches(images, config.batch_size, torch.Generator().manual_seed(config.seed)),
-            TensorBatches(binarize(data.validation.images, VALIDATION_SEED), config.batch_size),
-        )
-    seconds = time.perf_counter() - start
-    history = [json.loads(line) for line in (config.output_dir / METRICS).read_text().splitlines()]
-    return TrainResult(checkpoint.load_model(config.output_dir), history, seconds)
+        try:
+            trainer.fit(module, batches, validation, ckpt_path=resume_from, weights_only=True)
+        except SystemExit as stop:  # how Lightning ends where a signal ends it
+            raise Interrupted from stop
+    if trainer.interrupted:
+        raise Interrupted
