@@ -228,9 +228,7 @@ def test_cluster_finds_components_that_are_the_classes() -> None:
     digits = data.load_digits()
     labels = torch.arange(60) % 3
     split = data.Split(nn.functional.one_hot(labels, 3).float(), labels)
-    three = replace(
-        digits, sample_shape=(3,), class_names=("a", "b", "c"), train=split, validation=split, test=split
-    )
+    three = replace(digits, sample_shape=(3,), class_names=("a", "b", "c"), train=split, validation=split, test=split)
     model = tiny_csrae(num_pixels=3, dim=3, k=6)
     model.encoder.forward = lambda x: (20.0 * x, torch.zeros_like(x))
     model.prior.initialize_(20.0 * torch.eye(3).repeat(2, 1), torch.ones(1, 1))

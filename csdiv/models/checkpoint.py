@@ -180,7 +180,7 @@ def load_resume_state(path: Path, map_location: Callable[..., Any] | torch.devic
         raise FileNotFoundError(f"there is no {path} to resume from")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path}: truncated, or not a checkpoint of plain tensors") from error
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
         raise ValueError(f"{path}: not a checkpoint of csdiv")

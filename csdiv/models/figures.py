@@ -70,7 +70,7 @@ def embed(codes: Tensor, prior: GaussianMixture) -> tuple[np.ndarray, np.ndarray
 
 def draw_codes(ax: Axes, xy: np.ndarray, values: Tensor, colours: np.ndarray, names: Sequence[str] = ()) -> None:
     """Mapped codes (n, 2) coloured by an integer value, (n,); ``names`` of the values make a legend."""
-    ax.scatter(xy[:, 0], xy[:, 1], s=9, color=colours[values.cpu()], linewidths=0)
+    ax.scatter(xy[:, 0], xy[:, 1], s=9, color=colours[values.cpu().numpy()], linewidths=0)
     for name, colour in zip(names, colours, strict=False):
         ax.scatter([], [], s=30, color=colour, label=name)
     if names:
@@ -92,7 +92,7 @@ def component_colours(prior: GaussianMixture) -> np.ndarray:
     """Colours (K, 4): components that overlap most have neighbouring hues."""
     few = prior.num_components <= 1000  # merging takes a minute for 5000
     groups = merge_components(prior, min(10, prior.num_components)) if few else torch.arange(prior.num_components)
-    hues = np.linspace(0, 1, prior.num_components, endpoint=False)[groups.argsort(stable=True).argsort()]
+    hues = np.linspace(0, 1, prior.num_components, endpoint=False)[groups.argsort(stable=True).argsort().numpy()]
     return colormaps["hsv"](hues)
 
 
@@ -130,12 +130,13 @@ def save_figures(
         space = _LatentSpace(model, data, evaluation)
         if data.is_image:
             _save_image_figures(save, model, data, evaluation, space)
-        figure = Figure((11, 5), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure = Figure((11, 5) if space.mixture else (7, 5), layout="constrained")
+        left, *right = figure.subplots(1, 2 if space.mixture else 1, squeeze=False)[0]
         space.draw_classes(left)
-        space.draw_components(right)
         left.set_title("test codes by label" if data.num_classes else "test codes")
-        right.set_title("test codes by component" + (", prototypes at their means" if space.thumbnails else ""))
+        for ax in right:
+            space.draw_components(ax)
+            ax.set_title("test codes by component" + (", prototypes at their means" if space.thumbnails else ""))
         save("latent.png", figure, "Latent space: a t-SNE map of the test codes; it keeps neighbours, not distances.")
 
         figure = Figure((11, 3.2), layout="constrained")
@@ -155,6 +156,7 @@ class _LatentSpace:
         self.components = evaluation.clustering.components[:size]
         self.codes, self.means = embed(model.encode(evaluation.test_x[:size]).means, prior)
         self.colours = component_colours(prior)
+        self.mixture = prior.num_components > 1
         few = data.is_image and 1 < prior.num_components <= 100
         self.thumbnails = (model.prototypes(), data.sample_shape) if few else None
 
@@ -181,10 +183,8 @@ def _save_image_figures(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         samples = model.sample(96)
-    mixture = model.prior_mixture().num_components > 1
-
-    figure = Figure((11 if mixture else 8, 2.9), layout="constrained")
-    first, *middle, last = figure.subplots(1, 3 if mixture else 2)
+    figure = Figure((11 if space.mixture else 8, 2.9), layout="constrained")
+    first, *middle, last = figure.subplots(1, 3 if space.mixture else 2)
     draw_images(first, samples[:60], shape, 10)
     first.set_title("samples")
     space.draw_classes(last)
@@ -216,7 +216,7 @@ def _save_image_figures(
         draw_images(figure.subplots(), lines.flatten(0, 1), shape, 12)
         save("interpolations.png", figure, "Interpolations: lines between the codes of two test images, decoded.")
 
-    if mixture:
+    if space.mixture:
         count = min(100, model.prior_mixture().num_components)
         figure = Figure((8, (0.4 + 0.95 * -(-count // 10)) * aspect), layout="constrained")
         draw_prototypes(figure.subplots(), model, shape)

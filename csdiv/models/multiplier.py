@@ -13,7 +13,7 @@ from csdiv import GaussianMixture
 class ConstraintMultiplier(nn.Module):
     """λ of: minimise the reconstruction subject to mean D_CS ≤ ε, by ascent in log λ.
 
-    log λ ← log λ + rate · min(A / ε − 1, 1),  A ← 0.99 A + 0.01 mean D_CS of the batch,  λ ≤ max_weight
+    log λ ← log λ + rate · min(A / ε − 1, 1),  A ← 0.95 A + 0.05 mean D_CS of the batch,  λ ≤ max_weight
 
     Until ε is set, the weight stays as it is, and A is what ε can be set to.
 
@@ -29,7 +29,7 @@ class ConstraintMultiplier(nn.Module):
     average: Tensor
 
     def __init__(
-        self, weight: float = 2.0, target: float | None = None, *, rate: float = 0.01, max_weight: float = 100.0
+        self, weight: float = 2.0, target: float | None = None, *, rate: float = 0.02, max_weight: float = 100.0
     ) -> None:
         super().__init__()
         self.rate, self.max_weight = rate, max_weight
@@ -41,7 +41,7 @@ class ConstraintMultiplier(nn.Module):
     def update_(self, regularizer: Tensor) -> Tensor:
         """One step of the ascent, after a training step with the D_CS (B,) of its batch. Returns λ."""
         mean = regularizer.mean().to(self.average)
-        self.average.copy_(torch.where(self.average.isnan(), mean, torch.lerp(self.average, mean, 0.01)))
+        self.average.copy_(torch.where(self.average.isnan(), mean, torch.lerp(self.average, mean, 0.05)))
         risen = self.weight * (self.rate * (self.average / self.target - 1).clamp(-1, 1)).exp()
         self.weight.copy_(torch.where(self.target.isnan(), self.weight, risen.clamp(max=self.max_weight)))
         return self.weight

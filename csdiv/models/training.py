@@ -273,6 +273,10 @@ class TrainingBar(ProgressBar):
         columns = TextColumn("epoch {task.fields[epoch]}"), BarColumn(16), TimeRemainingColumn()
         self.bar = Progress(*columns, TextColumn("{task.fields[terms]}"))
 
+    def disable(self) -> None:
+        """Called by Lightning in every process but the first."""
+        self.bar.disable = True
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, AutoencoderTraining)
         samples, epochs = len(module.data.train.x), trainer.max_epochs or 0
@@ -417,6 +421,7 @@ def _fit(module: AutoencoderTraining, batches: Batches, validation: Batches | No
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning's use of torch
+        warnings.filterwarnings("ignore", message="You defined a `validation_step`")  # validation_fraction is 0
         try:
             trainer.fit(module, batches, validation, ckpt_path=resume_from, weights_only=True)
         except SystemExit as stop:  # how Lightning ends where a signal ends it
