@@ -6,7 +6,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 .PHONY: train test mutate lint format bench figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
-	$(BIN)/csdiv train --output-dir runs/digits --overwrite
+	$(BIN)/csdiv train --output-dir runs/digits --overwrite --num-threads 1
 
 test: .venv/built  ## every test
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""The README's pictures and table, from bench/results/cpu.json and the run of ``make train``: ``make figures``."""
+"""The pictures and tables of README and docs, from bench/results and the run of ``make train``: ``make figures``."""
 
 from __future__ import annotations
 
@@ -100,6 +100,23 @@ def speed_table(results: dict) -> str:
     )
 
 
+def epochs_table(results: dict) -> str:
+    """Time of an epoch per model, as Markdown."""
+    machine, records = results["machine"], results["records"]
+    lines = [f"| {r['model']} | {r['median_s']:.1f} | {r['ratio_to_vae']:.2f} |" for r in records]
+    return "\n".join(
+        [
+            f"One epoch of {records[0]['samples']} MNIST images, perceptron 784-500-500-20, batches of 256, medians of "
+            f"{records[0]['rounds']} interleaved rounds; {machine['threads']} threads of {machine['processor']} "
+            f"({machine['isa']}), torch {machine['torch']}, {results['date']} (`python -m bench epochs --data FOLDER`):",
+            "",
+            "| model | seconds per epoch | times the VAE's |",
+            "|---|---|---|",
+            *lines,
+        ]
+    )
+
+
 def write_between(path: Path, name: str, text: str) -> None:
     """Replaces what stands between ``<!-- name -->`` and ``<!-- /name -->``."""
     before, rest = path.read_text().split(f"<!-- {name} -->")
@@ -110,6 +127,8 @@ def write_between(path: Path, name: str, text: str) -> None:
 def main() -> None:
     results = json.loads((ROOT / "bench/results/cpu.json").read_text())
     write_between(ROOT / "README.md", "speed", speed_table(results))
+    epochs = json.loads((ROOT / "bench/results/epochs_cpu.json").read_text())
+    write_between(ROOT / "docs/autoencoder.md", "epochs", epochs_table(epochs))
     figure = Figure((11, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_descent(left)
