@@ -11,7 +11,8 @@ import csdiv
 
 PACKAGE = Path(csdiv.__file__).parent
 LAYERS = {
-    "cli": {"models", "nn", "functional", "mixture", "backends"},
+    "__main__": {"cli"},
+    "cli": {"models", "nn", "functional", "mixture", "backends", "bench"},
     "models": {"nn", "functional", "mixture"},
     "distributed": {"functional", "mixture", "autograd", "ops", "reference"},
     "testing": {"functional", "mixture", "reference"},
@@ -27,7 +28,7 @@ LAYERS = {
 {kernels, _C, reference}. ``functional`` checks names and calls the specification directly for full covariances."""
 LAZY = {"mixture": {"functional"}}
 """What may be imported inside a function only."""
-CORE = set(LAYERS) - {"models", "cli"}
+CORE = set(LAYERS) - {"models", "cli", "__main__"}
 STANDARD = set(sys.stdlib_module_names)
 
 
@@ -105,7 +106,8 @@ def run(code: str) -> str:
 
 def test_import_loads_nothing_heavy() -> None:
     heavy = ("triton", "lightning", "sklearn", "scipy", "matplotlib", "pandas", "tensorboard")
-    code = "import torch, sys; before = set(sys.modules); import csdiv; print(*set(sys.modules) - before)"
+    load = "import csdiv; csdiv.nn, csdiv.cs_divergence, csdiv.backend_status"
+    code = f"import torch, sys; before = set(sys.modules); {load}; print(*set(sys.modules) - before)"
     new = {name.split(".")[0] for name in run(code).split()}
     assert "csdiv" in new
     assert not new & set(heavy)
@@ -113,5 +115,26 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_import_takes_little_beside_torch() -> None:
     """Promised is 0.3 s above torch; 1 s is allowed, the best of three, for a machine that does other work as well."""
-    code = "import time, torch; start = time.perf_counter(); import csdiv; print(time.perf_counter() - start)"
+    load = "import csdiv; csdiv.nn, csdiv.cs_divergence"
+    code = f"import time, torch; start = time.perf_counter(); {load}; print(time.perf_counter() - start)"
     assert min(float(run(code)) for _ in range(3)) < 1.0
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Promised are 2 s; torch alone takes more on a slow machine."""
+    pytest.importorskip("typer")
+    code = (
+        "import sys; from csdiv.cli import app; app()(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    assert run(code).split()[-1] == "False"
+
+
+def test_names_are_found_when_they_are_used() -> None:
+    assert run("from csdiv import *; print(nn.__name__, log_overlap.__name__)") == "csdiv.nn log_overlap\n"
+    assert set(csdiv.__all__) <= set(dir(csdiv))
+    for name in csdiv.__all__:
+        assert getattr(csdiv, name) is getattr(csdiv, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        csdiv.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        csdiv.models.nothing  # noqa: B018

@@ -188,7 +188,7 @@ def test_gaussian_networks_keep_the_standardization_with_the_weights() -> None:
 
 def test_multiplier_rises_above_the_target_and_falls_below_it() -> None:
     for divergence, expected in ((1.5, math.exp(0.005)), (1.0, 1.0), (0.4, math.exp(-0.006)), (50.0, math.exp(0.01))):
-        multiplier = ConstraintMultiplier(2.0, 1.0)
+        multiplier = ConstraintMultiplier(2.0, 1.0, rate=0.01)
         weight = multiplier.update_(torch.tensor([divergence - 0.3, divergence + 0.3]))
         assert weight.item() == pytest.approx(2.0 * expected, rel=1e-6)
         assert multiplier.weight.item() == weight.item()
@@ -199,8 +199,8 @@ def test_multiplier_follows_the_moving_average() -> None:
     multiplier, average = ConstraintMultiplier(1.0, 1.0, rate=0.1), 3.0
     weight = 1.0
     for divergence in (3.0, 0.2, 0.2, 5.0, 0.0):
-        average += 0.01 * (divergence - average)
-        weight *= math.exp(0.1 * min(average / 1.0 - 1.0, 1.0))
+        average += 0.05 * (divergence - average)
+        weight *= math.exp(0.1 * max(-1.0, min(average / 1.0 - 1.0, 1.0)))
         multiplier.update_(torch.full((7,), divergence))
         assert multiplier.average.item() == pytest.approx(average, rel=1e-5)
         assert multiplier.weight.item() == pytest.approx(weight, rel=1e-5)
