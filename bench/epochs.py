@@ -1,4 +1,4 @@
-"""One epoch of each autoencoder beside the VAE's: ``python -m bench epochs --data FOLDER``.
+"""One epoch of each autoencoder beside the VAE's: ``csdiv bench epochs --data FOLDER``.
 
 The same perceptron 784-500-500-20, Bernoulli likelihood and Adam for all, through Lightning as in ``csdiv train``; the
 k-means that starts a prior is left out. Models take turns, and each round gives one ratio to the VAE's time.

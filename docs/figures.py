@@ -108,7 +108,7 @@ def epochs_table(results: dict) -> str:
         [
             f"One epoch of {records[0]['samples']} MNIST images, perceptron 784-500-500-20, batches of 256, medians of "
             f"{records[0]['rounds']} interleaved rounds; {machine['threads']} threads of {machine['processor']} "
-            f"({machine['isa']}), torch {machine['torch']}, {results['date']} (`python -m bench epochs --data FOLDER`):",
+            f"({machine['isa']}), torch {machine['torch']}, {results['date']} (`csdiv bench epochs --data FOLDER`):",
             "",
             "| model | seconds per epoch | times the VAE's |",
             "|---|---|---|",
