@@ -64,7 +64,7 @@ class TrainConfig:
         int, Option("Steps between computations of the prior's K² self term, expanded between.", at_least=1)
     ] = 1
     validation_fraction: Annotated[
-        float, Option("Of the samples; 0 keeps the last weights, not the best.", at_least=0, below=1)
+        float, Option("Of the samples; they choose the weights, if λ is fixed; 0: the last.", at_least=0, below=1)
     ] = 0.1
     checkpoint_interval: Annotated[int, Option("Epochs between checkpoints to resume from.", at_least=1)] = 1
     importance_samples: Annotated[int, Option("Samples of z for each test likelihood.", at_least=1)] = 1000
@@ -99,6 +99,14 @@ class TrainConfig:
                 f"{stages}: fewer than epochs = {self.epochs} expected, "
                 f"got {self.warmup_epochs + self.calibration_epochs}"
             )
+
+        if self.learn_divergence_weight and self.model != "csrae":
+            raise ValueError("learn_divergence_weight: the model 'csrae' expected")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights of the lowest validation loss are kept; losses of different λ are not compared."""
+        return self.validation_fraction > 0 and not self.learn_divergence_weight
 
     @property
     def calibration_epochs(self) -> int:

@@ -114,7 +114,7 @@ def score_rows(evaluation: Evaluation, seconds: float | None = None) -> Rows:
 def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, captions: dict[str, str]) -> None:
     """Writes report.html with the figures of the run embedded."""
     directory, weight = config.output_dir, f"{model.divergence_weight.item():.4g}"
-    labelled, best = data.num_classes > 0 and config.model == "csrae", len(data.validation.x) > 0
+    labelled = data.num_classes > 0 and config.model == "csrae"
     page = PAGE.substitute(
         data=escape(data.name),
         model=escape(config.model.upper()),
@@ -131,7 +131,7 @@ def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, 
             test=len(data.test.x),
             likelihood=min(config.likelihood_samples, len(data.test.x)),
             binary=BINARY if isinstance(model.decoder, BernoulliDecoder) else "",
-            weights=f"The weights are {'those of the lowest validation loss' if best else 'the last'}.",
+            weights=f"The weights are {'those of the lowest validation loss' if config.keeps_best else 'the last'}.",
             clustering=CLUSTERING if labelled else "",
         ),
         figures="\n".join(_figure(directory / FIGURES / name, caption) for name, caption in captions.items()),

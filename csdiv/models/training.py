@@ -213,7 +213,7 @@ class CSRAETraining(AutoencoderTraining):
 
 
 class RunFiles(Callback):
-    """Writes each epoch to metrics.jsonl, the weights of the lowest validation loss, and what a run resumes from."""
+    """Writes each epoch to metrics.jsonl, the best or last weights, and what a run resumes from."""
 
     def __init__(self, directory: Path, interval: int) -> None:
         self.directory, self.interval, self.best = directory, interval, float("inf")
@@ -242,8 +242,8 @@ class RunFiles(Callback):
         if trainer.is_global_zero:
             with (self.directory / METRICS).open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            score = values.get("validation_loss", -float(trainer.current_epoch))
-            if module.active is module.model and score < self.best and (due or "validation_loss" in values):
+            score = values["validation_loss"] if module.config.keeps_best else -float(trainer.current_epoch)
+            if module.active is module.model and score < self.best and (due or module.config.keeps_best):
                 self.best = score
                 checkpoint.save_weights(self.directory, module.model)
         if due:
@@ -312,7 +312,7 @@ class TrainingBar(ProgressBar):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The model of the lowest validation loss, one record per epoch as in metrics.jsonl, and the training's time."""
+    """The model with its best or last weights, one record per epoch as in metrics.jsonl, and the training's time."""
 
     model: Autoencoder
     history: list[dict[str, Any]]
@@ -410,7 +410,7 @@ def _fit(module: AutoencoderTraining, batches: Batches, validation: Batches | No
         parallel["strategy"] = DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
     trainer = Trainer(
         max_epochs=config.epochs,
-        accelerator="auto",
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
