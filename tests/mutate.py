@@ -266,8 +266,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     arguments = parser.parse_args()
 
-    mutants, excluded = all_mutants()
-    mutants = [m for m in mutants if fnmatch.fnmatch(m.file, arguments.files)]
+    everyone, excluded = all_mutants()
+    mutants = [m for m in everyone if fnmatch.fnmatch(m.file, arguments.files)]
     if arguments.sample is not None and arguments.sample < len(mutants):
         mutants = sorted(random.Random(arguments.seed).sample(mutants, arguments.sample))
     if arguments.list:
@@ -276,15 +276,17 @@ def main() -> None:
     laboratory = Laboratory()
     print(f"{len(mutants)} mutants in {laboratory.folder}; {excluded} excluded", flush=True)
     laboratory.start()
-    outcomes, survivors = dict[str, Counter[str]](), []
     begin = time.perf_counter()
     for k, mutant in enumerate(mutants, 1):
         outcome = laboratory.try_mutant(mutant)
-        outcomes.setdefault(mutant.file, Counter())[outcome.split(":")[0]] += 1
-        if outcome == "survived":
-            survivors.append(mutant)
         print(f"{k}/{len(mutants)}, {time.perf_counter() - begin:.0f} s: {outcome:20} {mutant}", flush=True)
 
+    # Earlier runs on the same sources count as well.
+    tried = {mutant: laboratory.results[str(mutant)] for mutant in everyone if str(mutant) in laboratory.results}
+    outcomes = dict[str, Counter[str]]()
+    for mutant, outcome in tried.items():
+        outcomes.setdefault(mutant.file, Counter())[outcome.split(":")[0]] += 1
+    survivors = [mutant for mutant, outcome in tried.items() if outcome == "survived"]
     total = sum(outcomes.values(), Counter[str]())
     built = total["caught"] + total["survived"]
     print(f"\n{'file':28}{'mutants':>9}{'caught':>9}{'build failures':>16}{'survivors':>11}")

@@ -50,6 +50,7 @@ def stop_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("stop", [1, 2, 6])
+@pytest.mark.filterwarnings("ignore:target_divergence")
 def test_resumed_run_gives_the_uninterrupted_curve(
     options: dict, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +93,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "epochs"), [("SIGKILL", 4), ("SIGINT", 7)])
 def test_killed_command_is_resumed(uninterrupted: Path, name: str, epochs: int, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    process = subprocess.Popen(command(directory, *FLAGS), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(directory, *FLAGS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     wait_for_epochs(directory, epochs, process)
     process.send_signal(getattr(signal, name))
     output = process.communicate(timeout=60)[0]
@@ -147,6 +154,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     return config
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_resume_executes_nothing(stopped: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = stopped.output_dir / checkpoint.RESUME
