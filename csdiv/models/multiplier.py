@@ -32,6 +32,11 @@ class ConstraintMultiplier(nn.Module):
         self, weight: float = 2.0, target: float | None = None, *, rate: float = 0.02, max_weight: float = 100.0
     ) -> None:
         super().__init__()
+        if not (0 < weight <= max_weight and rate > 0 and (target is None or target > 0)):
+            raise ValueError(
+                "positive weight, rate and target, and a weight of at most max_weight expected, "
+                f"got {weight}, {rate}, {target}, {max_weight}"
+            )
         self.rate, self.max_weight = rate, max_weight
         self.register_buffer("weight", torch.tensor(float(weight)))
         self.register_buffer("target", torch.tensor(math.nan if target is None else float(target)))

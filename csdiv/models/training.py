@@ -122,7 +122,8 @@ class AutoencoderTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)
-        steps = self.config.epochs * -(-len(self.data.train.x) // self.config.batch_size)
+        batches = Batches(self.data.train.x, self.config.batch_size, rank=RANK, world_size=WORLD_SIZE)
+        steps = self.config.epochs * len(batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.learning_rate, steps, pct_start=0.1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -149,7 +150,9 @@ class CSRAETraining(AutoencoderTraining):
         self.multiplier: ConstraintMultiplier | None = None
         if config.learn_divergence_weight:
             self.multiplier = ConstraintMultiplier(
-                target=config.target_divergence or None, max_weight=config.max_divergence_weight
+                min(2.0, config.max_divergence_weight),
+                config.target_divergence or None,
+                max_weight=config.max_divergence_weight,
             )
             model.divergence_weight.copy_(self.multiplier.weight)
 
