@@ -162,7 +162,7 @@ def test_resume_executes_nothing(stopped: TrainConfig, tmp_path: Path, monkeypat
     torch.save({"state_dict": {}, "payload": Malicious()}, tmp_path / "malicious")
     for bad in ((tmp_path / "malicious").read_bytes(), pickle.dumps(Malicious()), good[: len(good) // 2], b""):
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"resume\.ckpt: truncated, or not a checkpoint"):
+        with pytest.raises(ValueError, match=r"resume\.ckpt: truncated, or not a file of plain tensors"):
             training.train(stopped, data.load_digits(), resume=True)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="not a checkpoint of csdiv"):
@@ -244,6 +244,13 @@ def test_infeasible_target_is_reported(tmp_path: Path) -> None:
     messages = [str(warning.message) for warning in warned]
     assert any("is below the" in message and "components" in message for message in messages)
     assert any("λ reached its cap, 2.5" in message and "infeasible" in message for message in messages)
+
+
+def test_bernoulli_likelihood_of_other_values_is_refused(tmp_path: Path) -> None:
+    config = replace(CONFIG, output_dir=tmp_path / "run", likelihood="bernoulli", num_components=2)
+    with pytest.raises(ValueError, match=r"data in \[0, 1\] expected"):
+        training.train(config, data.Dataset.from_tensors(torch.randn(20, 3)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_a_csrae_learns_its_weight() -> None:

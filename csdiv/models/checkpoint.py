@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +22,7 @@ from torch import Tensor
 import csdiv
 from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder
 from csdiv.models.config import TrainConfig, read_toml, to_toml
-from csdiv.models.data import Dataset
+from csdiv.models.data import Dataset, read_tensors
 from csdiv.models.networks import build_networks
 from csdiv.nn import GaussianMixturePrior
 
@@ -53,9 +52,11 @@ def build_model(
 
 
 def model_options(config: TrainConfig, data: Dataset) -> dict[str, Any]:
-    """The arguments of :func:`build_model`."""
+    """The arguments of :func:`build_model`. Raises: ValueError for a likelihood that the data cannot have."""
     names = ("model", "architecture", "latent_dim", "hidden_dim", "num_components", "divergence_weight")
     likelihood = data.likelihood if config.likelihood == "auto" else config.likelihood
+    if likelihood == "bernoulli" != data.likelihood:
+        raise ValueError("likelihood 'bernoulli': data in [0, 1] expected")
     return {
         "likelihood": likelihood,
         "sample_shape": list(data.sample_shape),
@@ -179,9 +180,9 @@ def load_resume_state(path: Path, map_location: Callable[..., Any] | torch.devic
     if not path.exists():
         raise FileNotFoundError(f"there is no {path} to resume from")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: truncated, or not a checkpoint of plain tensors") from error
+        state = read_tensors(path, map_location)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
         raise ValueError(f"{path}: not a checkpoint of csdiv")
     return state

@@ -157,7 +157,7 @@ def load_data(source: str | Path, *, validation_fraction: float = 0.1) -> Datase
             with np.load(path, allow_pickle=False) as archive:
                 return _load_arrays(archive, options)
         if path.suffix == ".pt":
-            return _load_arrays(_load_tensors(path), options)
+            return _load_arrays(read_tensors(path), options)
     except (ValueError, EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
     raise ValueError(f"{path}: 'digits', a folder, an .npz or a .pt file expected")
@@ -271,13 +271,18 @@ def _labels(labels: list[Any], sizes: list[int]) -> tuple[list[Tensor], tuple[st
     return list(torch.as_tensor(codes, dtype=torch.int64).split(sizes)), tuple(str(name) for name in names)
 
 
-def _load_tensors(path: Path) -> Any:
+def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
+    """What ``torch.save`` wrote of tensors, numbers, names and containers of them; nothing in the file is executed.
+
+    Raises:
+        ValueError: a damaged file, or with anything else in it.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # of a damaged file, torch's unpickler raises whatever it stumbles over
-        raise ValueError("not a readable .pt file of plain tensors") from error
+        raise ValueError("truncated, or not a file of plain tensors") from error
 
 
 def _load_arrays(arrays: Any, options: Mapping[str, Any]) -> Dataset:
