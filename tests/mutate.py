@@ -168,7 +168,8 @@ class Laboratory:
                 digest.update(path.read_bytes())
         self.folder = Path(tempfile.gettempdir()) / f"csdiv-mutation-{digest.hexdigest()[:12]}"
         self.tree, self.build = self.folder / "tree", self.folder / "build"
-        shutil.rmtree(self.tree, ignore_errors=True)
+        for stale in (self.tree, self.build):  # a run that was killed left a mutant's object behind
+            shutil.rmtree(stale, ignore_errors=True)
         self.tree.mkdir(parents=True)
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
