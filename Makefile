@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: train test mutate lint format bench figures clean
 

@@ -248,7 +248,7 @@ def _entry(pair: _OpPair) -> Callable[..., tuple[Tensor, ...]]:
 _overlap_lse = _entry(
     _OpPair(
         lambda backend, needs, *t: (*ops.overlap_lse_forward(*t, backend), []),
-        lambda backend, needs, grad, t, out: ops.overlap_lse_backward(grad, t, out[0], needs, backend),
+        lambda backend, needs, grad, t, out: ops.overlap_lse_backward(grad, t, out, needs, backend),
         reference.overlap_lse,
         (2, 2, 2, 2, 1),
         at_once=False,

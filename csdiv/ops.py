@@ -71,13 +71,13 @@ def overlap_lse_forward(
 
 
 @_define(
-    "overlap_lse_backward(Tensor grad, Tensor?[] tensors, Tensor value, bool[] needs, str backend) -> Tensor[]",
-    lambda grad, tensors, value, needs, backend: _fake_gradients(tensors, needs),
+    "overlap_lse_backward(Tensor grad, Tensor?[] tensors, Tensor[] saved, bool[] needs, str backend) -> Tensor[]",
+    lambda grad, tensors, saved, needs, backend: _fake_gradients(tensors, needs),
 )
 def overlap_lse_backward(
-    grad: Tensor, tensors: list[Tensor | None], value: Tensor, needs: list[bool], backend: str
+    grad: Tensor, tensors: list[Tensor | None], saved: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).overlap_lse_backward(grad, tensors, value, needs)
+    return backends.resolve(backend, grad.device).overlap_lse_backward(grad, tensors, saved, needs)
 
 
 def _fake_log_overlap_forward(

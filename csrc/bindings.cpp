@@ -7,11 +7,13 @@
 
 #include <string>
 
+#include "arguments.h"
 #include "cpu/cpu.h"
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
-
-namespace py = pybind11;
+#ifdef CSDIV_WITH_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace csdiv {
 namespace {
@@ -19,25 +21,6 @@ namespace {
 using cpu::Mixture;
 using cpu::Problem;
 using cpu::SideGradients;
-using Pointer = uintptr_t;
-
-void check(bool condition, const char* message) {
-  if (!condition) throw py::value_error(message);
-}
-
-void check_sizes(std::initializer_list<int64_t> sizes) {
-  int64_t product = sizeof(double);
-  for (const int64_t size : sizes) {
-    check(size >= 0, "sizes must not be negative");
-    check(!__builtin_mul_overflow(product, size, &product), "an array is too large");
-  }
-}
-
-template <class T>
-T* pointer(Pointer address, bool needed = true) {
-  check(address || !needed, "a pointer is null");
-  return reinterpret_cast<T*>(address);
-}
 
 template <class T>
 Mixture<T> mixture(const py::tuple& side, int64_t dim) {
@@ -89,14 +72,6 @@ SideGradients<T> own_gradients(const Mixture<T>& side, int64_t batch, const py::
   const SideGradients<T> gradients = side_gradients<T>(grads);
   check(!gradients.wanted() || (side.batch == batch && !side.index), "gradients of a side that problems share");
   return gradients;
-}
-
-// Calls f(float{}) or f(double{}); f takes what it needs of Python objects before it releases the lock.
-template <class F>
-auto with_type(int itemsize, const F& f) {
-  if (itemsize == 4) return f(float{});
-  if (itemsize == 8) return f(double{});
-  throw py::value_error("itemsize must be 4 or 8");
 }
 
 void cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
@@ -285,4 +260,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_pairwise_forward", &cpu_pairwise_forward);
   module.def("cpu_pairwise_backward", &cpu_pairwise_backward);
   module.def("cpu_assign", &cpu_assign);
+#ifdef CSDIV_WITH_CUDA
+  bind_cuda(module);
+#endif
 }

@@ -63,7 +63,7 @@ def check(
     for later in [False, True] if entry in SCALARS and wanted else [False]:
         with gradients_later() if later else contextlib.nullcontext(), passes() as returned:
             _, actual_leaves, actual = evaluate(torch.float32, call(entry, backend))
-        assert returned == [one_pass or later] * (entry in SCALARS)
+        assert returned == [one_pass or later] * (entry in SCALARS and backend == "cpu")
         testing.assert_within_budget(actual, eager, exact, band)
         if not wanted:
             return

@@ -29,8 +29,9 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
 
     for t in samples():
         pm, pv, pw, qm, qv, qw = t
-        rows, _ = add("overlap_lse_forward", pm, pv, qm, qv, qw)
-        add("overlap_lse_backward", rows.cos(), [pm, pv, qm, qv, qw], rows, [True, False, True, True, qw is not None])
+        rows = add("overlap_lse_forward", pm, pv, qm, qv, qw)
+        needs = [True, False, True, True, qw is not None]
+        add("overlap_lse_backward", rows[0].cos(), [pm, pv, qm, qv, qw], rows, needs)
         for needs in ([False] * 3, [True, True, pw is not None]):
             own, _, _ = add("self_overlap_forward", pm, pv, pw, needs)
         add("self_overlap_backward", own.cos(), [pm, pv, pw], own, needs)

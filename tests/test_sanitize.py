@@ -67,7 +67,9 @@ def mixture(kind: str, size: int, dim: int, batch: tuple[int, ...], dtype: torch
     return tensors
 
 
-def call_every_entry(p_tensors: list[torch.Tensor], q_tensors: list[torch.Tensor], needs: str) -> None:
+def call_every_entry(
+    p_tensors: list[torch.Tensor], q_tensors: list[torch.Tensor], needs: str, backend: str = "cpu"
+) -> None:
     for side, tensors in zip("pq", (p_tensors, q_tensors), strict=True):
         for t in tensors:
             t.requires_grad_(side in needs)
@@ -78,23 +80,23 @@ def call_every_entry(p_tensors: list[torch.Tensor], q_tensors: list[torch.Tensor
         with mock.patch.object(csdiv.autograd, "_has_all_items", wraps=csdiv.autograd._has_all_items) as decide:
             decide.return_value = at_once
             values += [
-                csdiv.cs_divergence(p, q, backend="cpu"),
-                csdiv.log_overlap(p, q, backend="cpu"),
-                csdiv.log_overlap(q, backend="cpu"),
+                csdiv.cs_divergence(p, q, backend=backend),
+                csdiv.log_overlap(p, q, backend=backend),
+                csdiv.log_overlap(q, backend=backend),
             ]
     values += [
-        csdiv.component_log_overlap(p, q, backend="cpu"),
-        csdiv.pairwise_log_overlap(p, q, backend="cpu"),
-        csdiv.cs_regularizer(p.means, log_variances, q, backend="cpu"),
-        q.log_prob(p.means, backend="cpu"),
-        q.responsibilities(p.means, backend="cpu"),
+        csdiv.component_log_overlap(p, q, backend=backend),
+        csdiv.pairwise_log_overlap(p, q, backend=backend),
+        csdiv.cs_regularizer(p.means, log_variances, q, backend=backend),
+        q.log_prob(p.means, backend=backend),
+        q.responsibilities(p.means, backend=backend),
     ]
     wanted = [t for t in (*p_tensors, *q_tensors) if t.requires_grad]
     for value in values:
         if value.requires_grad:
             torch.autograd.grad(value, wanted, torch.ones_like(value), allow_unused=True)
-    q.assign(p.means, backend="cpu")
-    q.assign(p, backend="cpu")
+    q.assign(p.means, backend=backend)
+    q.assign(p, backend=backend)
 
 
 def exercise() -> None:

@@ -49,27 +49,24 @@ def check_name(name: str) -> None:
 def resolve(name: str, device: torch.device) -> ModuleType:
     """The module that computes on ``device``.
 
-    "auto" on a CPU is "cpu", or "reference" where the native module is missing; on any other device it is "reference",
-    with one warning. Any other name is that backend or an error.
+    "auto" on a CPU is "cpu" and on a GPU "cuda"; where that cannot run it is "reference", on a GPU with one warning.
+    Any other name is that backend or an error.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run here, or not on this device.
     """
     check_name(name)
     if name == "auto":
-        if device.type == "cpu" and _native_status().available:
-            name = "cpu"
-        else:
-            if device.type == "cuda":
-                _warn_slow_cuda()
-            name = "reference"
+        name = device.type if device.type in ("cpu", "cuda") and _STATUS[device.type]().available else "reference"
+        if device.type == "cuda" and name == "reference":
+            _warn_slow_cuda()
     if name != "reference":
         status = _STATUS[name]()
         if not status.available:
             raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
-        if name == "cpu" and device.type != "cpu":
+        if name in ("cpu", "cuda") and device.type != name:
             raise RuntimeError(
-                f'backend "cpu" computes on CPU tensors, got {device}: move them, or take backend="auto"'
+                f'backend "{name}" computes on {name.upper()} tensors, got {device}: move them, or take backend="auto"'
             )
     return importlib.import_module(f"csdiv.backends.{name}")
 
@@ -101,7 +98,24 @@ def _cuda_status() -> BackendStatus:
         return _native_status()
     import csdiv._C as _C
 
-    return BackendStatus(_C.has_cuda, _C.cuda_status)
+    if not _C.has_cuda:
+        return BackendStatus(False, _C.cuda_status)
+    runtime, driver = _C.cuda_versions()
+    built = f"{_C.cuda_status}, but "
+    if driver == 0:
+        return BackendStatus(False, built + "this machine has no NVIDIA driver")
+    if driver // 1000 < runtime // 1000:
+        had = f"{driver // 1000}.{driver % 1000 // 10}"
+        return BackendStatus(
+            False, f"{built}the driver is for CUDA {had} at most: update it, or build with nvcc {driver // 1000}.x"
+        )
+    if not torch.cuda.is_available():
+        return BackendStatus(False, built + "torch sees no GPU: torch.cuda.is_available() is False")
+    if reason := _C.cuda_kernels_status(torch.cuda.current_device()):
+        return BackendStatus(
+            False, f"{built}not for {torch.cuda.get_device_name()} ({reason}): set CSDIV_CUDA_ARCHS and build again"
+        )
+    return BackendStatus(True, "")
 
 
 @_once

@@ -34,8 +34,8 @@ def overlap_lse_forward(
     return rows, rows.new_zeros(*rows.shape[:-1], 1, dtype=torch.float64)
 
 
-def overlap_lse_backward(grad: Tensor, tensors: Tensors, value: Tensor, needs: list[bool]) -> list[Tensor]:
-    """Gradients of Σ_i grad_i ℓ_i; equations (5). ``value`` is the forward's."""
+def overlap_lse_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:
+    """Gradients of Σ_i grad_i ℓ_i; equations (5). ``saved`` is the forward's value and offset."""
     return _gradients(overlap_lse, tensors, grad, needs)
 
 

@@ -1,0 +1,68 @@
+// The entry points of the CUDA backend; bindings.cpp describes and checks their arguments. Each launches its kernels in
+// the order of the context's stream and returns; with no scratch memory it launches nothing and counts what it needs.
+// Logits and what sums up rows leave out a constant, see log_offset(); values in float64 leave out nothing.
+#pragma once
+
+#include "mixture.h"
+
+namespace csdiv::cuda {
+
+// Each null: not wanted. Every other one is overwritten.
+template <class T>
+struct SideGradients {
+  T* means = nullptr;         // (items, n, dim) of the side
+  T* variances = nullptr;     // (items, n, dim)
+  T* log_weights = nullptr;   // (items, n)
+
+  CSDIV_HOST_DEVICE bool wanted() const { return means || variances || log_weights; }
+};
+
+// rows[b, i] = LSE_j logit_ij; offsets[b] is what they leave out.
+template <class T>
+void overlap_lse_forward(Context& context, Problem<T> problem, T* rows, double* offsets);
+
+// Gradients of sum_bi grad_rows[b, i] rows[b, i]; here the rows leave out nothing.
+template <class T>
+void overlap_lse_backward(Context& context, Problem<T> problem, const double* rows, const T* grad_rows,
+                          const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
+
+// values[b] = log sum_ij a_i b_j exp(logit_ij); rows as above; the gradients of sum_b values[b].
+template <class T>
+void log_overlap_forward(Context& context, Problem<T> problem, T* rows, double* values, const SideGradients<T>& grad_p,
+                         const SideGradients<T>& grad_q);
+
+// Gradients of sum_b grad_values[b] values[b].
+template <class T>
+void log_overlap_backward(Context& context, Problem<T> problem, const T* grad_values, const double* values,
+                          const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
+
+// The same of p with itself, one value for each of its items.
+template <class T>
+void self_overlap_forward(Context& context, Problem<T> problem, double* values, const SideGradients<T>& grad);
+
+template <class T>
+void self_overlap_backward(Context& context, Problem<T> problem, const T* grad_values, const double* values,
+                           const SideGradients<T>& grad);
+
+// divergences[b] = (pp + qq) / 2 - pq from the log overlaps, overlaps[b] = (pq, pp, qq), all on one scale.
+template <class T>
+void cs_divergence_forward(Context& context, Problem<T> problem, T* divergences, T* rows, double* overlaps,
+                           const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
+
+template <class T>
+void cs_divergence_backward(Context& context, Problem<T> problem, const T* grad, const double* overlaps,
+                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
+
+// densities[b, i, j] = log N(mu_i; nu_j, S_i + T_j); nothing is left out.
+template <class T>
+void pairwise_forward(Context& context, Problem<T> problem, T* densities);
+
+template <class T>
+void pairwise_backward(Context& context, Problem<T> problem, const T* grad_densities, const SideGradients<T>& grad_p,
+                       const SideGradients<T>& grad_q);
+
+// assignment[b, i] = argmax_j logit_ij, as torch.argmax.
+template <class T>
+void assign(Context& context, Problem<T> problem, int64_t* assignment);
+
+}   // namespace csdiv::cuda

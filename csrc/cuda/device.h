@@ -1,0 +1,172 @@
+// What the kernels need of the platform. The tests compile the same sources for the host: with CSDIV_EMULATION every
+// CUDA thread is a fiber, see tests/native/emulation.h.
+#pragma once
+
+#include <math.h>
+
+#include <cfloat>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef CSDIV_EMULATION
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+
+#define CSDIV_SHARED(Type, name)                                 \
+  extern __shared__ __align__(16) unsigned char shared_memory[]; \
+  Type& name = *reinterpret_cast<Type*>(shared_memory)
+#endif
+
+#define CSDIV_DEVICE __device__ __forceinline__
+#define CSDIV_HOST_DEVICE __host__ __device__ inline
+
+namespace csdiv::cuda {
+
+constexpr int kThreads = 256;   // of every block
+constexpr int kWarp = 32;
+
+template <class T>
+struct Float;
+
+// Certified: with variances within these limits c^4 and delta^2 c^3 stay normal, and what underflows is below rounding.
+template <>
+struct Float<float> {
+  static constexpr float kMax = FLT_MAX;
+  static constexpr float kVarianceMin = 0x1p-20f, kVarianceMax = 0x1p20f, kDeltaMax = 0x1p30f;
+  static constexpr int kScaleExponentMax = 62;   // 4^k is a normal number
+  static constexpr int kTinyExponent = 64;       // smaller c are scaled, and delta by the root
+  static constexpr float kTiny = 0x1p-64f, kTinyScale = 0x1p64f, kTinyRoot = 0x1p32f;
+};
+
+template <>
+struct Float<double> {
+  static constexpr double kMax = DBL_MAX;
+  static constexpr double kVarianceMin = 0x1p-200, kVarianceMax = 0x1p200, kDeltaMax = 0x1p150;
+  static constexpr int kScaleExponentMax = 500;
+  static constexpr int kTinyExponent = 512;
+  static constexpr double kTiny = 0x1p-512, kTinyScale = 0x1p512, kTinyRoot = 0x1p256;
+};
+
+constexpr double kLog2E = 1.4426950408889634074, kLog2 = 0.69314718055994530942, kLog2Pi = 1.8378770664093454836;
+
+#ifndef CSDIV_EMULATION
+// Of normal numbers: relative error 1 ulp.
+CSDIV_DEVICE float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Of normal numbers: error 2^-22, absolute between 1/2 and 2, else relative.
+CSDIV_DEVICE float approximate_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Relative error 2^-22; 0 below the normal numbers, and NaN of NaN.
+CSDIV_DEVICE float approximate_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+
+// In a loop: nothing that follows from x is kept in registers from one iteration to the next.
+CSDIV_DEVICE void forget([[maybe_unused]] int& x) {
+#ifndef CSDIV_EMULATION
+  asm volatile("" : "+r"(x));
+#endif
+}
+
+CSDIV_DEVICE double approximate_reciprocal(double x) {
+  return 1.0 / x;
+}
+CSDIV_DEVICE double approximate_log2(double x) {
+  return log2(x);
+}
+CSDIV_DEVICE double approximate_exp2(double x) {
+  return exp2(x);
+}
+
+// kCount consecutive values, aligned to 16 bytes or to all of them.
+template <int kCount>
+CSDIV_DEVICE void load(const float* from, float (&to)[kCount]) {
+  if constexpr (kCount == 2) {
+    const float2 v = *reinterpret_cast<const float2*>(from);
+    to[0] = v.x, to[1] = v.y;
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; k += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(from + k);
+      to[k] = v.x, to[k + 1] = v.y, to[k + 2] = v.z, to[k + 3] = v.w;
+    }
+  }
+}
+
+template <int kCount>
+CSDIV_DEVICE void load(const double* from, double (&to)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; k += 2) {
+    const double2 v = *reinterpret_cast<const double2*>(from + k);
+    to[k] = v.x, to[k + 1] = v.y;
+  }
+}
+
+CSDIV_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+struct Part {
+  int begin, end;
+};
+
+// The k-th of `parts` parts of 0..size, as equal as can be.
+CSDIV_HOST_DEVICE Part part(int64_t size, int64_t parts, int64_t k) {
+  return {int(size * k / parts), int(size * (k + 1) / parts)};
+}
+
+// Where and on what a call runs; scratch memory is cut from the front.
+struct Context {
+  cudaStream_t stream;
+  int processors;   // multiprocessors of the device
+  char* scratch;    // null: nothing is launched, `used` tells what is needed
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const array = reinterpret_cast<T*>(scratch + used);
+    used += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+    return array;
+  }
+};
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Sets `bytes` bytes to zero, in the order of the stream.
+inline void fill_zero(const Context& context, void* array, int64_t bytes) {
+  if (context.scratch && bytes) check(cudaMemsetAsync(array, 0, size_t(bytes), context.stream));
+}
+
+#if defined(__CUDACC__) || defined(CSDIV_EMULATION)
+template <class... Parameters, class... Arguments>
+void launch(const Context& context, int64_t blocks, int64_t shared_bytes, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  if (!context.scratch || blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more blocks than a grid has");
+#ifdef CSDIV_EMULATION
+  emulation::launch(blocks, kThreads, size_t(shared_bytes), [&] { kernel(arguments...); });
+#else
+  // clang-format off
+  kernel<<<unsigned(blocks), kThreads, size_t(shared_bytes), context.stream>>>(arguments...);
+  // clang-format on
+  check(cudaGetLastError());
+#endif
+}
+#endif
+
+}   // namespace csdiv::cuda

@@ -1,0 +1,395 @@
+#include "gradient_sweep.h"
+
+namespace csdiv::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / kWarp, kWarpRows = kTile / kWarps;
+constexpr int kBlocksPerProcessor = 2;   // as many as are resident at once: every one costs copies of sums
+
+// kLanes lanes have a dimension each; groups of them share the rows of a warp.
+template <int kLanes>
+constexpr int kGroups = kWarp / kLanes;
+template <int kLanes>
+constexpr int kLaneRows = kWarpRows / kGroups<kLanes>;
+
+template <class T>
+struct SweepShared {
+  alignas(16) T weights[kColumns<T>][kTile];
+  T columns[2][kColumns<T>][kWarp];   // means and variances, (kColumns, kLanes)
+  T sums[2][kColumns<T>][kWarp];      // likewise
+};
+
+template <class T>
+union GradientShared {
+  LogitShared<T> logits;
+  SweepShared<T> sweep;
+};
+
+// As a thread has them of a tile: in registers first.
+template <class T>
+using TileWeights = Logits<T>;
+
+// From logits to the pairs' shares, times the gradient of the row where there is one.
+template <class T>
+CSDIV_DEVICE void shares(const GradientTask<T>& task, TileIndex tile, TileWeights<T>& weights) {
+  const Problem<T>& problem = task.problem;
+  forget(tile.problem), forget(tile.p_item), forget(tile.row_tile), forget(tile.column_tile);
+  const bool of_total = task.weights == Weights::kOfTotal;
+  const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
+  const int64_t first_column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
+  const double offset = log_offset(problem, tile.problem, of_total);
+  const T total = of_total ? T((task.value(tile.problem) - offset) * kLog2E) : T(0);
+#pragma unroll
+  for (int a = 0; a < kThreadRows; ++a) {
+    const int64_t i = first_row + a, row = tile.problem * problem.p.n + i;
+    T shift = -T(INFINITY), factor = 1;   // the infinity: a row that counts nothing
+    if (of_total) {
+      shift = problem.p.log2_weights[tile.p_item * problem.p.tiles() * kTile + i] - total;
+      if (problem.p.log2_weights[tile.p_item * problem.p.tiles() * kTile + i] == -T(INFINITY)) factor = 0;
+    } else {
+      factor = i < problem.p.n ? task.given[row] : T(0);
+      if (factor != 0) shift = T((offset - task.rows[row]) * kLog2E);
+    }
+#pragma unroll
+    for (int c = 0; c < kThreadColumns<T>; ++c) {
+      T& weight = weights[a][c];
+      const T logit = task.self ? upper_triangle(weight, i, first_column + c) : weight;
+      weight = factor == 0 || logit == -T(INFINITY) ? T(0) : factor * approximate_exp2(logit + shift);
+    }
+  }
+}
+
+// The gradients of pairs; those of components too far apart count nothing, of which a plain tile has none.
+template <class T>
+CSDIV_DEVICE void given_weights(const GradientTask<T>& task, TileIndex tile, bool plain, TileWeights<T>& weights) {
+  const Problem<T>& problem = task.problem;
+  forget(tile.problem), forget(tile.row_tile), forget(tile.column_tile);
+  const int64_t n = problem.p.n, m = problem.q.n;
+  const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
+  const int64_t first_column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
+#pragma unroll
+  for (int a = 0; a < kThreadRows; ++a) {
+#pragma unroll
+    for (int c = 0; c < kThreadColumns<T>; ++c) {
+      const int64_t i = first_row + a, j = first_column + c;
+      const bool counts = i < n && j < m && (plain || weights[a][c] != -T(INFINITY));
+      weights[a][c] = counts ? task.given[(tile.problem * n + i) * m + j] : T(0);
+    }
+  }
+}
+
+// The tile's weights into shared memory; returns whether any is not zero.
+template <class T>
+CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& tile, GradientShared<T>& shared) {
+  TileWeights<T> weights;
+  const bool given = task.weights == Weights::kGiven;
+  bool plain = given, rows_kept = false;
+  if (given)
+    for (int k = 0; k < flags_per_tile(task.problem.dim); ++k) plain &= certified(task.problem, tile, k);
+  if (!plain) tile_logits(task.problem, tile, rows_kept, shared.logits, weights);
+  if (given)
+    given_weights(task, tile, plain, weights);
+  else
+    shares(task, tile, weights);
+  const int row = threadIdx.x / kColumnThreads * kThreadRows;
+  const int column = threadIdx.x % kColumnThreads * kThreadColumns<T>;
+  bool any = false;
+#pragma unroll
+  for (int a = 0; a < kThreadRows; ++a) {
+#pragma unroll
+    for (int c = 0; c < kThreadColumns<T>; ++c) any |= weights[a][c] != 0;
+  }
+  any = __syncthreads_or(any);   // nobody reads logits any more
+#pragma unroll
+  for (int c = 0; c < kThreadColumns<T>; ++c) {
+#pragma unroll
+    for (int a = 0; a < kThreadRows; ++a) shared.sweep.weights[column + c][row + a] = weights[a][c];
+  }
+  __syncthreads();
+  return any;
+}
+
+// Scaled means and variances of kCount components of a packed tile in dimension d; padding beyond the dimensions.
+template <int kCount, class T>
+CSDIV_DEVICE void read_packed(const Side<T>& side, int64_t dim, int64_t tile, int component, int64_t d,
+                              T (&means)[kCount], T (&variances)[kCount]) {
+  const int64_t padded = padded_dim(dim);
+  if (d < padded) {
+    const T* const values = side.values + (tile * padded + d) * 2 * kTile + component;
+    load(values, means);
+    load(values + kTile, variances);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) means[k] = 0, variances[k] = T(0.5);
+  }
+}
+
+// The blocks' own sums, where they go.
+struct TileSums {
+  double* rows;                    // of the tile's first row; null: not wanted
+  double* columns;                 // of its first column
+  int64_t num_rows, num_columns;   // that exist
+};
+
+// One chunk of kLanes dimensions from `begin` on: every warp has kWarpRows rows, in registers, and goes through the
+// columns; in each of kWarps phases it has a part of them to itself.
+template <int kLanes, bool kFast, class T>
+CSDIV_DEVICE void sweep(const Problem<T>& problem, TileIndex tile, int64_t begin, const TileSums& sums,
+                        SweepShared<T>& shared) {
+  forget(tile.problem), forget(tile.p_item), forget(tile.q_item), forget(tile.row_tile), forget(tile.column_tile);
+  constexpr int kRows = kLaneRows<kLanes>, kVector = 16 / sizeof(T);
+  constexpr int kPhaseColumns = kColumns<T> / kWarps, kStepColumns = kPhaseColumns / kGroups<kLanes>;
+  const int dd = threadIdx.x % kLanes, group = threadIdx.x % kWarp / kLanes, warp = threadIdx.x / kWarp;
+  const int row = warp * kWarpRows + group * kRows;
+  const int64_t dim = problem.dim, d = begin + dd, first_column = tile.first_column<T>();
+  T* const columns = &shared.columns[0][0][0];
+  T* const column_sums = &shared.sums[0][0][0];
+  constexpr int kVariances = kColumns<T> * kLanes;   // from means to variances
+
+  T means[kRows], variances[kRows], mean_sums[kRows] = {}, variance_sums[kRows] = {};
+  if constexpr (kFast) {
+    read_packed(problem.p, dim, tile.p_item * problem.p.tiles() + tile.row_tile, row, d, means, variances);
+    for (int e = threadIdx.x / kLanes * kVector; e < kColumns<T>; e += kThreads / kLanes * kVector) {
+      T packed_means[kVector], packed_variances[kVector];
+      read_packed(problem.q, dim, tile.q_item * problem.q.tiles() + first_column / kTile, int(first_column % kTile) + e,
+                  d, packed_means, packed_variances);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        columns[(e + k) * kLanes + dd] = packed_means[k];
+        columns[kVariances + (e + k) * kLanes + dd] = packed_variances[k];
+      }
+    }
+  } else {
+    for (int r = 0; r < kRows; ++r)
+      read_component(problem.p, dim, tile.p_item, tile.first_row() + row + r, d, means[r], variances[r]);
+    for (int j = threadIdx.x / kLanes; j < kColumns<T>; j += kThreads / kLanes)
+      read_component(problem.q, dim, tile.q_item, first_column + j, d, columns[j * kLanes + dd],
+                     columns[kVariances + j * kLanes + dd]);
+  }
+  for (int e = threadIdx.x; e < 2 * kVariances; e += kThreads) column_sums[e] = 0;
+  __syncthreads();
+
+  for (int phase = 0; phase < kWarps; ++phase) {
+    for (int step = 0; step < kGroups<kLanes>; ++step) {
+      const int first = (warp + phase) % kWarps * kPhaseColumns + (step + group) % kGroups<kLanes> * kStepColumns;
+#pragma unroll kFast ? 4 : 1
+      for (int j = first; j < first + kStepColumns; ++j) {
+        const T column_mean = columns[j * kLanes + dd], column_variance = columns[kVariances + j * kLanes + dd];
+        T weights[kRows], mean_sum = 0, variance_sum = 0;
+        load(shared.weights[j] + row, weights);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const T delta = means[r] - column_mean, c = variances[r] + column_variance;
+          if constexpr (kFast) {
+            const PairGradient<T> gradient = pair_gradient(delta, c);
+            mean_sums[r] += weights[r] * gradient.mean;
+            variance_sums[r] += weights[r] * gradient.variance;
+            mean_sum += weights[r] * gradient.mean;
+            variance_sum += weights[r] * gradient.variance;
+          } else {
+            const PairGradient<T> gradient = exact_pair_gradient(weights[r], delta, c);
+            mean_sums[r] += gradient.mean;
+            variance_sums[r] += gradient.variance;
+            mean_sum += gradient.mean;
+            variance_sum += gradient.variance;
+          }
+        }
+        column_sums[j * kLanes + dd] += mean_sum;
+        column_sums[kVariances + j * kLanes + dd] += variance_sum;
+      }
+      if constexpr (kGroups<kLanes> > 1) __syncwarp();
+    }
+    __syncthreads();
+  }
+
+  // From the scaled dimension to the caller's.
+  if (d < dim) {
+    const int64_t scale = problem.scale.item(tile.problem) * padded_dim(dim) + d;
+    const double unit = kFast ? ldexp(1.0, problem.scale.exponents[scale]) : 1.0;
+    const auto add = [&](double* component, T mean_sum, T variance_sum) {
+      component[d] += unit * double(mean_sum);
+      component[dim + d] += unit * unit * double(variance_sum);
+    };
+    if (sums.rows)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (row + r < sums.num_rows) add(sums.rows + (row + r) * (2 * dim + 1), mean_sums[r], variance_sums[r]);
+    if (sums.columns)
+      for (int j = threadIdx.x / kLanes; j < kColumns<T>; j += kThreads / kLanes)
+        if (j < sums.num_columns)
+          add(sums.columns + j * (2 * dim + 1), column_sums[j * kLanes + dd],
+              column_sums[kVariances + j * kLanes + dd]);
+  }
+  __syncthreads();
+}
+
+// sum_j w and sum_i w.
+template <class T>
+CSDIV_DEVICE void sum_weights(const SweepShared<T>& shared, int64_t dim, const TileSums& sums) {
+  T sum = 0;
+  if (threadIdx.x < kTile) {
+    const int row = threadIdx.x;
+    if (!sums.rows || row >= sums.num_rows) return;
+    for (int j = 0; j < kColumns<T>; ++j) sum += shared.weights[j][row];
+    sums.rows[row * (2 * dim + 1) + 2 * dim] += double(sum);
+  } else {
+    const int column = threadIdx.x - kTile;
+    if (!sums.columns || column >= kColumns<T> || column >= sums.num_columns) return;
+    for (int i = 0; i < kTile; ++i) sum += shared.weights[column][(i + column) % kTile];   // no bank conflicts
+    sums.columns[column * (2 * dim + 1) + 2 * dim] += double(sum);
+  }
+}
+
+template <int kLanes, class T>
+CSDIV_DEVICE void sweep_tile(const GradientTask<T>& task, const TileIndex& tile, int block, SweepShared<T>& shared) {
+  const Problem<T>& problem = task.problem;
+  const int64_t dim = problem.dim, n = problem.p.n, m = problem.q.n;
+  const int64_t first_row = tile.first_row(), first_column = tile.first_column<T>();
+  const int row_range = block / int(task.row_sums.copies) % int(task.column_sums.copies);
+  const int column_range = block % int(task.row_sums.copies);
+  TileSums sums{nullptr, nullptr, n - first_row, m - first_column};
+  if (task.rows_wanted) sums.rows = task.row_sums.of(tile.problem, column_range, n, first_row, dim);
+  if (task.columns_wanted) sums.columns = task.column_sums.of(tile.problem, row_range, m, first_column, dim);
+  sum_weights(shared, dim, sums);
+  for (int64_t begin = 0; begin < dim; begin += kLanes) {
+    if (certified(problem, tile, begin / kFlagDims))
+      sweep<kLanes, true>(problem, tile, begin, sums, shared);
+    else
+      sweep<kLanes, false>(problem, tile, begin, sums, shared);
+  }
+}
+
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    overlap_lse_backward_kernel(const __grid_constant__ GradientTasks<T> tasks) {
+  CSDIV_SHARED(GradientShared<T>, shared);
+  int k = 0, block = blockIdx.x;
+  while (block >= tasks.tasks[k].blocks) block -= int(tasks.tasks[k++].blocks);
+  // Copies of the rows' sums belong to ranges of columns, and the other way round.
+  const int column_ranges = int(tasks.tasks[k].row_sums.copies), row_ranges = int(tasks.tasks[k].column_sums.copies);
+  const Side<T>&p = tasks.tasks[k].problem.p, &q = tasks.tasks[k].problem.q;
+  const Part rows = part(p.tiles(), row_ranges, block / column_ranges % row_ranges);
+  const Part columns = part(ceil_div(q.n, kColumns<T>), column_ranges, block % column_ranges);
+  const int b = block / column_ranges / row_ranges;
+  TileIndex tile{b, int(p.item(b)), int(q.item(b)), 0, 0};
+  for (tile.row_tile = rows.begin; tile.row_tile < rows.end; ++tile.row_tile) {
+    for (tile.column_tile = columns.begin; tile.column_tile < columns.end; ++tile.column_tile) {
+      forget(k), forget(block), forget(tile.problem), forget(tile.p_item), forget(tile.q_item);
+      const GradientTask<T>& task = tasks.tasks[k];
+      if (task.self && tile.first_column<T>() + kColumns<T> <= tile.first_row()) continue;   // below the diagonal
+      if (!tile_weights(task, tile, shared)) continue;
+      sweep_tile<kLanes>(task, tile, block, shared.sweep);
+    }
+  }
+}
+
+// Instructions that a dimension costs where lanes are in groups of `lanes`, those of idle lanes included.
+inline double cost(int64_t dim, int lanes) {
+  return double(ceil_div(dim, lanes) * lanes) * (9.25 + 24.0 / lanes);
+}
+
+// A thread for each value of every component.
+template <class T>
+__global__ void write_gradients_kernel(Side<T> side, int64_t batch, int64_t dim, GradientSources<T> sources,
+                                       SideGradients<T> grads) {
+  const int64_t width = 2 * dim + 1, element = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t component = element / width, at = element % width;
+  if (component >= side.items * side.n) return;
+  const int64_t item = component / side.n, k = component % side.n;
+  T* const out = at < dim ? grads.means : at < 2 * dim ? grads.variances : grads.log_weights;
+  if (!out) return;
+  const bool own = side.own(batch);
+  double total = 0;
+  for (int s = 0; s < sources.count; ++s) {
+    const GradientSource<T>& source = sources.sources[s];
+    const auto sum_of = [&](int64_t problem) {
+      double sum = 0;
+      for (int64_t copy = 0; copy < source.sums.copies; ++copy)
+        sum += source.sums.of(problem, copy, side.n, k, dim)[at];
+      return sum;
+    };
+    double sum = 0, factor = 0;
+    for (int64_t b = own ? item : 0; b < (own ? item + 1 : batch); ++b) {
+      if (side.item(b) != item) continue;
+      const double grad = sources.grad_values ? double(sources.grad_values[b]) : 1;
+      factor += grad;
+      if (!source.of_items && grad != 0) sum += grad * sum_of(b);
+    }
+    if (source.of_items && factor != 0) sum = factor * sum_of(item);
+    total += source.factor * (source.of_rows && at < dim ? -sum : sum);
+  }
+  out[at < 2 * dim ? component * dim + at % dim : component] = T(at >= dim && at < 2 * dim ? 0.5 * total : total);
+}
+
+}   // namespace
+
+template <class T>
+void sweep_gradients(Context& context, GradientTasks<T>& tasks) {
+  int64_t blocks = 0, problems = 0;
+  for (int k = 0; k < tasks.count; ++k) problems += tasks.tasks[k].problem.batch;
+  const double wanted = double(context.processors) * kBlocksPerProcessor / double(problems > 0 ? problems : 1);
+  char* const begin = context.scratch + context.used;
+  const int64_t used = context.used;
+  for (int k = 0; k < tasks.count; ++k) {
+    GradientTask<T>& task = tasks.tasks[k];
+    const Problem<T>& problem = task.problem;
+    const int64_t n = problem.p.n, m = problem.q.n, width = 2 * problem.dim + 1;
+    const int64_t row_tiles = problem.p.tiles(), column_tiles = ceil_div(m, kColumns<T>);
+    // As few copies as give that many blocks.
+    const auto limited = [](double x, int64_t most) {
+      return x < 1 || most < 1 ? int64_t(1) : x > double(most) ? most : int64_t(ceil(x));
+    };
+    const int64_t column_ranges = limited(sqrt(wanted * double(m) / double(n > 0 ? n : 1)), column_tiles);
+    const int64_t row_ranges = limited(wanted / double(column_ranges), row_tiles);
+    task.row_sums.copies = column_ranges;
+    task.column_sums.copies = row_ranges;
+    task.row_sums.sums = context.take<double>(task.rows_wanted ? problem.batch * column_ranges * n * width : 0);
+    task.column_sums.sums = context.take<double>(task.columns_wanted ? problem.batch * row_ranges * m * width : 0);
+    task.blocks = n > 0 ? problem.batch * row_ranges * column_ranges : 0;
+    blocks += task.blocks;
+  }
+  fill_zero(context, begin, context.used - used);
+  const int64_t dim = tasks.tasks[0].problem.dim, shared_bytes = sizeof(GradientShared<T>);
+  if (cost(dim, 32) <= cost(dim, 16) && cost(dim, 32) <= cost(dim, 8))
+    launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 32>, tasks);
+  else if (cost(dim, 16) <= cost(dim, 8))
+    launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 16>, tasks);
+  else
+    launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 8>, tasks);
+}
+
+template <class T>
+void sweep_pair(Context& context, GradientTasks<T>& tasks, const T* grad_values, const SideGradients<T>& grad_p,
+                const SideGradients<T>& grad_q) {
+  GradientTask<T>& task = tasks.tasks[0];
+  task.rows_wanted = grad_p.wanted();
+  task.columns_wanted = grad_q.wanted();
+  if (!task.rows_wanted && !task.columns_wanted) return;
+  sweep_gradients(context, tasks);
+  const Problem<T>& problem = task.problem;
+  const GradientSources<T> to_p{{{task.row_sums, true, false, 1}}, 1, grad_values};
+  const GradientSources<T> to_q{{{task.column_sums, false, false, 1}}, 1, grad_values};
+  write_gradients(context, problem.p, problem.batch, problem.dim, to_p, grad_p);
+  write_gradients(context, problem.q, problem.batch, problem.dim, to_q, grad_q);
+}
+
+template <class T>
+void write_gradients(const Context& context, const Side<T>& side, int64_t batch, int64_t dim,
+                     const GradientSources<T>& sources, const SideGradients<T>& grads) {
+  if (!grads.wanted()) return;
+  launch(context, ceil_div(side.items * side.n * (2 * dim + 1), kThreads), 0, write_gradients_kernel<T>, side, batch,
+         dim, sources, grads);
+}
+
+template void sweep_gradients(Context&, GradientTasks<float>&);
+template void sweep_gradients(Context&, GradientTasks<double>&);
+template void sweep_pair(Context&, GradientTasks<float>&, const float*, const SideGradients<float>&,
+                         const SideGradients<float>&);
+template void sweep_pair(Context&, GradientTasks<double>&, const double*, const SideGradients<double>&,
+                         const SideGradients<double>&);
+template void write_gradients(const Context&, const Side<float>&, int64_t, int64_t, const GradientSources<float>&,
+                              const SideGradients<float>&);
+template void write_gradients(const Context&, const Side<double>&, int64_t, int64_t, const GradientSources<double>&,
+                              const SideGradients<double>&);
+
+}   // namespace csdiv::cuda

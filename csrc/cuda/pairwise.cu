@@ -1,0 +1,55 @@
+#include "gradient_sweep.h"
+#include "pack.h"
+
+namespace csdiv::cuda {
+namespace {
+
+// A block for a tile of pairs.
+template <class T>
+__global__ void __launch_bounds__(kThreads) pairwise_forward_kernel(Problem<T> problem, T* densities) {
+  CSDIV_SHARED(LogitShared<T>, shared);
+  const int64_t n = problem.p.n, m = problem.q.n, columns = ceil_div(m, kColumns<T>), rows = problem.p.tiles();
+  const int b = int(blockIdx.x / columns / rows);
+  const TileIndex tile{b, int(problem.p.item(b)), int(problem.q.item(b)), int(blockIdx.x / columns % rows),
+                       int(blockIdx.x % columns)};
+  Logits<T> logits;
+  bool rows_kept = false;
+  tile_logits(problem, tile, rows_kept, shared, logits);
+  const double reference = problem.scale.references[problem.scale.item(b)];
+  const T offset = T(-0.5 * (kLog2 * reference + double(problem.dim) * kLog2Pi));
+  const int64_t row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
+  const int64_t column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
+#pragma unroll
+  for (int a = 0; a < kThreadRows; ++a) {
+#pragma unroll
+    for (int c = 0; c < kThreadColumns<T>; ++c)
+      if (row + a < n && column + c < m)
+        densities[(b * n + row + a) * m + column + c] = logits[a][c] * T(kLog2) + offset;
+  }
+}
+
+}   // namespace
+
+template <class T>
+void pairwise_forward(Context& context, Problem<T> problem, T* densities) {
+  pack(context, problem);
+  const int64_t blocks = problem.batch * problem.p.tiles() * ceil_div(problem.q.n, kColumns<T>);
+  launch(context, blocks, sizeof(LogitShared<T>), pairwise_forward_kernel<T>, problem, densities);
+}
+
+template <class T>
+void pairwise_backward(Context& context, Problem<T> problem, const T* grad_densities, const SideGradients<T>& grad_p,
+                       const SideGradients<T>& grad_q) {
+  pack(context, problem);
+  GradientTasks<T> tasks{{{problem, false, Weights::kGiven, nullptr, grad_densities}}, 1};
+  sweep_pair<T>(context, tasks, nullptr, grad_p, grad_q);
+}
+
+template void pairwise_forward(Context&, Problem<float>, float*);
+template void pairwise_forward(Context&, Problem<double>, double*);
+template void pairwise_backward(Context&, Problem<float>, const float*, const SideGradients<float>&,
+                                const SideGradients<float>&);
+template void pairwise_backward(Context&, Problem<double>, const double*, const SideGradients<double>&,
+                                const SideGradients<double>&);
+
+}   // namespace csdiv::cuda

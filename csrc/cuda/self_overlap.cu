@@ -1,0 +1,45 @@
+#include "gradient_sweep.h"
+#include "pack.h"
+#include "totals.h"
+
+namespace csdiv::cuda {
+namespace {
+
+// Equation (6): a pair j > i counts for both of its components at once; the pair (i, i) once as a row, once as a
+// column.
+template <class T>
+void gradients(Context& context, const Problem<T>& problem, const T* grad_values, const double* values,
+               const SideGradients<T>& grad) {
+  if (!grad.wanted()) return;
+  GradientTasks<T> tasks{{{problem, true, Weights::kOfTotal, nullptr, nullptr, values}}, 1};
+  sweep_gradients(context, tasks);
+  const GradientSources<T> sources{
+      {{tasks.tasks[0].row_sums, true, false, 1}, {tasks.tasks[0].column_sums, false, false, 1}}, 2, grad_values};
+  write_gradients(context, problem.p, problem.batch, problem.dim, sources, grad);
+}
+
+}   // namespace
+
+template <class T>
+void self_overlap_forward(Context& context, Problem<T> problem, double* values, const SideGradients<T>& grad) {
+  pack(context, problem);
+  RowTasks<T> tasks{{{problem, true, {}, 0}}, 1};
+  sum_rows(context, tasks);
+  total_rows(context, tasks, Totals<T>{nullptr, values});
+  gradients<T>(context, problem, nullptr, values, grad);
+}
+
+template <class T>
+void self_overlap_backward(Context& context, Problem<T> problem, const T* grad_values, const double* values,
+                           const SideGradients<T>& grad) {
+  pack(context, problem);
+  gradients(context, problem, grad_values, values, grad);
+}
+
+template void self_overlap_forward(Context&, Problem<float>, double*, const SideGradients<float>&);
+template void self_overlap_forward(Context&, Problem<double>, double*, const SideGradients<double>&);
+template void self_overlap_backward(Context&, Problem<float>, const float*, const double*, const SideGradients<float>&);
+template void self_overlap_backward(Context&, Problem<double>, const double*, const double*,
+                                    const SideGradients<double>&);
+
+}   // namespace csdiv::cuda

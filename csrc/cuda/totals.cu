@@ -1,0 +1,70 @@
+#include "totals.h"
+
+namespace csdiv::cuda {
+namespace {
+
+template <class T>
+struct TotalShared {
+  double maxima[kThreads], sums[kThreads];
+};
+
+CSDIV_DEVICE void add(double& max, double& sum, double other_max, double other_sum) {
+  const double top = fmin(fmax(max, other_max), DBL_MAX);
+  sum = sum * exp2(max - top) + other_sum * exp2(other_max - top);
+  max = top;
+}
+
+// log2 sum_i a_i 2^row_i of a task's item, in every thread. `rows`: where the rows go as well, or null.
+template <class T>
+CSDIV_DEVICE double log2_total(const RowTask<T>& task, int64_t item, int64_t p_item, T* rows, TotalShared<T>& shared) {
+  const Side<T>& p = task.problem.p;
+  const int lane = threadIdx.x;
+  double max = -DBL_MAX, sum = 0;
+  for (int64_t i = lane; i < p.n; i += kThreads) {
+    const double row = task.partials.log2_value(item, p.n, i);
+    if (rows) rows[i] = T(kLog2 * row);
+    const double weight = p.log2_weights[p_item * p.tiles() * kTile + i];
+    if (weight == -INFINITY) continue;   // counts nothing, whatever its row
+    add(max, sum, weight + row == INFINITY ? DBL_MAX : weight + row, weight + row == INFINITY ? INFINITY : 1);
+  }
+  __syncthreads();
+  shared.maxima[lane] = max;
+  shared.sums[lane] = sum;
+  for (int step = kThreads / 2; step; step /= 2) {
+    __syncthreads();
+    if (lane < step) add(shared.maxima[lane], shared.sums[lane], shared.maxima[lane + step], shared.sums[lane + step]);
+  }
+  __syncthreads();
+  return shared.maxima[0] + log2(shared.sums[0]);
+}
+
+// One block for a problem. Where problems share a side each of them adds up its rows.
+template <class T>
+__global__ void total_kernel(RowTasks<T> tasks, Totals<T> totals) {
+  CSDIV_SHARED(TotalShared<T>, shared);
+  const int64_t b = blockIdx.x;
+  const Problem<T>& problem = tasks.tasks[0].problem;
+  double values[3];
+  for (int k = 0; k < tasks.count; ++k) {
+    const RowTask<T>& task = tasks.tasks[k];
+    const int64_t p_item = (k == 2 ? problem.q : problem.p).item(b);
+    T* const rows = k == 0 && totals.rows ? totals.rows + b * problem.p.n : nullptr;
+    values[k] = kLog2 * log2_total(task, k == 0 ? b : p_item, p_item, rows, shared);
+    if (threadIdx.x == 0)
+      totals.values[b * tasks.count + k] = values[k] + log_offset(task.problem, k == 0 ? b : p_item, true);
+  }
+  // What the terms leave out cancels.
+  if (totals.divergences && threadIdx.x == 0) totals.divergences[b] = T(0.5 * (values[1] + values[2]) - values[0]);
+}
+
+}   // namespace
+
+template <class T>
+void total_rows(const Context& context, const RowTasks<T>& tasks, const Totals<T>& totals) {
+  launch(context, tasks.tasks[0].problem.batch, sizeof(TotalShared<T>), total_kernel<T>, tasks, totals);
+}
+
+template void total_rows(const Context&, const RowTasks<float>&, const Totals<float>&);
+template void total_rows(const Context&, const RowTasks<double>&, const Totals<double>&);
+
+}   // namespace csdiv::cuda

@@ -1,0 +1,20 @@
+// log sum_i a_i 2^row_i over the rows of tasks: the scalars.
+#pragma once
+
+#include "row_sums.h"
+
+namespace csdiv::cuda {
+
+// What is to be written for each problem b; null: not.
+template <class T>
+struct Totals {
+  T* rows = nullptr;          // (batch, n) of the first task
+  double* values = nullptr;   // (batch, tasks), nothing left out
+  T* divergences = nullptr;   // (batch) of three tasks pq, pp, qq
+};
+
+// The first task has the problems; the others are of their sides alone.
+template <class T>
+void total_rows(const Context& context, const RowTasks<T>& tasks, const Totals<T>& totals);
+
+}   // namespace csdiv::cuda

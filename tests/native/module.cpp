@@ -1,0 +1,18 @@
+// csdiv's CUDA backend on the host: the functions that csdiv._C has where it is built with nvcc, and the emulation's
+// own.
+#include <pybind11/pybind11.h>
+
+#include "cuda/bindings.h"
+#include "emulation.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(csdiv_emulation, module) {
+  csdiv::bind_cuda(module);
+  py::enum_<emulation::Order>(module, "Order")
+      .value("FORWARD", emulation::Order::kForward)
+      .value("REVERSE", emulation::Order::kReverse)
+      .value("RANDOM", emulation::Order::kRandom);
+  module.def("set_order", [](emulation::Order order) { emulation::machine().order = order; });
+  module.def("blocks_run", [] { return emulation::machine().blocks_run; });
+}
