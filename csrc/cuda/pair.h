@@ -52,7 +52,8 @@ struct PairSum {
 
   CSDIV_DEVICE T log2_density() const {
     if (quadratic == T(INFINITY)) return -T(INFINITY);
-    return T(-0.5) * (quadratic * T(kLog2E) + log_determinant);
+    constexpr T kHigh = T(kLog2E), kLow = T(kLog2E - double(kHigh));   // one rounding
+    return T(-0.5) * fma(quadratic, kHigh, fma(quadratic, kLow, log_determinant));
   }
 };
 
