@@ -134,6 +134,19 @@ def test_variances_around_the_limits_of_the_fast_form(entry: str, exponents: tup
 
 
 @on_every_backend
+@pytest.mark.parametrize("exponent", [-600, -480, 600])
+def test_float64_far_from_one(exponent: int, backend: str) -> None:
+    """Variances of 2^±600: products of four of them are no number."""
+    p, q = (
+        GaussianMixture(s.means.double() * 2.0 ** (exponent // 2), s.variances.double() * 2.0**exponent, s.log_weights)
+        for s in pair(18, 21, 7)
+    )
+    for entry in PAIRS:
+        value, exact = (call(entry, name)(p, q) for name in (backend, "reference"))
+        torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
+
+
+@on_every_backend
 @pytest.mark.parametrize("distance", [2.0**28, 2.0**30, 2.0**31, 2.0**40])
 @pytest.mark.parametrize("variance", [2.0**-19, 1.0, 2.0**19])
 def test_means_around_the_limits_of_the_fast_form(variance: float, distance: float, backend: str) -> None:
@@ -173,8 +186,8 @@ def test_weights_that_rise_or_fall_from_tile_to_tile(entry: str, step: float, ba
 @on_every_backend
 @pytest.mark.parametrize("step", [-30.0, 30.0])
 def test_weights_that_rise_or_fall_over_merged_sums(step: float, backend: str) -> None:
-    """So many rows that the sums of the columns are merged on the way, or so many columns in every group."""
-    p, q = pair(10000, 3, 2)
+    """So many rows that the sums of two stripes of columns are merged on the way, and the other way round."""
+    p, q = pair(10000, 70, 2)
     p = GaussianMixture(p.means, p.variances, p.log_weights + step / 1000 * torch.arange(10000))
     check("log_overlap", backend, p, q)
     check("log_overlap", backend, q, p)
