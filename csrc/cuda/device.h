@@ -161,6 +161,9 @@ void launch(const Context& context, int64_t blocks, int64_t shared_bytes, void (
 #ifdef CSDIV_EMULATION
   emulation::launch(blocks, kThreads, size_t(shared_bytes), [&] { kernel(arguments...); });
 #else
+  constexpr int64_t kAlwaysAllowed = 48 << 10;
+  if (shared_bytes > kAlwaysAllowed)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   // clang-format off
   kernel<<<unsigned(blocks), kThreads, size_t(shared_bytes), context.stream>>>(arguments...);
   // clang-format on

@@ -19,10 +19,20 @@ struct SweepShared {
   T sums[2][kColumns<T>][kWarp];      // likewise
 };
 
+// The state of a block's loops is the same for all of its threads, and not worth their registers.
+struct SweepState {
+  int task, block, row_end;
+  Part columns;
+  TileIndex tile;
+};
+
 template <class T>
-union GradientShared {
-  LogitShared<T> logits;
-  SweepShared<T> sweep;
+struct GradientShared {
+  union {
+    LogitShared<T> logits;
+    SweepShared<T> sweep;
+  };
+  SweepState state;
 };
 
 // As a thread has them of a tile: in registers first.
@@ -31,9 +41,8 @@ using TileWeights = Logits<T>;
 
 // From logits to the pairs' shares, times the gradient of the row where there is one.
 template <class T>
-CSDIV_DEVICE void shares(const GradientTask<T>& task, TileIndex tile, TileWeights<T>& weights) {
+CSDIV_DEVICE void shares(const GradientTask<T>& task, const TileIndex& tile, TileWeights<T>& weights) {
   const Problem<T>& problem = task.problem;
-  forget(tile.problem), forget(tile.p_item), forget(tile.row_tile), forget(tile.column_tile);
   const bool of_total = task.weights == Weights::kOfTotal;
   const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
   const int64_t first_column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
@@ -59,11 +68,19 @@ CSDIV_DEVICE void shares(const GradientTask<T>& task, TileIndex tile, TileWeight
   }
 }
 
-// The gradients of pairs; those of components too far apart count nothing, of which a plain tile has none.
+// Whether weights are given and no logit of the tile can be infinite, so that none is needed.
 template <class T>
-CSDIV_DEVICE void given_weights(const GradientTask<T>& task, TileIndex tile, bool plain, TileWeights<T>& weights) {
+CSDIV_DEVICE bool needs_no_logits(const GradientTask<T>& task, const TileIndex& tile) {
+  bool result = task.weights == Weights::kGiven;
+  for (int k = 0; result && k < flags_per_tile(task.problem.dim); ++k) result = certified(task.problem, tile, k);
+  return result;
+}
+
+// The gradients of pairs; those of components too far apart count nothing.
+template <class T>
+CSDIV_DEVICE void given_weights(const GradientTask<T>& task, const TileIndex& tile, TileWeights<T>& weights) {
   const Problem<T>& problem = task.problem;
-  forget(tile.problem), forget(tile.row_tile), forget(tile.column_tile);
+  const bool plain = needs_no_logits(task, tile);
   const int64_t n = problem.p.n, m = problem.q.n;
   const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
   const int64_t first_column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
@@ -82,13 +99,10 @@ CSDIV_DEVICE void given_weights(const GradientTask<T>& task, TileIndex tile, boo
 template <class T>
 CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& tile, GradientShared<T>& shared) {
   TileWeights<T> weights;
-  const bool given = task.weights == Weights::kGiven;
-  bool plain = given, rows_kept = false;
-  if (given)
-    for (int k = 0; k < flags_per_tile(task.problem.dim); ++k) plain &= certified(task.problem, tile, k);
-  if (!plain) tile_logits(task.problem, tile, rows_kept, shared.logits, weights);
-  if (given)
-    given_weights(task, tile, plain, weights);
+  bool rows_kept = false;
+  if (!needs_no_logits(task, tile)) tile_logits(task.problem, tile, rows_kept, shared.logits, weights);
+  if (task.weights == Weights::kGiven)
+    given_weights(task, tile, weights);
   else
     shares(task, tile, weights);
   const int row = threadIdx.x / kColumnThreads * kThreadRows;
@@ -134,9 +148,8 @@ struct TileSums {
 // One chunk of kLanes dimensions from `begin` on: every warp has kWarpRows rows, in registers, and goes through the
 // columns; in each of kWarps phases it has a part of them to itself.
 template <int kLanes, bool kFast, class T>
-CSDIV_DEVICE void sweep(const Problem<T>& problem, TileIndex tile, int64_t begin, const TileSums& sums,
+CSDIV_DEVICE void sweep(const Problem<T>& problem, const TileIndex& tile, int64_t begin, const TileSums& sums,
                         SweepShared<T>& shared) {
-  forget(tile.problem), forget(tile.p_item), forget(tile.q_item), forget(tile.row_tile), forget(tile.column_tile);
   constexpr int kRows = kLaneRows<kLanes>, kVector = 16 / sizeof(T);
   constexpr int kPhaseColumns = kColumns<T> / kWarps, kStepColumns = kPhaseColumns / kGroups<kLanes>;
   const int dd = threadIdx.x % kLanes, group = threadIdx.x % kWarp / kLanes, warp = threadIdx.x / kWarp;
@@ -259,27 +272,42 @@ CSDIV_DEVICE void sweep_tile(const GradientTask<T>& task, const TileIndex& tile,
   }
 }
 
-template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
-    overlap_lse_backward_kernel(const __grid_constant__ GradientTasks<T> tasks) {
-  CSDIV_SHARED(GradientShared<T>, shared);
+template <class T>
+CSDIV_DEVICE void begin_sweep(const GradientTasks<T>& tasks, SweepState& state) {
   int k = 0, block = blockIdx.x;
   while (block >= tasks.tasks[k].blocks) block -= int(tasks.tasks[k++].blocks);
   // Copies of the rows' sums belong to ranges of columns, and the other way round.
   const int column_ranges = int(tasks.tasks[k].row_sums.copies), row_ranges = int(tasks.tasks[k].column_sums.copies);
   const Side<T>&p = tasks.tasks[k].problem.p, &q = tasks.tasks[k].problem.q;
+  const int b = block / column_ranges / row_ranges;
   const Part rows = part(p.tiles(), row_ranges, block / column_ranges % row_ranges);
   const Part columns = part(ceil_div(q.n, kColumns<T>), column_ranges, block % column_ranges);
-  const int b = block / column_ranges / row_ranges;
-  TileIndex tile{b, int(p.item(b)), int(q.item(b)), 0, 0};
-  for (tile.row_tile = rows.begin; tile.row_tile < rows.end; ++tile.row_tile) {
-    for (tile.column_tile = columns.begin; tile.column_tile < columns.end; ++tile.column_tile) {
-      forget(k), forget(block), forget(tile.problem), forget(tile.p_item), forget(tile.q_item);
-      const GradientTask<T>& task = tasks.tasks[k];
-      if (task.self && tile.first_column<T>() + kColumns<T> <= tile.first_row()) continue;   // below the diagonal
-      if (!tile_weights(task, tile, shared)) continue;
-      sweep_tile<kLanes>(task, tile, block, shared.sweep);
-    }
+  if (threadIdx.x == 0)
+    state = {k, block, rows.end, columns, {b, int(p.item(b)), int(q.item(b)), rows.begin, columns.begin - 1}};
+}
+
+// The next tile of the block, or none.
+CSDIV_DEVICE bool next_tile(SweepState& state) {
+  __syncthreads();
+  if (threadIdx.x == 0 && ++state.tile.column_tile == state.columns.end) {
+    state.tile.column_tile = state.columns.begin;
+    ++state.tile.row_tile;
+  }
+  __syncthreads();
+  return state.tile.row_tile < state.row_end;
+}
+
+template <class T, int kLanes>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    overlap_lse_backward_kernel(const __grid_constant__ GradientTasks<T> tasks) {
+  CSDIV_SHARED(GradientShared<T>, shared);
+  SweepState& state = shared.state;
+  begin_sweep(tasks, state);
+  while (next_tile(state)) {
+    const GradientTask<T>& task = tasks.tasks[state.task];
+    if (task.self && state.tile.first_column<T>() + kColumns<T> <= state.tile.first_row()) continue;   // below
+    if (!tile_weights(task, state.tile, shared)) continue;
+    sweep_tile<kLanes>(task, state.tile, state.block, shared.sweep);
   }
 }
 

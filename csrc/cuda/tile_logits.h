@@ -169,11 +169,11 @@ CSDIV_DEVICE void load_chunk(const Problem<T>& problem, TileIndex tile, int begi
 template <class T>
 CSDIV_DEVICE void tile_logits(const Problem<T>& problem, const TileIndex& tile, bool& rows_kept, LogitShared<T>& shared,
                               Logits<T>& logits) {
-  const int row = threadIdx.x / kColumnThreads * kThreadRows;
-  const int column = threadIdx.x % kColumnThreads * kThreadColumns<T>;
-  const int padded = int(padded_dim(problem.dim));
   PairSums<T> sums;
-  for (int begin = 0; begin < padded; begin += kChunk<T>) {
+  for (int begin = 0; begin < problem.dim; begin += kChunk<T>) {
+    int thread = threadIdx.x, padded = int(padded_dim(problem.dim));
+    forget(thread), forget(padded);
+    const int row = thread / kColumnThreads * kThreadRows, column = thread % kColumnThreads * kThreadColumns<T>;
     const int dims = min(padded - begin, kChunk<T>);
     const bool fast = certified(problem, tile, begin / kFlagDims);
     __syncthreads();
@@ -187,6 +187,7 @@ CSDIV_DEVICE void tile_logits(const Problem<T>& problem, const TileIndex& tile, 
     rows_kept = fast && padded <= kChunk<T>;
   }
   const int64_t q_tile = tile.q_item * problem.q.tiles() + tile.first_column<T>() / kTile;
+  const int column = threadIdx.x % kColumnThreads * kThreadColumns<T>;
   const T* const weights = problem.q.log2_weights + q_tile * kTile + tile.first_column<T>() % kTile + column;
 #pragma unroll
   for (int a = 0; a < kThreadRows; ++a) {

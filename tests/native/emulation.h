@@ -256,7 +256,7 @@ template <class Kernel>
 void launch(int64_t blocks, int threads, size_t shared_bytes, const Kernel& kernel) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.mutex);
-  if (shared_bytes > 48 << 10) fail("more shared memory than every device has");
+  if (shared_bytes > 64 << 10) fail("more shared memory than a block has at compute capability 7.5");
   if (int(m.fibers.size()) != threads) m.fibers = std::vector<Fiber>(threads);
   m.shared.resize(shared_bytes + kCanaryBytes);
   m.shared_bytes = shared_bytes;
