@@ -2,7 +2,7 @@
 
 Environment, all optional:
     CSDIV_CUDA=auto|on|off  CUDA C++ kernels: if they can be built (default), or an error, or not at all
-    CSDIV_CUDA_ARCHS="80;90a"  GPU architectures, 7.5 and later, or all, or all-major; by default those of the GPUs present
+    CSDIV_CUDA_ARCHS="80;90a"  GPU architectures, 75 and later, or all-major; by default those of the GPUs present
     CUDACXX, CUDAHOSTCXX    nvcc, and the C++ compiler that it calls
     CSDIV_SANITIZE=1        address and undefined-behaviour sanitizers
     CMAKE_ARGS="..."        passed to CMake as it is
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def wheel_environment() -> dict[str, str]:
-    """What makes nvcc of the wheels cuda-toolkit[nvcc,crt,nvvm,cudart] work where no toolkit is installed; else nothing."""
+    """What makes nvcc of the wheels cuda-toolkit[nvcc,crt,nvvm,cudart] work where no toolkit is installed."""
     if "CUDACXX" in os.environ or "CUDA_HOME" in os.environ or shutil.which("nvcc") or Path("/usr/local/cuda").exists():
         return {}
     wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))  # also where the build is isolated

@@ -1,4 +1,7 @@
-"""``python -m bench``: csdiv beside its peers (cpu), beside float64 (accuracy), inside an autoencoder (epochs)."""
+"""``python -m bench``: csdiv beside its peers (cpu), beside float64 (accuracy), inside an autoencoder (epochs).
+
+And what its CUDA kernels are made of (static), which needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import accuracy, limits
+from . import accuracy, limits, static
 from .cases import CPU_CASES, Case, make_inputs
 from .peers import Provider, providers, rows
 from .timing import interleave, machine, peak_mib
@@ -92,7 +95,7 @@ def print_table(records: list[dict[str, object]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="csdiv bench", description=__doc__)
-    parser.add_argument("suite", choices=["cpu", "accuracy", "epochs"])
+    parser.add_argument("suite", choices=["cpu", "accuracy", "epochs", "static"])
     parser.add_argument("--cases", nargs="*", metavar="NxMxD", help="cpu: only these cases")
     parser.add_argument("--rounds", type=int, default=7, help="cpu, epochs: how often each call is timed")
     parser.add_argument("--data", help="epochs: a folder with MNIST's IDX files, or what csdiv train takes")
@@ -108,6 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(tables)
         if options.markdown:
             options.markdown.write_text(tables)
+    elif options.suite == "static":
+        records = static.records(static.read())
+        print(static.markdown(records))
     elif options.suite == "epochs":
         from . import epochs  # needs the extra "train"
 

@@ -1,20 +1,27 @@
-"""The CUDA kernels on the host: nothing depends on the order of threads.
+"""The CUDA kernels on the host: nothing depends on the order of threads, and the emulation finds what it is for.
 
 The contract itself holds "emulation" like every other backend, see test_contract.py.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import emulation
 import pytest
 import torch
+from test_sanitize import call_every_entry, mixture, sanitizer_runtimes
 
 import csdiv
 from csdiv import testing
+
+CSRC = emulation.ROOT / "csrc"
 
 
 @pytest.fixture
@@ -24,16 +31,16 @@ def native() -> Iterator[Any]:
     module.set_order(module.Order.FORWARD)
 
 
-def results(n: int, m: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def results(n: int, m: int, dim: int, dtype: torch.dtype, backend: str = emulation.NAME) -> list[torch.Tensor]:
     """Values and gradients of every kernel."""
     g = torch.Generator().manual_seed(n + m)
     p, q = (testing.random_mixture(size, dim, dtype=dtype, generator=g).map(torch.clone) for size in (n, m))
     leaves = [t.requires_grad_() for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
-    found = [q.assign(p, backend=emulation.NAME)]
+    found = [q.assign(p, backend=backend)]
     for value in (
-        csdiv.cs_divergence(p, q, backend=emulation.NAME),
-        csdiv.component_log_overlap(p, q, backend=emulation.NAME),
-        csdiv.pairwise_log_overlap(p, q, backend=emulation.NAME),
+        csdiv.cs_divergence(p, q, backend=backend),
+        csdiv.component_log_overlap(p, q, backend=backend),
+        csdiv.pairwise_log_overlap(p, q, backend=backend),
     ):
         grads = torch.autograd.grad(value, leaves, torch.ones_like(value), allow_unused=True)
         found += [value, *(grad for grad in grads if grad is not None)]
@@ -51,3 +58,126 @@ def test_threads_in_any_order_give_the_same_bits(n: int, m: int, dim: int, dtype
         assert native.blocks_run() > blocks
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+# What is broken: file, the line, what it becomes, and what is found.
+BUGS = {
+    "no barrier before operands are read": (
+        "tile_logits.h",
+        "load_chunk(problem, tile, begin, dims, fast, rows_kept, shared);\n    __syncthreads();\n",
+        "load_chunk(problem, tile, begin, dims, fast, rows_kept, shared);\n",
+        "wrong results",
+    ),
+    "no barrier before the next tile is known": (
+        "tile_logits.h",
+        "++tile.row_tile;\n    __syncthreads();\n",
+        "++tile.row_tile;\n",
+        "wrong results|beyond|threads",
+    ),
+    "no barrier before sums are added to": (
+        "gradient_sweep.cu",
+        "column_sums[e] = 0;\n  __syncthreads();\n",
+        "column_sums[e] = 0;\n",
+        "wrong results",
+    ),
+    "a barrier that some threads do not reach": (
+        "gradient_sweep.cu",
+        "    __syncthreads();\n  }\n\n  // From the scaled",
+        "    if (warp != 1) __syncthreads();\n  }\n\n  // From the scaled",
+        "barrier",
+    ),
+    "shared memory that is too short": (
+        "row_sums.cu",
+        "sizeof(RowShared<T>), overlap",
+        "sizeof(RowShared<T>) - 16, overlap",
+        "shared memory",
+    ),
+    "a write beyond shared memory": (
+        "totals.cu",
+        "  shared.sums[lane] = sum;",
+        "  shared.sums[lane + 1] = sum;",
+        "beyond its shared memory",
+    ),
+    "a mask that lets padding through": (
+        "pack.cu",
+        "T weight = first + k < side.n ? T(0) : -T(INFINITY);",
+        "T weight = first + k <= side.n ? T(0) : -T(INFINITY);",
+        "wrong results",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bug_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources and their build, in which every bug is built in turn: only what it touches."""
+    folder = tmp_path_factory.mktemp("bugs")
+    shutil.copytree(CSRC, folder / "csrc")
+    return folder
+
+
+def check_in_subprocess(module: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, __file__, str(module), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent, env=os.environ | environment
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", ["none", *BUGS])
+def test_seeded_bugs_are_caught(bug: str, bug_folder: Path) -> None:
+    file, before, after, finding = BUGS.get(bug, ("pack.cu", "", "", ""))
+    source = bug_folder / "csrc" / "cuda" / file
+    text = source.read_text()
+    assert bug == "none" or text.count(before) == 1, f"{file} has changed"
+    source.write_text(text.replace(before, after))
+    try:
+        options = (f"-DCSRC={bug_folder / 'csrc'}", "-DCMAKE_BUILD_TYPE=Debug")
+        done = check_in_subprocess(emulation.build(bug_folder / "build", *options))
+    finally:
+        source.write_text(text)
+    if bug == "none":
+        assert done.stdout.split() == ["right"], done.stderr
+    else:
+        assert done.returncode != 0
+        last_line = done.stderr.splitlines()[-1]
+        assert any(words in last_line for words in finding.split("|")), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sanitizer_runtimes(), reason="the C++ compiler has no shared libasan and libubsan")
+def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Path) -> None:
+    module = emulation.build(tmp_path, "-DCSDIV_SANITIZE=ON")
+    done = check_in_subprocess(
+        module,
+        "every entry",
+        LD_PRELOAD=" ".join(sanitizer_runtimes()),
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+    )
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    assert "Sanitizer" not in report, report
+    assert "runtime error" not in report, report
+    assert done.stdout.split() == ["right"]
+
+
+def main() -> None:
+    torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
+    native = emulation.install(emulation.load(Path(sys.argv[1]))).native
+    for order in (native.Order.FORWARD, native.Order.REVERSE, native.Order.RANDOM):
+        native.set_order(order)
+        for n, m, dim in ((65, 63, 5), (3, 130, 40)):
+            pairs = zip(*(results(n, m, dim, torch.float32, name) for name in (emulation.NAME, "cpu")), strict=True)
+            assert all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs), "wrong results"
+    if len(sys.argv) > 2:
+        for dtype in (torch.float32, torch.float64):
+            for kind in ("plain", "-inf weights", "all -inf", "points", "1e±30", "far apart", "misaligned"):
+                call_every_entry(*(mixture(kind, size, 5, (), dtype) for size in (17, 67)), "pq", emulation.NAME)
+            for p_batch, q_batch in (((3,), ()), ((), (3,)), ((3, 1), (1, 2)), ((0,), ())):
+                sides = (mixture("plain", 5, 3, p_batch, dtype), mixture("plain", 19, 3, q_batch, dtype))
+                call_every_entry(*sides, "pq", emulation.NAME)
+    print("right")
+
+
+if __name__ == "__main__":
+    main()

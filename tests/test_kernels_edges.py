@@ -17,6 +17,7 @@ from csdiv import _C, GaussianMixture, testing
 
 PAIRS = ("cs_divergence", "log_overlap", "component_log_overlap", "pairwise_log_overlap")
 on_every_backend = pytest.mark.parametrize("backend", NATIVE)
+on_cpu = pytest.mark.parametrize("backend", ["cpu"])  # whose cut it is
 
 
 @contextlib.contextmanager
@@ -98,7 +99,7 @@ def test_self_overlap_crosses_stripes_and_blocks(size: int, backend: str) -> Non
 
 
 # The square cut, for which the sums of columns have to be large: 2 and 3 phases.
-@on_every_backend
+@on_cpu
 @pytest.mark.parametrize("wanted", [P + Q, P, Q], ids=["both", "rows", "columns"])
 @pytest.mark.parametrize(("n", "m", "dim"), [(20, 100, 1700), (33, 200, 900)])
 def test_every_phase_of_the_square_cut_gives_the_gradients(
@@ -107,7 +108,7 @@ def test_every_phase_of_the_square_cut_gives_the_gradients(
     check("log_overlap", backend, *pair(n, m, dim), wanted)
 
 
-@on_every_backend
+@on_cpu
 def test_self_overlap_in_the_square_cut(backend: str) -> None:
     check("self_overlap", backend, *pair(70, 1, 1700), P)
 
@@ -147,7 +148,7 @@ def test_float64_far_from_one(exponent: int, backend: str) -> None:
 
 
 @on_every_backend
-@pytest.mark.parametrize("distance", [2.0**28, 2.0**30, 2.0**31, 2.0**40])
+@pytest.mark.parametrize("distance", [2.0**28, 2.0**30, 2.0**31, 2.0**40, -(2.0**31), -(2.0**40)])
 @pytest.mark.parametrize("variance", [2.0**-19, 1.0, 2.0**19])
 def test_means_around_the_limits_of_the_fast_form(variance: float, distance: float, backend: str) -> None:
     """δ²c³ is largest where the difference is in one dimension of a group and the variances in the others."""

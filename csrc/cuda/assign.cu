@@ -30,7 +30,8 @@ struct BestPartials {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) assign_kernel(Problem<T> problem, BestPartials<T> partials) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+    assign_kernel(Problem<T> problem, BestPartials<T> partials) {
   CSDIV_SHARED(LogitShared<T>, shared);
   const int64_t n = problem.p.n, parts = partials.parts;
   const int b = int(blockIdx.x / parts / problem.p.tiles());

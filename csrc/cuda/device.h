@@ -26,6 +26,8 @@ namespace csdiv::cuda {
 
 constexpr int kThreads = 256;   // of every block
 constexpr int kWarp = 32;
+template <class T>
+constexpr int kResidentBlocks = sizeof(T) == 4 ? 2 : 1;   // per multiprocessor: 128 registers, or 255
 
 template <class T>
 struct Float;

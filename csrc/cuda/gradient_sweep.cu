@@ -19,11 +19,11 @@ struct SweepShared {
   T sums[2][kColumns<T>][kWarp];      // likewise
 };
 
-// The state of a block's loops is the same for all of its threads, and not worth their registers.
-struct SweepState {
-  int task, block, row_end;
-  Part columns;
-  TileIndex tile;
+// The blocks' own sums, where they go.
+struct TileSums {
+  double* rows;                // of the tile's first row; null: not wanted
+  double* columns;             // of its first column
+  int num_rows, num_columns;   // that exist
 };
 
 template <class T>
@@ -32,7 +32,9 @@ struct GradientShared {
     LogitShared<T> logits;
     SweepShared<T> sweep;
   };
-  SweepState state;
+  TileSums sums;
+  TileWalk walk;
+  int task, block;   // of the task's
 };
 
 // As a thread has them of a tile: in registers first.
@@ -137,13 +139,6 @@ CSDIV_DEVICE void read_packed(const Side<T>& side, int64_t dim, int64_t tile, in
     for (int k = 0; k < kCount; ++k) means[k] = 0, variances[k] = T(0.5);
   }
 }
-
-// The blocks' own sums, where they go.
-struct TileSums {
-  double* rows;                    // of the tile's first row; null: not wanted
-  double* columns;                 // of its first column
-  int64_t num_rows, num_columns;   // that exist
-};
 
 // One chunk of kLanes dimensions from `begin` on: every warp has kWarpRows rows, in registers, and goes through the
 // columns; in each of kWarps phases it has a part of them to itself.
@@ -253,61 +248,64 @@ CSDIV_DEVICE void sum_weights(const SweepShared<T>& shared, int64_t dim, const T
   }
 }
 
-template <int kLanes, class T>
-CSDIV_DEVICE void sweep_tile(const GradientTask<T>& task, const TileIndex& tile, int block, SweepShared<T>& shared) {
-  const Problem<T>& problem = task.problem;
-  const int64_t dim = problem.dim, n = problem.p.n, m = problem.q.n;
-  const int64_t first_row = tile.first_row(), first_column = tile.first_column<T>();
-  const int row_range = block / int(task.row_sums.copies) % int(task.column_sums.copies);
-  const int column_range = block % int(task.row_sums.copies);
-  TileSums sums{nullptr, nullptr, n - first_row, m - first_column};
-  if (task.rows_wanted) sums.rows = task.row_sums.of(tile.problem, column_range, n, first_row, dim);
-  if (task.columns_wanted) sums.columns = task.column_sums.of(tile.problem, row_range, m, first_column, dim);
-  sum_weights(shared, dim, sums);
-  for (int64_t begin = 0; begin < dim; begin += kLanes) {
-    if (certified(problem, tile, begin / kFlagDims))
-      sweep<kLanes, true>(problem, tile, begin, sums, shared);
-    else
-      sweep<kLanes, false>(problem, tile, begin, sums, shared);
-  }
+// Of the kTile components from `first` on.
+CSDIV_DEVICE int existing(int64_t n, int64_t first) {
+  return int(n - first < kTile ? n - first : kTile);
 }
 
 template <class T>
-CSDIV_DEVICE void begin_sweep(const GradientTasks<T>& tasks, SweepState& state) {
+CSDIV_DEVICE TileSums tile_sums(const GradientTask<T>& task, const TileIndex& tile, int block) {
+  const int64_t dim = task.problem.dim, n = task.problem.p.n, m = task.problem.q.n;
+  const int64_t first_row = tile.first_row(), first_column = tile.first_column<T>();
+  const int row_range = block / int(task.row_sums.copies) % int(task.column_sums.copies);
+  const int column_range = block % int(task.row_sums.copies);
+  TileSums sums{nullptr, nullptr, existing(n, first_row), existing(m, first_column)};
+  if (task.rows_wanted) sums.rows = task.row_sums.of(tile.problem, column_range, n, first_row, dim);
+  if (task.columns_wanted) sums.columns = task.column_sums.of(tile.problem, row_range, m, first_column, dim);
+  return sums;
+}
+
+template <int kLanes, class T>
+CSDIV_DEVICE void sweep_tile(const GradientTask<T>& task, GradientShared<T>& shared) {
+  const TileIndex& tile = shared.walk.tile;
+  if (threadIdx.x == 0) shared.sums = tile_sums(task, tile, shared.block);
+  __syncthreads();
+  const Problem<T>& problem = task.problem;
+  sum_weights(shared.sweep, problem.dim, shared.sums);
+  for (int64_t begin = 0; begin < problem.dim; begin += kLanes) {
+    if (certified(problem, tile, begin / kFlagDims))
+      sweep<kLanes, true>(problem, tile, begin, shared.sums, shared.sweep);
+    else
+      sweep<kLanes, false>(problem, tile, begin, shared.sums, shared.sweep);
+  }
+}
+
+// Which task, problem and tiles the block has.
+template <class T>
+CSDIV_DEVICE void begin_sweep(const GradientTasks<T>& tasks, GradientShared<T>& shared) {
   int k = 0, block = blockIdx.x;
   while (block >= tasks.tasks[k].blocks) block -= int(tasks.tasks[k++].blocks);
+  if (threadIdx.x == 0) shared.task = k, shared.block = block;
   // Copies of the rows' sums belong to ranges of columns, and the other way round.
   const int column_ranges = int(tasks.tasks[k].row_sums.copies), row_ranges = int(tasks.tasks[k].column_sums.copies);
   const Side<T>&p = tasks.tasks[k].problem.p, &q = tasks.tasks[k].problem.q;
   const int b = block / column_ranges / row_ranges;
-  const Part rows = part(p.tiles(), row_ranges, block / column_ranges % row_ranges);
-  const Part columns = part(ceil_div(q.n, kColumns<T>), column_ranges, block % column_ranges);
-  if (threadIdx.x == 0)
-    state = {k, block, rows.end, columns, {b, int(p.item(b)), int(q.item(b)), rows.begin, columns.begin - 1}};
-}
-
-// The next tile of the block, or none.
-CSDIV_DEVICE bool next_tile(SweepState& state) {
-  __syncthreads();
-  if (threadIdx.x == 0 && ++state.tile.column_tile == state.columns.end) {
-    state.tile.column_tile = state.columns.begin;
-    ++state.tile.row_tile;
-  }
-  __syncthreads();
-  return state.tile.row_tile < state.row_end;
+  shared.walk.begin({b, int(p.item(b)), int(q.item(b))},
+                    part(p.tiles(), row_ranges, block / column_ranges % row_ranges),
+                    part(ceil_div(q.n, kColumns<T>), column_ranges, block % column_ranges));
 }
 
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
     overlap_lse_backward_kernel(const __grid_constant__ GradientTasks<T> tasks) {
   CSDIV_SHARED(GradientShared<T>, shared);
-  SweepState& state = shared.state;
-  begin_sweep(tasks, state);
-  while (next_tile(state)) {
-    const GradientTask<T>& task = tasks.tasks[state.task];
-    if (task.self && state.tile.first_column<T>() + kColumns<T> <= state.tile.first_row()) continue;   // below
-    if (!tile_weights(task, state.tile, shared)) continue;
-    sweep_tile<kLanes>(task, state.tile, state.block, shared.sweep);
+  begin_sweep(tasks, shared);
+  const TileIndex& tile = shared.walk.tile;
+  while (shared.walk.next()) {
+    const GradientTask<T>& task = tasks.tasks[shared.task];
+    if (task.self && tile.first_column<T>() + kColumns<T> <= tile.first_row()) continue;   // below the diagonal
+    if (!tile_weights(task, tile, shared)) continue;
+    sweep_tile<kLanes>(task, shared);
   }
 }
 
@@ -318,8 +316,8 @@ inline double cost(int64_t dim, int lanes) {
 
 // A thread for each value of every component.
 template <class T>
-__global__ void write_gradients_kernel(Side<T> side, int64_t batch, int64_t dim, GradientSources<T> sources,
-                                       SideGradients<T> grads) {
+__global__ void write_gradients_kernel(Side<T> side, int64_t batch, int64_t dim,
+                                       const __grid_constant__ GradientSources<T> sources, SideGradients<T> grads) {
   const int64_t width = 2 * dim + 1, element = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t component = element / width, at = element % width;
   if (component >= side.items * side.n) return;

@@ -4,18 +4,29 @@
 namespace csdiv::cuda {
 namespace {
 
+template <class T>
+struct PairwiseShared {
+  LogitShared<T> logits;
+  TileWalk walk;
+};
+
 // A block for a tile of pairs.
 template <class T>
-__global__ void __launch_bounds__(kThreads) pairwise_forward_kernel(Problem<T> problem, T* densities) {
-  CSDIV_SHARED(LogitShared<T>, shared);
-  const int64_t n = problem.p.n, m = problem.q.n, columns = ceil_div(m, kColumns<T>), rows = problem.p.tiles();
-  const int b = int(blockIdx.x / columns / rows);
-  const TileIndex tile{b, int(problem.p.item(b)), int(problem.q.item(b)), int(blockIdx.x / columns % rows),
-                       int(blockIdx.x % columns)};
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+    pairwise_forward_kernel(Problem<T> problem, T* densities) {
+  CSDIV_SHARED(PairwiseShared<T>, shared);
+  const int64_t n = problem.p.n, m = problem.q.n;
+  const int columns = int(ceil_div(m, kColumns<T>)), rows = int(problem.p.tiles());
+  const int b = int(blockIdx.x) / columns / rows;
+  const int row_tile = int(blockIdx.x) / columns % rows, column_tile = int(blockIdx.x) % columns;
+  shared.walk.begin({b, int(problem.p.item(b)), int(problem.q.item(b))}, {row_tile, row_tile + 1},
+                    {column_tile, column_tile + 1});
+  shared.walk.next();
+  const TileIndex& tile = shared.walk.tile;
   Logits<T> logits;
   bool rows_kept = false;
-  tile_logits(problem, tile, rows_kept, shared, logits);
-  const double reference = problem.scale.references[problem.scale.item(b)];
+  tile_logits(problem, tile, rows_kept, shared.logits, logits);
+  const double reference = problem.scale.references[problem.scale.item(tile.problem)];
   const T offset = T(-0.5 * (kLog2 * reference + double(problem.dim) * kLog2Pi));
   const int64_t row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
   const int64_t column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
@@ -24,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) pairwise_forward_kernel(Problem<T> p
 #pragma unroll
     for (int c = 0; c < kThreadColumns<T>; ++c)
       if (row + a < n && column + c < m)
-        densities[(b * n + row + a) * m + column + c] = logits[a][c] * T(kLog2) + offset;
+        densities[(tile.problem * n + row + a) * m + column + c] = logits[a][c] * T(kLog2) + offset;
   }
 }
 
@@ -34,7 +45,7 @@ template <class T>
 void pairwise_forward(Context& context, Problem<T> problem, T* densities) {
   pack(context, problem);
   const int64_t blocks = problem.batch * problem.p.tiles() * ceil_div(problem.q.n, kColumns<T>);
-  launch(context, blocks, sizeof(LogitShared<T>), pairwise_forward_kernel<T>, problem, densities);
+  launch(context, blocks, sizeof(PairwiseShared<T>), pairwise_forward_kernel<T>, problem, densities);
 }
 
 template <class T>

@@ -6,58 +6,63 @@ namespace {
 constexpr int kBlocksPerProcessor = 24;   // some waves of resident blocks, so that the last one is short
 constexpr int64_t kTilesPerBlock = 4;     // at least, where a row has them
 
-// The tiles of pairs of one block.
-struct RowBlock {
-  int problem, row_tile, part;
-  Part columns;
+template <class T>
+struct RowShared {
+  LogitShared<T> logits;
+  FlushedRows<T> flushed;
+  TileWalk walk;
+  int task, part;
 };
 
+// Which task, row tile and part of the columns the block has.
 template <class T>
-CSDIV_DEVICE RowBlock row_block(const RowTask<T>& task, int64_t block) {
-  const int64_t parts = task.partials.parts, tiles = task.problem.p.tiles();
-  RowBlock result{int(block / parts / tiles), int(block / parts % tiles), int(block % parts), {}};
-  const int first = task.self ? result.row_tile * (kTile / kColumns<T>) : 0;
-  result.columns = part(ceil_div(task.problem.q.n, kColumns<T>) - first, parts, result.part);
-  result.columns.begin += first;
-  result.columns.end += first;
-  return result;
+CSDIV_DEVICE void begin_rows(const RowTasks<T>& tasks, RowShared<T>& shared) {
+  int k = 0;
+  int64_t block = blockIdx.x;
+  while (block >= tasks.tasks[k].blocks) block -= tasks.tasks[k++].blocks;
+  const RowTask<T>& task = tasks.tasks[k];
+  const Side<T>&p = task.problem.p, &q = task.problem.q;
+  const int64_t parts = task.partials.parts;
+  const int b = int(block / parts / p.tiles()), row_tile = int(block / parts % p.tiles());
+  const int first = task.self ? row_tile * (kTile / kColumns<T>) : 0;
+  const Part columns = part(ceil_div(q.n, kColumns<T>) - first, parts, block % parts);
+  if (threadIdx.x == 0) shared.task = k, shared.part = int(block % parts);
+  shared.walk.begin({b, int(p.item(b)), int(q.item(b))}, {row_tile, row_tile + 1},
+                    {first + columns.begin, first + columns.end});
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
     overlap_lse_forward_kernel(const __grid_constant__ RowTasks<T> tasks) {
-  CSDIV_SHARED(LogitShared<T>, shared);
-  int k = 0;
-  int64_t first_block = 0;
-  while (blockIdx.x - first_block >= tasks.tasks[k].blocks) first_block += tasks.tasks[k++].blocks;
-  const RowTask<T>& task = tasks.tasks[k];
-  const Problem<T>& problem = task.problem;
-  const RowBlock block = row_block(task, blockIdx.x - first_block);
-  TileIndex tile{block.problem, int(problem.p.item(block.problem)), int(problem.q.item(block.problem)), block.row_tile,
-                 0};
-  const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
+  CSDIV_SHARED(RowShared<T>, shared);
+  begin_rows(tasks, shared);
+  const TileIndex& tile = shared.walk.tile;
   RowSums<T> sums;
+  shared.flushed[threadIdx.x] = LogSum<T, double>();
   bool rows_kept = false;
-  for (tile.column_tile = block.columns.begin; tile.column_tile < block.columns.end; ++tile.column_tile) {
+  while (shared.walk.next()) {
+    const RowTask<T>& task = tasks.tasks[shared.task];
     Logits<T> logits;
-    tile_logits(problem, tile, rows_kept, shared, logits);
+    tile_logits(task.problem, tile, rows_kept, shared.logits, logits);
     if (task.self) {
+      const int64_t row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
       const int64_t column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
 #pragma unroll
       for (int a = 0; a < kThreadRows; ++a) {
 #pragma unroll
-        for (int b = 0; b < kThreadColumns<T>; ++b)
-          logits[a][b] = upper_triangle(logits[a][b], first_row + a, column + b);
+        for (int b = 0; b < kThreadColumns<T>; ++b) logits[a][b] = upper_triangle(logits[a][b], row + a, column + b);
       }
     }
-    sums.add(logits);
+    sums.add(logits, shared.flushed);
   }
-  sums.flush();
-  const int64_t row = first_row + threadIdx.x % kColumnThreads;
-  if (threadIdx.x % kColumnThreads < kThreadRows && row < problem.p.n) {
-    const int64_t at = (block.problem * task.partials.parts + block.part) * problem.p.n + row;
-    task.partials.maxima[at] = sums.flushed.max;
-    task.partials.sums[at] = sums.flushed.sum;
+  sums.flush(shared.flushed);
+  const RowTask<T>& task = tasks.tasks[shared.task];
+  const int64_t n = task.problem.p.n, row_tile = shared.walk.row_end - 1;
+  const int64_t row = row_tile * kTile + threadIdx.x / kColumnThreads * kThreadRows + threadIdx.x % kColumnThreads;
+  if (threadIdx.x % kColumnThreads < kThreadRows && row < n) {
+    const int64_t at = (tile.problem * task.partials.parts + shared.part) * n + row;
+    task.partials.maxima[at] = shared.flushed[threadIdx.x].max;
+    task.partials.sums[at] = shared.flushed[threadIdx.x].sum;
   }
 }
 
@@ -78,7 +83,7 @@ void sum_rows(Context& context, RowTasks<T>& tasks) {
     task.blocks = task.problem.batch * task.problem.p.tiles() * parts;
     blocks += task.blocks;
   }
-  launch(context, blocks, sizeof(LogitShared<T>), overlap_lse_forward_kernel<T>, tasks);
+  launch(context, blocks, sizeof(RowShared<T>), overlap_lse_forward_kernel<T>, tasks);
 }
 
 template void sum_rows(Context&, RowTasks<float>&);

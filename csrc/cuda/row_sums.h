@@ -22,14 +22,17 @@ struct LogSum {
   CSDIV_DEVICE double log2_value() const { return double(max) + log2(double(sum)); }
 };
 
-// The sums of a block's rows. A thread has kThreadRows of them over its columns, and what was flushed of one.
+// The sums of a block's rows. A thread has kThreadRows of them over its columns, and what was flushed of one of them,
+// row threadIdx.x % kColumnThreads: in shared memory, as it is seldom needed.
+template <class T>
+using FlushedRows = LogSum<T, double>[kThreads];
+
 template <class T>
 struct RowSums {
   LogSum<T, T> own[kThreadRows];
-  LogSum<T, double> flushed;   // of row threadIdx.x % kColumnThreads of the thread's rows
   int tiles = 0;
 
-  CSDIV_DEVICE void add(const Logits<T>& logits) {
+  CSDIV_DEVICE void add(const Logits<T>& logits, FlushedRows<T>& flushed) {
 #pragma unroll
     for (int a = 0; a < kThreadRows; ++a) {
       T top = own[a].max;
@@ -42,10 +45,11 @@ struct RowSums {
       own[a].max = top;
       own[a].sum = sum;
     }
-    if (++tiles == kTilesPerFlush) flush();
+    if (++tiles == kTilesPerFlush) flush(flushed);
   }
 
-  CSDIV_DEVICE void flush() {
+  CSDIV_DEVICE void flush(FlushedRows<T>& flushed) {
+    LogSum<T, T> kept;
 #pragma unroll
     for (int a = 0; a < kThreadRows; ++a) {
 #pragma unroll
@@ -53,9 +57,11 @@ struct RowSums {
         const T max = __shfl_xor_sync(~0u, own[a].max, step), sum = __shfl_xor_sync(~0u, own[a].sum, step);
         own[a].add(max, sum);
       }
-      if (int(threadIdx.x) % kColumnThreads == a) flushed.add(own[a].max, double(own[a].sum));
+      const LogSum<T, T> row = own[a];   // read in any case: an index known at run time alone would cost local memory
+      if (int(threadIdx.x) % kColumnThreads == a) kept = row;
       own[a] = LogSum<T, T>();
     }
+    flushed[threadIdx.x].add(kept.max, double(kept.sum));
     tiles = 0;
   }
 };

@@ -34,6 +34,28 @@ struct TileIndex {
   }
 };
 
+// The tiles that a block goes through, column by column. It is the same for all of its threads, and kept in shared
+// memory: it is not worth their registers.
+struct TileWalk {
+  TileIndex tile;
+  int row_end;
+  Part columns;
+
+  CSDIV_DEVICE void begin(const TileIndex& of, Part rows, Part its_columns) {
+    if (threadIdx.x != 0) return;
+    tile = of, row_end = rows.end, columns = its_columns;
+    tile.row_tile = rows.begin, tile.column_tile = columns.begin - 1;
+  }
+
+  // The next tile, in every thread; false: there is none.
+  CSDIV_DEVICE bool next() {
+    __syncthreads();
+    if (threadIdx.x == 0 && ++tile.column_tile == columns.end) tile.column_tile = columns.begin, ++tile.row_tile;
+    __syncthreads();
+    return tile.row_tile < row_end;
+  }
+};
+
 // Whether the fast form may be taken in the dimensions of flag `k`.
 template <class T>
 CSDIV_DEVICE bool certified(const Problem<T>& problem, const TileIndex& tile, int64_t k) {

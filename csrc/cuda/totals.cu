@@ -40,21 +40,21 @@ CSDIV_DEVICE double log2_total(const RowTask<T>& task, int64_t item, int64_t p_i
 
 // One block for a problem. Where problems share a side each of them adds up its rows.
 template <class T>
-__global__ void total_kernel(RowTasks<T> tasks, Totals<T> totals) {
+__global__ void total_kernel(const __grid_constant__ RowTasks<T> tasks, Totals<T> totals) {
   CSDIV_SHARED(TotalShared<T>, shared);
   const int64_t b = blockIdx.x;
   const Problem<T>& problem = tasks.tasks[0].problem;
-  double values[3];
+  double divergence = 0;   // what the terms leave out cancels
   for (int k = 0; k < tasks.count; ++k) {
     const RowTask<T>& task = tasks.tasks[k];
     const int64_t p_item = (k == 2 ? problem.q : problem.p).item(b);
     T* const rows = k == 0 && totals.rows ? totals.rows + b * problem.p.n : nullptr;
-    values[k] = kLog2 * log2_total(task, k == 0 ? b : p_item, p_item, rows, shared);
+    const double value = kLog2 * log2_total(task, k == 0 ? b : p_item, p_item, rows, shared);
+    divergence += k == 0 ? -value : 0.5 * value;
     if (threadIdx.x == 0)
-      totals.values[b * tasks.count + k] = values[k] + log_offset(task.problem, k == 0 ? b : p_item, true);
+      totals.values[b * tasks.count + k] = value + log_offset(task.problem, k == 0 ? b : p_item, true);
   }
-  // What the terms leave out cancels.
-  if (totals.divergences && threadIdx.x == 0) totals.divergences[b] = T(0.5 * (values[1] + values[2]) - values[0]);
+  if (totals.divergences && threadIdx.x == 0) totals.divergences[b] = T(divergence);
 }
 
 }   // namespace

@@ -1,0 +1,203 @@
+"""What the built CUDA kernels cost, read from their machine code: no GPU is needed.
+
+The module is taken apart with cuobjdump and nvdisasm, of the CUDA toolkit or of the package triton. A hot loop is an
+innermost loop that takes reciprocals (MUFU.RCP) and does not branch. Elements (i, j, d) are counted from its own
+additions: two of each element, for c = s + t and for the difference of the means; besides these there are two for each
+logarithm, and one for each number that is stored in shared memory, a sum.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import csdiv
+
+CLOCK_GHZ, PROCESSORS = 1.98, 132
+"""Of an H200, at its highest clock; research figures of the bound assume it."""
+ISSUE_LANES, MUFU_LANES = 128, 16
+"""Instructions and special functions of single threads per clock and multiprocessor."""
+REGISTERS, SHARED_BYTES, WARPS = 65536, 227 * 1024, 64
+"""Of a multiprocessor of compute capability 9.0."""
+BLOCK_THREADS = 256
+
+
+class Loop(NamedTuple):
+    """An innermost loop with reciprocals: its instructions by name and the elements of an iteration."""
+
+    counts: Counter[str]
+    elements: int
+
+    @property
+    def instructions(self) -> float:
+        """Per element."""
+        return self.counts.total() / self.elements
+
+    @property
+    def special(self) -> float:
+        """Reciprocals, logarithms and exponentials per element."""
+        return sum(n for name, n in self.counts.items() if name.startswith("MUFU")) / self.elements
+
+    @property
+    def bound_tel_per_s(self) -> float:
+        """Of an H200, if nothing but this loop took time."""
+        clocks = max(self.instructions / ISSUE_LANES, self.special / MUFU_LANES)
+        return PROCESSORS * CLOCK_GHZ / clocks / 1e3
+
+
+class Kernel(NamedTuple):
+    """A kernel of the module for one architecture."""
+
+    name: str
+    architecture: str
+    registers: int
+    local_bytes: int
+    loops: tuple[Loop, ...]
+
+    @property
+    def resident_warps(self) -> int:
+        """Of 64, as registers allow."""
+        per_warp = -(-self.registers * 32 // 256) * 256
+        return min(WARPS, REGISTERS // per_warp // (BLOCK_THREADS // 32) * (BLOCK_THREADS // 32))
+
+
+def tool(name: str) -> str:
+    """Path of cuobjdump or nvdisasm.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = shutil.which(name)
+    if nvcc := shutil.which("nvcc"):
+        found = found or shutil.which(name, path=str(Path(nvcc).resolve().parent))
+    if not found:
+        from importlib.util import find_spec
+
+        spec = find_spec("triton")
+        folders = spec.submodule_search_locations if spec else None
+        for folder in folders or ():
+            found = found or shutil.which(name, path=str(Path(folder, "backends", "nvidia", "bin")))
+    if not found:
+        raise FileNotFoundError(f"no {name}: it comes with the CUDA toolkit, and with the package triton")
+    return found
+
+
+def output(*command: object) -> str:
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+
+
+def readable(mangled: str) -> str:
+    """``overlap_lse_backward_kernel<float, 32>`` of a mangled name."""
+    match = re.search(r"\d([a-z_]+_kernel)I([fd])(?:Li(\d+)E)?", mangled)
+    if not match:
+        return mangled
+    name, scalar, lanes = match.groups()
+    return f"{name}<{ {'f': 'float', 'd': 'double'}[scalar] }{f', {lanes}' if lanes else ''}>"
+
+
+def hot_loops(sass: str) -> Iterator[Loop]:
+    """The innermost loops of a kernel that take reciprocals and do not branch."""
+    lines = sass.splitlines()
+    labels = {m[1]: k for k, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    loops = []
+    for k, line in enumerate(lines):
+        target = re.search(r"BRA\b.*?(\.L_x_\d+)", line)
+        if target and labels.get(target[1], k) < k:
+            loops.append((labels[target[1]], k))
+    for begin, end in loops:
+        if any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops):
+            continue
+        counts = Counter[str]()
+        for line in lines[begin : end + 1]:
+            instruction = re.search(
+                r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.(?:RCP|LG2|EX2)\b)?)", line
+            )
+            if instruction:
+                counts[instruction[1]] += 1
+        if counts["MUFU.RCP"] and not counts["BSSY"]:
+            yield Loop(counts, (counts["FADD"] - 2 * counts["MUFU.LG2"] - counts["STS"]) // 2)
+
+
+def read(module: Path | None = None) -> list[Kernel]:
+    """The kernels of the built module, for every architecture that has machine code.
+
+    Raises:
+        FileNotFoundError: no tools, see :func:`tool`.
+        RuntimeError: the module has no CUDA kernels.
+    """
+    if module is None:
+        module = Path(csdiv._C.__file__)
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    kernels = []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([cuobjdump, "--extract-elf", "all", module.resolve()], cwd=folder, capture_output=True)
+        cubins = sorted(Path(folder).glob("*.cubin"))
+        if not cubins:
+            raise RuntimeError(f"{module.name} has no CUDA kernels: {csdiv._C.cuda_status}")
+        for cubin in cubins:
+            usage = output(cuobjdump, "-res-usage", cubin)
+            resources = {m[1]: m for m in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
+            architecture = re.search(r"\.(sm_\w+)\.cubin", cubin.name)[1]
+            for section in re.split(r"\.section\s+\.text\.", output(nvdisasm, "-c", cubin))[1:]:
+                name = section.split(",")[0].strip().strip('"')
+                _, registers, stack = resources[name].groups()
+                kernels.append(
+                    Kernel(readable(name), architecture, int(registers), int(stack), tuple(hot_loops(section)))
+                )
+    return sorted(kernels, key=lambda kernel: (kernel.architecture, kernel.name))
+
+
+def records(kernels: list[Kernel]) -> list[dict[str, Any]]:
+    """One for each hot loop, one for a kernel that has none."""
+    rows = []
+    for kernel in kernels:
+        row = {
+            "kernel": kernel.name,
+            "architecture": kernel.architecture,
+            "registers": kernel.registers,
+            "local_memory_bytes": kernel.local_bytes,
+            "resident_warps": kernel.resident_warps,
+        }
+        rows += [
+            row
+            | {
+                "loop": "logits" if loop.counts["MUFU.LG2"] else "gradients",
+                "elements": loop.elements,
+                "instructions_per_element": loop.instructions,
+                "special_per_element": loop.special,
+                "bound_tel_per_s": loop.bound_tel_per_s,
+            }
+            for loop in kernel.loops
+        ] or [row]
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The records as tables, one for each architecture."""
+    lines = []
+    for architecture in dict.fromkeys(row["architecture"] for row in rows):
+        lines += [
+            f"\n{architecture}: registers, bytes of local memory (spills among them), resident warps of {WARPS};",
+            "of the hot loops instructions and special functions per element, and what an H200 could reach with these",
+            f"alone ({PROCESSORS} multiprocessors at {CLOCK_GHZ} GHz)\n",
+            "| kernel | registers | local | warps | loop | elements | instructions | special | bound Tel/s |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for r in rows:
+            if r["architecture"] != architecture:
+                continue
+            head = f"| {r['kernel']} | {r['registers']} | {r['local_memory_bytes']} | {r['resident_warps']} "
+            loop = (
+                f"| {r['loop']} | {r['elements']} | {r['instructions_per_element']:.2f} "
+                f"| {r['special_per_element']:.2f} | {r['bound_tel_per_s']:.2f} |"
+                if "loop" in r
+                else "| | | | | |"
+            )
+            lines.append(head + loop)
+    return "\n".join(lines)
