@@ -3,7 +3,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: train test mutate lint format bench figures clean
+.PHONY: train test mutate lint format bench gpu-check figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
 	$(BIN)/csdiv train --output-dir runs/digits --overwrite --num-threads 1
@@ -27,6 +27,9 @@ format: .venv/built
 
 bench: .venv/built  ## csdiv beside its peers
 	$(BIN)/python -m bench cpu --output bench/results/cpu.json
+
+gpu-check:  ## on a machine with a GPU, in the environment at hand: build, contract, compute-sanitizer, benchmarks
+	$(PYTHON) bench/gpu_check.py
 
 figures: .venv/built runs/digits/model.safetensors  ## the README's picture
 	$(BIN)/python docs/figures.py

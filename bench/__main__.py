@@ -1,6 +1,6 @@
 """``python -m bench``: csdiv beside its peers (cpu), beside float64 (accuracy), inside an autoencoder (epochs).
 
-And what its CUDA kernels are made of (static), which needs no GPU.
+On a GPU (gpu), and what the CUDA kernels are made of (static), which needs none.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -31,20 +32,21 @@ def relative_error(actual: list[Tensor], exact: list[Tensor]) -> float:
 def exact(inputs: list[Tensor], backward: bool) -> list[Tensor]:
     """The result in float64, by rows, or the five gradients."""
     leaves = [x.double().requires_grad_() for x in inputs]
-    mu, s, *q = leaves
-    size = max(1, 2**22 // inputs[2].numel())
+    mu, s, nu, *rest = leaves
+    size = max(1, (2**27 if mu.is_cuda else 2**22) // nu.numel())
     values = []
     for i in range(0, len(mu), size):
         with torch.set_grad_enabled(backward):
-            value = rows(mu[i : i + size], s[i : i + size], *q)
+            value = rows(mu[i : i + size], s[i : i + size], nu, *rest)
         if backward:
             value.sum().backward()
         values.append(value.detach())
     return [x.grad for x in leaves if x.grad is not None] if backward else [torch.cat(values)]
 
 
-def run_case(case: Case, everyone: list[Provider], rounds: int) -> list[dict[str, object]]:
-    inputs = make_inputs(case)
+def run_case(case: Case, everyone: list[Provider], rounds: int, device: str = "cpu") -> list[dict[str, object]]:
+    inputs = [t.to(device) for t in make_inputs(case)]
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     torch.compiler.reset()  # or the shapes of all cases together would exceed its limit, and it would run eager code
     records = []
     for direction in ("forward", "forward + backward"):
@@ -57,19 +59,22 @@ def run_case(case: Case, everyone: list[Provider], rounds: int) -> list[dict[str
                 if backward
                 else (lambda f=provider.forward: [f(inputs)])
             )
+            first = time.perf_counter()
             error = relative_error(call(), truth)
+            first = time.perf_counter() - first
             record: dict[str, object] = {
                 "case": case.name,
                 "direction": direction,
                 "provider": provider.name,
                 "relative_error": error,
+                "first_call_s": round(first, 3),
             }
             records.append(record)
             if error <= GATE:
-                record["extra_peak_mib"] = round(peak_mib(call), 1)
+                record["extra_peak_mib"] = round(peak_mib(call, device), 1)
                 calls.append(call)
                 passed.append(record)
-        for record, timing in zip(passed, interleave(calls, rounds), strict=True):
+        for record, timing in zip(passed, interleave(calls, rounds, wait), strict=True):
             record.update(timing._asdict(), gel_per_s=case.elements / timing.median_ms / 1e6)
     return records
 
@@ -95,9 +100,9 @@ def print_table(records: list[dict[str, object]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="csdiv bench", description=__doc__)
-    parser.add_argument("suite", choices=["cpu", "accuracy", "epochs", "static"])
-    parser.add_argument("--cases", nargs="*", metavar="NxMxD", help="cpu: only these cases")
-    parser.add_argument("--rounds", type=int, default=7, help="cpu, epochs: how often each call is timed")
+    parser.add_argument("suite", choices=["cpu", "accuracy", "epochs", "static", "gpu"])
+    parser.add_argument("--cases", nargs="*", metavar="NxMxD", help="cpu, gpu: only these cases")
+    parser.add_argument("--rounds", type=int, default=7, help="cpu, gpu, epochs: how often each call is timed")
     parser.add_argument("--data", help="epochs: a folder with MNIST's IDX files, or what csdiv train takes")
     parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -114,6 +119,18 @@ def main(arguments: list[str] | None = None) -> None:
     elif options.suite == "static":
         records = static.records(static.read())
         print(static.markdown(records))
+    elif options.suite == "gpu":
+        from . import gpu  # imports what a CPU machine may lack
+
+        info |= gpu.device_info()
+        cases = [case for case in gpu.GPU_CASES if not options.cases or case.name in options.cases]
+        with gpu.clocks() as read:
+            for case in cases:
+                records += run_case(case, gpu.providers(case), options.rounds, "cuda")
+        info["clock_mhz"] = str(max(read))
+        gpu.add_bounds(records, max(read))
+        print_table(records)
+        print(", ".join(f"{key} {value}" for key, value in info.items()))
     elif options.suite == "epochs":
         from . import epochs  # needs the extra "train"
 

@@ -134,9 +134,13 @@ class KeOps(Provider):
         return logits.logsumexp(dim=1)[:, 0] - 0.5 * d * LOG_2PI
 
 
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def providers() -> list[Provider]:
     """csdiv's native CPU backend, and every peer that is installed."""
     peers = [ChunkedEager(), Compiled(), HandDerived()]
-    if importlib.util.find_spec("pykeops") is not None:
+    if installed("pykeops"):
         peers.append(KeOps())
     return [Csdiv("cpu"), *peers]

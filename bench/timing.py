@@ -24,13 +24,25 @@ class Timing(NamedTuple):
 MIN_MS, MAX_MS = 2.0, 10_000.0
 
 
-def interleave(calls: Sequence[Callable[[], object]], rounds: int = 7) -> list[Timing]:
+def interleave(
+    calls: Sequence[Callable[[], object]], rounds: int = 7, wait: Callable[[], object] = lambda: None
+) -> list[Timing]:
     """Times every call once in each round, so that slow phases of the machine hit all alike.
 
     Calls shorter than ``MIN_MS`` are repeated within a round and averaged; those that would take more than ``MAX_MS``
-    in all sit out the last rounds, but have three. Everything must have been called before.
+    in all sit out the last rounds, but have three. Everything must have been called before. ``wait`` returns when the
+    device has done what it was given.
     """
-    expected = [max(1e-3, _once(call)) for call in calls]
+
+    def run(call: Callable[[], object], repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        wait()
+        return 1e3 * (time.perf_counter() - start) / repeat
+
+    wait()
+    expected = [max(1e-3, run(call, 1)) for call in calls]
     repeats = [max(1, round(MIN_MS / ms)) for ms in expected]
     limits = [max(3, int(MAX_MS / ms)) for ms in expected]
     times: list[list[float]] = [[] for _ in calls]
@@ -38,17 +50,8 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int = 7) -> list[T
         for call, repeat, limit, taken in zip(calls, repeats, limits, times, strict=True):
             if len(taken) >= limit:
                 continue
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            taken.append(1e3 * (time.perf_counter() - start) / repeat)
+            taken.append(run(call, repeat))
     return [_summary(taken) for taken in times]
-
-
-def _once(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def _summary(times: list[float]) -> Timing:
@@ -56,8 +59,15 @@ def _summary(times: list[float]) -> Timing:
     return Timing(median, lower, upper, len(times))
 
 
-def peak_mib(call: Callable[[], object]) -> float:
-    """Growth of the resident set at its highest during ``call``, in MiB; Linux only, NaN elsewhere."""
+def peak_mib(call: Callable[[], object], device: str = "cpu") -> float:
+    """What ``call`` takes at its highest, in MiB: of the device, or of the resident set; that on Linux, else NaN."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         clear.write_text("5")  # resets the high-water mark

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         log_overlap,
         pairwise_log_overlap,
         renyi2_entropy,
+        warmup,
     )
     from csdiv.mixture import GaussianMixture
 
@@ -32,6 +33,7 @@ __all__ = [
     "nn",
     "pairwise_log_overlap",
     "renyi2_entropy",
+    "warmup",
 ]
 
 _MODULES = {"GaussianMixture": "mixture"} | dict.fromkeys(

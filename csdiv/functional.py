@@ -301,3 +301,37 @@ def _add_log_weights(value: Tensor, log_weights: Tensor | None) -> Tensor:
 
 def _add_offset(value: Tensor, offset: Tensor) -> Tensor:
     return (value + offset).to(value.dtype)
+
+
+def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:
+    """Loads the kernels onto a device, so that no later call waits for it and CUDA graphs can be captured.
+
+    Every operator and its gradients are called once on two tiny mixtures, in float32 and float64. The time of the first
+    call goes from milliseconds to microseconds; results do not change.
+
+    Args:
+        device: for example "cuda" or "cuda:1"; by default the current CUDA device if there is any, else the CPU.
+        backend: see the module.
+
+    Raises:
+        RuntimeError: a backend asked for by name that cannot run on ``device``.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.empty(0, device=device).device  # with its index
+    for dtype in (torch.float32, torch.float64):
+        for dim in (1, 9, 17):  # gradients have a kernel for few, for some and for many dimensions
+            leaves = [torch.ones(2, *shape, dtype=dtype, device=where) for shape in ((dim,), (dim,), ())]
+            p, q = (GaussianMixture(*(t.clone().requires_grad_() for t in leaves)) for _ in range(2))
+            values = (
+                cs_divergence(p, q, backend=backend),
+                log_overlap(p, q, backend=backend),
+                log_overlap(p, backend=backend),
+                component_log_overlap(p, q, backend=backend),
+                pairwise_log_overlap(p, q, backend=backend),
+            )
+            torch.autograd.backward(values, [torch.ones_like(value) for value in values])
+            q.assign(p, backend=backend)
+    devices = getattr(backends.resolve(backend, where), "loaded", None)
+    if devices is not None:
+        devices.add(where)

@@ -3,6 +3,7 @@
 import os
 
 import emulation
+import gpu
 import pytest
 import torch
 from hypothesis import settings
@@ -16,6 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # torch.empty is filled with NaN in this mode, so that an output that was never written shows.
     torch.use_deterministic_algorithms(True)
     emulation.install(emulation.load(emulation.build(emulation.ROOT / "build" / "emulation")))
+    gpu.install()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The differentiable entries as functions of tensors, for the tests of their derivatives and of the compilers."""
+"""The backends under test, and the differentiable entries as functions of tensors."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,9 @@ import csdiv
 from csdiv import GaussianMixture
 
 Entry = Callable[..., Tensor]
+
+BACKENDS = tuple(name for name in csdiv.available_backends() if name not in ("cuda", "triton"))
+"""Those that compute on CPU tensors; where there is a GPU its backend is one of them, see gpu.py."""
 
 
 def sides(*t: Tensor) -> tuple[GaussianMixture, GaussianMixture]:

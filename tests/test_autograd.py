@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from entries import ENTRIES, Entry, every, function, summed, tensors
+from entries import BACKENDS, ENTRIES, Entry, every, function, summed, tensors
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import csdiv
 from csdiv import GaussianMixture
 
-BACKENDS = csdiv.available_backends()
 NATIVE = tuple(name for name in BACKENDS if name != "reference")
 on_every_entry = pytest.mark.parametrize("entry", sorted(ENTRIES))
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

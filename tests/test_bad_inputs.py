@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from entries import BACKENDS
 from torch import Tensor
 
 import csdiv
 from csdiv import GaussianMixture, testing
 
-BACKENDS = csdiv.available_backends()
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "cs_divergence": csdiv.cs_divergence,
     "log_overlap": csdiv.log_overlap,

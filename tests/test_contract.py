@@ -10,12 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+from entries import BACKENDS
 from torch import Tensor
 
 import csdiv
 from csdiv import GaussianMixture, testing
 
-BACKENDS = csdiv.available_backends()
 NATIVE = tuple(name for name in BACKENDS if name != "reference")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 RELATIVE_L2 = 3e-5

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from entries import BACKENDS
 
 import csdiv
 from csdiv import GaussianMixture, testing
 
-BACKENDS = csdiv.available_backends()
 NATIVE = tuple(name for name in BACKENDS if name != "reference")
 
 

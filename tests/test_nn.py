@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from entries import BACKENDS
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
@@ -12,7 +13,6 @@ import csdiv
 from csdiv import GaussianMixture, testing
 from csdiv.nn import CSDivergenceLoss, GaussianMixturePrior
 
-BACKENDS = csdiv.available_backends()
 COVARIANCES = {"diag": (5, 3), "spherical": (5, 1), "tied": (1, 3), "tied_spherical": (1, 1)}
 close = torch.testing.assert_close
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from entries import BACKENDS
 from torch import Tensor
 
-import csdiv
 from csdiv import testing
 
 
@@ -53,7 +53,7 @@ def test_every_operator_has_samples() -> None:
     assert defined == set(operator_samples("auto"))
 
 
-@pytest.mark.parametrize("backend", csdiv.available_backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     for name, samples in operator_samples(backend).items():
         for arguments in samples:

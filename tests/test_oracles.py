@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from entries import BACKENDS
 from torch import Tensor
 
 import csdiv
 from csdiv import GaussianMixture, testing
 
-BACKENDS = csdiv.available_backends()
 DTYPES = (torch.float32, torch.float64)
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

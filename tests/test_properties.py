@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from entries import BACKENDS
 from hypothesis import given
 from hypothesis import strategies as st
 
 import csdiv
 from csdiv import GaussianMixture, testing
 
-BACKENDS = csdiv.available_backends()
 SIZES = st.sampled_from([1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65])
 DIMS = st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17, 33])
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -31,8 +31,19 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+loaded = set[torch.device]()
+"""Devices that have all kernels, see :func:`csdiv.warmup`: what has not been loaded cannot be captured."""
+
+
 def _run(function: Callable[..., int], device: torch.device, *arguments: object) -> None:
     """Calls ``function`` twice: for the size of its scratch memory, and with it."""
+    if device not in loaded and capturing():
+        raise RuntimeError(f"CUDA graph capture on {device}: call csdiv.warmup({str(device)!r}) before it")
     where = (device.index or 0, stream(device), processors(device))
     size = function(*arguments, (*where, 0))
     scratch = torch.empty(size, dtype=torch.uint8, device=device)
