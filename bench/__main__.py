@@ -72,6 +72,10 @@ def run_case(case: Case, everyone: list[Provider], rounds: int, device: str = "c
             records.append(record)
             if error <= GATE:
                 record["extra_peak_mib"] = round(peak_mib(call, device), 1)
+                if device == "cuda":
+                    from .gpu import cold_ms
+
+                    record["cold_ms"] = cold_ms(call)
                 calls.append(call)
                 passed.append(record)
         for record, timing in zip(passed, interleave(calls, rounds, wait), strict=True):
@@ -129,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
                 records += run_case(case, gpu.providers(case), options.rounds, "cuda")
         info["clock_mhz"] = str(max(read))
         gpu.add_bounds(records, max(read))
-        print_table(records)
+        print(gpu.markdown(records))
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     elif options.suite == "epochs":
         from . import epochs  # needs the extra "train"

@@ -6,18 +6,23 @@ The bound is that of the shipped kernels' own hot loops (bench/static.py) at the
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
+import statistics
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import csdiv
 
 from . import static
 from .cases import Case
-from .peers import Compiled, Csdiv, HandDerived, KeOps, Provider, installed
+from .peers import ChunkedEager, Compiled, Csdiv, HandDerived, KeOps, Provider, installed
 
 GPU_CASES = (
     Case(128, 500, 40, "one step of a small autoencoder: launches show"),
@@ -28,15 +33,72 @@ GPU_CASES = (
     Case(8192, 8192, 64, "square, fills the chip"),
     Case(1024, 100000, 64, "a batch of codes against a very large mixture"),
 )
-PEER_BYTES = 60 * 2**30
-"""Peers whose (N, M, D) temporaries would be larger than this sit out."""
+NAIVE = Path(__file__).resolve().parent.parent / "build" / "naive"
+"""Where bench/gpu_check.py builds the kernels with groups of one dimension: what sharing reciprocals is worth."""
+FLUSHED_BYTES = 2**28
+"""More than the second-level cache of any GPU."""
+
+
+class Naive(Csdiv):
+    """csdiv's own kernels, but with a reciprocal and a logarithm for every dimension."""
+
+    def __init__(self, module: Path) -> None:
+        super().__init__("cuda")
+        self.name = "csdiv cuda, groups of 1"
+        spec = importlib.util.spec_from_file_location("csdiv_naive._C", module)
+        assert spec
+        assert spec.loader
+        self._native = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._native)
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        cuda = importlib.import_module("csdiv.backends.cuda")
+        shipped, cuda.native = cuda.native, self._native
+        try:
+            yield
+        finally:
+            cuda.native = shipped
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        with self._in_place():
+            return super().forward(inputs)
+
+    def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
+        with self._in_place():
+            return super().forward_backward(inputs)
 
 
 def providers(case: Case) -> list[Provider]:
-    """csdiv's backends that can run here, and every peer that is installed and can hold the case."""
-    ours: list[Provider] = [Csdiv(name) for name in ("cuda", "triton") if name in csdiv.available_backends()]
-    peers: list[Provider] = [Compiled(), HandDerived()] if 8 * case.elements <= PEER_BYTES else []
-    return ours + peers + ([KeOps()] if installed("pykeops") else [])
+    """csdiv's backends that can run here, and every peer that is installed and has the memory for the case."""
+    everyone: list[Provider] = [Csdiv(name) for name in ("cuda", "triton") if name in csdiv.available_backends()]
+    everyone += [Naive(module) for module in sorted(NAIVE.glob("_C.*"))[:1]]
+    everyone.append(ChunkedEager(chunk_bytes=2**28))
+    free, _ = torch.cuda.mem_get_info()
+    if 16 * case.elements <= free:  # (N, M, D) temporaries
+        everyone += [Compiled(), HandDerived()]
+    else:
+        print(f"skipped at {case.name}: torch.compile, for {free / 2**30:.0f} GiB are free")
+    if installed("pykeops"):
+        everyone.append(KeOps())
+    else:
+        print("skipped: KeOps, which is not installed")
+    return everyone
+
+
+def cold_ms(call: Callable[[], object], count: int = 5) -> float:
+    """The median time of ``call`` on the device where its inputs are not in the cache."""
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(count):
+        flushed.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
 
 
 def device_info() -> dict[str, str]:
@@ -102,3 +164,22 @@ def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
             bound = lanes * clock_mhz * 1e-3 / per_element[record["direction"]]
             record["bound_gel_per_s"] = bound
             record["share_of_bound"] = record["gel_per_s"] / bound
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """Time, rate, share of the bound, memory and error of every provider that passed the gate."""
+    lines = [
+        "| case | direction | provider | warm ms | cold ms | Tel/s | of the bound | peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        head = f"| {r['case']} | {r['direction']} | {r['provider']} "
+        if "median_ms" not in r:
+            lines.append(f"{head}| refused: error {r['relative_error']:.1e} | | | | | |")
+            continue
+        share = f"{r['share_of_bound']:.0%}" if "share_of_bound" in r else ""
+        lines.append(
+            f"{head}| {r['median_ms']:.3f} | {r['cold_ms']:.3f} | {r['gel_per_s'] / 1e3:.3f} | {share} "
+            f"| {r['extra_peak_mib']} | {r['relative_error']:.1e} |"
+        )
+    return "\n".join(lines)

@@ -55,13 +55,14 @@ class Csdiv(Provider):
 class ChunkedEager(Provider):
     """Rows in chunks, each differentiated at once, so that temporaries stay small."""
 
-    name = "eager, 2 MiB chunks"
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.name, self._bytes = f"eager, {chunk_bytes // 2**20} MiB chunks", chunk_bytes
 
     def _chunks(self, inputs: list[Tensor]) -> range:
         return range(0, len(inputs[0]), self._size(inputs))
 
     def _size(self, inputs: list[Tensor]) -> int:
-        return max(1, CHUNK_BYTES // (4 * inputs[2].numel()))
+        return max(1, self._bytes // (4 * inputs[2].numel()))
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         mu, s, *q = inputs

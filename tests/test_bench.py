@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench import accuracy
+from bench import accuracy, gpu, gpu_check
+from bench.timing import interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "bench" / "results" / "accuracy.json"
@@ -36,3 +38,31 @@ def test_committed_errors_are_within_their_bounds() -> None:
 def test_accuracy_page_is_that_of_the_committed_results() -> None:
     committed = json.loads(COMMITTED.read_text())
     assert (ROOT / "docs" / "accuracy.md").read_text() == accuracy.markdown(committed["records"], committed["machine"])
+
+
+def test_calls_take_turns_and_the_device_is_waited_for() -> None:
+    order: list[str] = []
+    calls = [lambda name=name: order.append(name) for name in "ab"]
+    timings = interleave(calls, rounds=3, wait=lambda: order.append("|"))
+    assert [timing.count for timing in timings] == [3, 3]
+    assert "".join(order).startswith("|a|b|a")
+    assert order[-1] == "|"
+
+
+def test_a_step_that_fails_or_hangs_is_reported_and_the_next_one_runs(tmp_path: Path, capsys) -> None:
+    assert gpu_check.step("fine", [sys.executable, "-c", "print(6 * 7)"], tmp_path, 60)
+    assert not gpu_check.step("broken", [sys.executable, "-c", "raise SystemExit('broken')"], tmp_path, 60)
+    assert not gpu_check.step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 1)
+    assert not gpu_check.step("absent", ["no-such-command"], tmp_path, 60)
+    printed = capsys.readouterr().out
+    for words in ("fine: passed", "42", "broken: 1", "endless: still running after 1 s", "No such file"):
+        assert words in printed
+    assert (tmp_path / "fine.log").read_text() == "42\n"
+
+
+def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:
+    passed = {"median_ms": 2.0, "cold_ms": 2.5, "gel_per_s": 1500.0, "share_of_bound": 0.8, "extra_peak_mib": 3.0}
+    head = {"case": "1x2x3", "direction": "forward", "relative_error": 1e-7}
+    table = gpu.markdown([head | passed | {"provider": "csdiv cuda"}, head | {"provider": "other"}]).splitlines()
+    assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.500 | 80% | 3.0 | 1.0e-07 |"
+    assert "refused: error 1.0e-07" in table[3]

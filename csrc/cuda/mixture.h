@@ -3,10 +3,14 @@
 
 #include "device.h"
 
+#ifndef CSDIV_GROUP
+#define CSDIV_GROUP 4
+#endif
+
 namespace csdiv::cuda {
 
 constexpr int kTile = 64;       // components of a packed tile
-constexpr int kGroup = 4;       // dimensions that share one reciprocal and one logarithm
+constexpr int kGroup = CSDIV_GROUP;   // dimensions that share one reciprocal and one logarithm: 4; benchmarks try 1
 constexpr int kFlagDims = 32;   // dimensions that share a flag
 
 // Of a tile in kFlagDims dimensions, after scaling.

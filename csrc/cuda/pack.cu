@@ -75,9 +75,9 @@ __global__ void pack_kernel(Problem<T> problem) {
     }
     __syncthreads();
     if (keeps && int(threadIdx.x) < dims / kGroup) {
-      const T* const centers = shared.centers + threadIdx.x * kGroup;
-      scale.group_centers[(scale_item * padded + begin) / kGroup + threadIdx.x] =
-          centers[0] + centers[1] + centers[2] + centers[3];
+      T sum = 0;
+      for (int g = 0; g < kGroup; ++g) sum += shared.centers[threadIdx.x * kGroup + g];
+      scale.group_centers[(scale_item * padded + begin) / kGroup + threadIdx.x] = sum;
     }
 
     bool irregular = false, narrow = false;
