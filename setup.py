@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent
 
 def wheel_environment() -> dict[str, str]:
     """What makes nvcc of the wheels cuda-toolkit[nvcc,crt,nvvm,cudart] work where no toolkit is installed."""
-    if "CUDACXX" in os.environ or "CUDA_HOME" in os.environ or shutil.which("nvcc") or Path("/usr/local/cuda").exists():
+    if "CUDACXX" in os.environ or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ or shutil.which("nvcc"):
+        return {}
+    if Path("/usr/local/cuda/bin/nvcc").exists():
         return {}
     wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))  # also where the build is isolated
     if not wheels:
