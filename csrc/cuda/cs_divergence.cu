@@ -41,9 +41,10 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad, const
         3,
         grad};
   };
-  write_gradients(context, problem.p, problem.batch, problem.dim, sources(tasks.tasks[0].row_sums, true, pp), grad_p);
-  write_gradients(context, problem.q, problem.batch, problem.dim, sources(tasks.tasks[0].column_sums, false, qq),
-                  grad_q);
+  GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
+  writes.add(problem.p, sources(tasks.tasks[0].row_sums, true, pp), grad_p);
+  writes.add(problem.q, sources(tasks.tasks[0].column_sums, false, qq), grad_q);
+  write_gradients(context, writes);
 }
 
 }   // namespace

@@ -149,11 +149,6 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Sets `bytes` bytes to zero, in the order of the stream.
-inline void fill_zero(const Context& context, void* array, int64_t bytes) {
-  if (context.scratch && bytes) check(cudaMemsetAsync(array, 0, size_t(bytes), context.stream));
-}
-
 #if defined(__CUDACC__) || defined(CSDIV_EMULATION)
 template <class... Parameters, class... Arguments>
 void launch(const Context& context, int64_t blocks, int64_t shared_bytes, void (*kernel)(Parameters...),

@@ -280,19 +280,33 @@ CSDIV_DEVICE void sweep_tile(const GradientTask<T>& task, GradientShared<T>& sha
   }
 }
 
+// The sums of `count` components from `first` on, which are the block's own, are set to zero.
+CSDIV_DEVICE void clear(const ComponentSums& sums, int problem, int copy, int64_t n, int64_t first, int64_t count,
+                        int64_t dim) {
+  double* const own = sums.of(problem, copy, n, first, dim);
+  const int64_t size = (count < n - first ? count : n - first) * (2 * dim + 1);
+  for (int64_t e = threadIdx.x; e < size; e += kThreads) own[e] = 0;
+}
+
 // Which task, problem and tiles the block has.
 template <class T>
 CSDIV_DEVICE void begin_sweep(const GradientTasks<T>& tasks, GradientShared<T>& shared) {
   int k = 0, block = blockIdx.x;
   while (block >= tasks.tasks[k].blocks) block -= int(tasks.tasks[k++].blocks);
   if (threadIdx.x == 0) shared.task = k, shared.block = block;
+  const GradientTask<T>& task = tasks.tasks[k];
+  const Side<T>&p = task.problem.p, &q = task.problem.q;
   // Copies of the rows' sums belong to ranges of columns, and the other way round.
-  const int column_ranges = int(tasks.tasks[k].row_sums.copies), row_ranges = int(tasks.tasks[k].column_sums.copies);
-  const Side<T>&p = tasks.tasks[k].problem.p, &q = tasks.tasks[k].problem.q;
+  const int column_ranges = int(task.row_sums.copies), row_ranges = int(task.column_sums.copies);
+  const int column_range = block % column_ranges, row_range = block / column_ranges % row_ranges;
   const int b = block / column_ranges / row_ranges;
-  shared.walk.begin({b, int(p.item(b)), int(q.item(b))},
-                    part(p.tiles(), row_ranges, block / column_ranges % row_ranges),
-                    part(ceil_div(q.n, kColumns<T>), column_ranges, block % column_ranges));
+  const Part rows = part(p.tiles(), row_ranges, row_range);
+  const Part columns = part(ceil_div(q.n, kColumns<T>), column_ranges, column_range);
+  shared.walk.begin({b, int(p.item(b)), int(q.item(b))}, rows, columns);
+  const int64_t dim = task.problem.dim, first_row = int64_t(rows.begin) * kTile, num_rows = rows.end - rows.begin;
+  const int64_t first_column = int64_t(columns.begin) * kColumns<T>, num_columns = columns.end - columns.begin;
+  if (task.rows_wanted) clear(task.row_sums, b, column_range, p.n, first_row, num_rows * kTile, dim);
+  if (task.columns_wanted) clear(task.column_sums, b, row_range, q.n, first_column, num_columns * kColumns<T>, dim);
 }
 
 template <class T, int kLanes>
@@ -316,9 +330,13 @@ inline double cost(int64_t dim, int lanes) {
 
 // A thread for each value of every component.
 template <class T>
-__global__ void write_gradients_kernel(Side<T> side, int64_t batch, int64_t dim,
-                                       const __grid_constant__ GradientSources<T> sources, SideGradients<T> grads) {
-  const int64_t width = 2 * dim + 1, element = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void write_gradients_kernel(const __grid_constant__ GradientWrites<T> writes) {
+  const int which = blockIdx.x < writes.sides[0].blocks ? 0 : 1;
+  const int64_t block = blockIdx.x - which * writes.sides[0].blocks, batch = writes.batch, dim = writes.dim;
+  const Side<T>& side = writes.sides[which].side;
+  const GradientSources<T>& sources = writes.sides[which].sources;
+  const SideGradients<T>& grads = writes.sides[which].grads;
+  const int64_t width = 2 * dim + 1, element = block * kThreads + threadIdx.x;
   const int64_t component = element / width, at = element % width;
   if (component >= side.items * side.n) return;
   const int64_t item = component / side.n, k = component % side.n;
@@ -354,8 +372,6 @@ void sweep_gradients(Context& context, GradientTasks<T>& tasks) {
   int64_t blocks = 0, problems = 0;
   for (int k = 0; k < tasks.count; ++k) problems += tasks.tasks[k].problem.batch;
   const double wanted = double(context.processors) * kBlocksPerProcessor / double(problems > 0 ? problems : 1);
-  char* const begin = context.scratch + context.used;
-  const int64_t used = context.used;
   for (int k = 0; k < tasks.count; ++k) {
     GradientTask<T>& task = tasks.tasks[k];
     const Problem<T>& problem = task.problem;
@@ -368,13 +384,12 @@ void sweep_gradients(Context& context, GradientTasks<T>& tasks) {
     const int64_t column_ranges = limited(sqrt(wanted * double(m) / double(n > 0 ? n : 1)), column_tiles);
     const int64_t row_ranges = limited(wanted / double(column_ranges), row_tiles);
     task.row_sums.copies = column_ranges;
-    task.column_sums.copies = row_ranges;
+    task.column_sums.copies = n > 0 ? row_ranges : 0;   // no block, nothing to add up
     task.row_sums.sums = context.take<double>(task.rows_wanted ? problem.batch * column_ranges * n * width : 0);
     task.column_sums.sums = context.take<double>(task.columns_wanted ? problem.batch * row_ranges * m * width : 0);
     task.blocks = n > 0 ? problem.batch * row_ranges * column_ranges : 0;
     blocks += task.blocks;
   }
-  fill_zero(context, begin, context.used - used);
   const int64_t dim = tasks.tasks[0].problem.dim, shared_bytes = sizeof(GradientShared<T>);
   if (cost(dim, 32) <= cost(dim, 16) && cost(dim, 32) <= cost(dim, 8))
     launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 32>, tasks);
@@ -395,16 +410,17 @@ void sweep_pair(Context& context, GradientTasks<T>& tasks, const T* grad_values,
   const Problem<T>& problem = task.problem;
   const GradientSources<T> to_p{{{task.row_sums, true, false, 1}}, 1, grad_values};
   const GradientSources<T> to_q{{{task.column_sums, false, false, 1}}, 1, grad_values};
-  write_gradients(context, problem.p, problem.batch, problem.dim, to_p, grad_p);
-  write_gradients(context, problem.q, problem.batch, problem.dim, to_q, grad_q);
+  GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
+  writes.add(problem.p, to_p, grad_p);
+  writes.add(problem.q, to_q, grad_q);
+  write_gradients(context, writes);
 }
 
 template <class T>
-void write_gradients(const Context& context, const Side<T>& side, int64_t batch, int64_t dim,
-                     const GradientSources<T>& sources, const SideGradients<T>& grads) {
-  if (!grads.wanted()) return;
-  launch(context, ceil_div(side.items * side.n * (2 * dim + 1), kThreads), 0, write_gradients_kernel<T>, side, batch,
-         dim, sources, grads);
+void write_gradients(const Context& context, const GradientWrites<T>& writes) {
+  int64_t blocks = 0;
+  for (int k = 0; k < writes.count; ++k) blocks += writes.sides[k].blocks;
+  launch(context, blocks, 0, write_gradients_kernel<T>, writes);
 }
 
 template void sweep_gradients(Context&, GradientTasks<float>&);
@@ -413,9 +429,7 @@ template void sweep_pair(Context&, GradientTasks<float>&, const float*, const Si
                          const SideGradients<float>&);
 template void sweep_pair(Context&, GradientTasks<double>&, const double*, const SideGradients<double>&,
                          const SideGradients<double>&);
-template void write_gradients(const Context&, const Side<float>&, int64_t, int64_t, const GradientSources<float>&,
-                              const SideGradients<float>&);
-template void write_gradients(const Context&, const Side<double>&, int64_t, int64_t, const GradientSources<double>&,
-                              const SideGradients<double>&);
+template void write_gradients(const Context&, const GradientWrites<float>&);
+template void write_gradients(const Context&, const GradientWrites<double>&);
 
 }   // namespace csdiv::cuda

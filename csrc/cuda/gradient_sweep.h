@@ -72,6 +72,24 @@ struct GradientSources {
   const T* grad_values;   // (batch) or null: 1
 };
 
+// The gradients of the sides of `batch` problems, all written in one launch.
+template <class T>
+struct GradientWrites {
+  struct {
+    Side<T> side;
+    GradientSources<T> sources;
+    SideGradients<T> grads;
+    int64_t blocks;
+  } sides[2];
+  int count;
+  int64_t batch, dim;
+
+  void add(const Side<T>& side, const GradientSources<T>& sources, const SideGradients<T>& grads) {
+    if (grads.wanted())
+      sides[count++] = {side, sources, grads, ceil_div(side.items * side.n * (2 * dim + 1), int64_t(kThreads))};
+  }
+};
+
 // Takes scratch memory for the sums and runs all tasks in one launch.
 template <class T>
 void sweep_gradients(Context& context, GradientTasks<T>& tasks);
@@ -81,9 +99,8 @@ template <class T>
 void sweep_pair(Context& context, GradientTasks<T>& tasks, const T* grad_values, const SideGradients<T>& grad_p,
                 const SideGradients<T>& grad_q);
 
-// Adds up the sources and writes the gradients of `side`.
+// Adds up the sources and writes the gradients.
 template <class T>
-void write_gradients(const Context& context, const Side<T>& side, int64_t batch, int64_t dim,
-                     const GradientSources<T>& sources, const SideGradients<T>& grads);
+void write_gradients(const Context& context, const GradientWrites<T>& writes);
 
 }   // namespace csdiv::cuda

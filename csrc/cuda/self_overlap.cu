@@ -15,7 +15,9 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad_values
   sweep_gradients(context, tasks);
   const GradientSources<T> sources{
       {{tasks.tasks[0].row_sums, true, false, 1}, {tasks.tasks[0].column_sums, false, false, 1}}, 2, grad_values};
-  write_gradients(context, problem.p, problem.batch, problem.dim, sources, grad);
+  GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
+  writes.add(problem.p, sources, grad);
+  write_gradients(context, writes);
 }
 
 }   // namespace

@@ -43,11 +43,6 @@ enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) {
   return "";
 }
-inline cudaError_t cudaMemsetAsync(void* array, int value, size_t bytes, cudaStream_t) {
-  std::memset(array, value, bytes);
-  return cudaSuccess;
-}
-
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
