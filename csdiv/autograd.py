@@ -4,7 +4,8 @@ A call takes one of three paths.
 
 1. Plain autograd and ``torch.compile``: a classic Function around the op pair; it costs the least per call. Without
    compilation the gradients of a scalar come with it, in one pass over the pairs, and the backward pass scales them;
-   not so for what several values of a batch share.
+   not so for what several values of a batch share. On CPUs those of the rows' sum come with the rows, and serve
+   whatever upstream gradient is the same for all rows, as that of a sum or a mean; another takes a second pass.
 2. ``torch.func`` transforms made of vmap and at most one grad: a Function with ``setup_context`` and a vmap rule that
    moves the mapped dimension into the batch, so the kernels stay native.
 3. Forward-mode differentiation and nested grads: the reference formula, which torch differentiates to any order. The
@@ -35,7 +36,7 @@ class _OpPair(NamedTuple):
     backward: Callable[..., list[Tensor]]  # (backend, needs, grad, tensors, outputs) -> gradients where needed
     reference: Callable[..., Tensor]  # (*tensors) -> value
     event_dims: tuple[int, ...]  # of each tensor, beside its batch dimensions
-    at_once: bool = True  # whether forward can give the gradients of its value, where needed; else it returns none
+    at_once: str = "scalars"  # which values forward gives the gradients of, where needed: "scalars", "rows" or "none"
 
 
 def _full_gradients(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
@@ -48,6 +49,14 @@ def _scaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
     if grad.ndim == 0:
         return list(torch._foreach_mul(grads, grad))  # one call, where each costs more than what it computes
     return [grad.to(g.dtype).reshape(grad.shape + (1,) * (g.ndim - grad.ndim)) * g for g in grads]
+
+
+def _common_value(grad: Tensor) -> Tensor | None:
+    """The one value that ``grad`` consists of, None where there are several or it is 0 or NaN."""
+    if grad.numel() == 0:
+        return None
+    common = grad[(0,) * grad.ndim]
+    return common if common != 0 and torch.equal(grad, common.expand_as(grad)) else None
 
 
 def _no_derivative(backend: str, what: str) -> NotImplementedError:
@@ -92,16 +101,23 @@ def _make_functions(pair: _OpPair) -> tuple[Any, Any]:
     def first_gradients(
         backend: str, needs: list[bool], at_once: bool, grad: Tensor, tensors: list[Any], saved: list[Tensor]
     ) -> list[Tensor]:
-        return _scaled(saved, grad) if at_once else pair.backward(backend, needs, grad, tensors, saved)
+        if not at_once:
+            return pair.backward(backend, needs, grad, tensors, saved)
+        if pair.at_once == "scalars":
+            return _scaled(saved, grad)
+        outputs, grads = saved[: -sum(needs)], saved[-sum(needs) :]
+        common = _common_value(grad)
+        return pair.backward(backend, needs, grad, tensors, outputs) if common is None else _scaled(grads, common)
 
     class Classic(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, backend: str, at_once: bool, *tensors: Tensor | None) -> Any:
             needs = list(ctx.needs_input_grad[2:])
-            ctx.at_once = at_once and any(needs) and _has_all_items(tensors, pair.event_dims, needs)
+            rows = pair.at_once == "rows"
+            ctx.at_once = at_once and any(needs) and (rows or _has_all_items(tensors, pair.event_dims, needs))
             ctx.backend = backend
             *outputs, grads = pair.forward(backend, needs if ctx.at_once else [False] * len(needs), *tensors)
-            ctx.save_for_backward(*tensors, *(grads if ctx.at_once else outputs))
+            ctx.save_for_backward(*tensors, *([] if ctx.at_once and not rows else outputs), *grads)
             ctx.mark_non_differentiable(*outputs[1:])
             return tuple(outputs)
 
@@ -240,18 +256,23 @@ def _entry(pair: _OpPair) -> Callable[..., tuple[Tensor, ...]]:
                     raise _no_derivative(backend, "forward-mode or nested derivatives")
                 return (pair.reference(*tensors),)
             return transformable.apply(backend, *tensors)
-        return classic.apply(backend, pair.at_once and torch.is_grad_enabled(), *tensors)
+        return classic.apply(backend, torch.is_grad_enabled() and gives_gradients(backend, tensors[0]), *tensors)
+
+    def gives_gradients(backend: str, means: Tensor | None) -> bool:
+        if pair.at_once == "rows":  # a look at the upstream gradient would wait for a GPU
+            return backend in ("auto", "cpu") and means is not None and means.device.type == "cpu"
+        return pair.at_once == "scalars"
 
     return entry
 
 
 _overlap_lse = _entry(
     _OpPair(
-        lambda backend, needs, *t: (*ops.overlap_lse_forward(*t, backend), []),
+        lambda backend, needs, *t: ops.overlap_lse_forward(*t, needs, backend),
         lambda backend, needs, grad, t, out: ops.overlap_lse_backward(grad, t, out, needs, backend),
         reference.overlap_lse,
         (2, 2, 2, 2, 1),
-        at_once=False,
+        at_once="rows",
     )
 )
 _log_overlap = _entry(
@@ -284,7 +305,7 @@ _pairwise = _entry(
         lambda backend, needs, grad, t, out: ops.pairwise_backward(grad, t, needs, backend),
         reference.pairwise,
         (2, 2, 2, 2),
-        at_once=False,
+        at_once="none",
     )
 )
 

@@ -51,23 +51,30 @@ def _fake_overlap_lse_forward(
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
+    needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     batch = _batch(p_means, p_variances, q_means, q_variances, weights=[q_log_weights])
-    return p_means.new_empty(*batch, p_means.shape[-2]), p_means.new_empty(*batch, 1, dtype=torch.float64)
+    tensors = [p_means, p_variances, q_means, q_variances, q_log_weights]
+    rows, offset = p_means.new_empty(*batch, p_means.shape[-2]), p_means.new_empty(*batch, 1, dtype=torch.float64)
+    return rows, offset, _fake_gradients(tensors, needs)
 
 
-@_define(f"overlap_lse_forward({_P}, {_Q}, {_Q_WEIGHTS}, str backend) -> (Tensor, Tensor)", _fake_overlap_lse_forward)
+@_define(
+    f"overlap_lse_forward({_P}, {_Q}, {_Q_WEIGHTS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor[])",
+    _fake_overlap_lse_forward,
+)
 def overlap_lse_forward(
     p_means: Tensor,
     p_variances: Tensor,
     q_means: Tensor,
     q_variances: Tensor,
     q_log_weights: Tensor | None,
+    needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     module = backends.resolve(backend, p_means.device)
-    return module.overlap_lse_forward(p_means, p_variances, q_means, q_variances, q_log_weights)
+    return module.overlap_lse_forward(p_means, p_variances, q_means, q_variances, q_log_weights, needs)
 
 
 @_define(

@@ -74,17 +74,19 @@ SideGradients<T> own_gradients(const Mixture<T>& side, int64_t batch, const py::
   return gradients;
 }
 
-void cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                             Pointer rows, Pointer offsets, int threads) {
-  with_type(itemsize, [&](auto type) {
+bool cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                             Pointer rows, Pointer offsets, const py::tuple& grad_p, const py::tuple& grad_q,
+                             int threads) {
+  return with_type(itemsize, [&](auto type) {
     using T = decltype(type);
     const Problem<T> problem = make_problem<T>(batch, dim, p, q);
     T* const out = pointer<T>(rows, problem.rows() > 0);
     double* const left_out = pointer<double>(offsets, batch > 0);
+    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
     cpu::offsets(scaled.problem, cpu::Uniform::kOfQ, left_out);
-    cpu::overlap_lse_forward(scaled.problem, out, threads);
+    return cpu::overlap_lse_forward(scaled.problem, out, to_p, to_q, threads);
   });
 }
 

@@ -267,13 +267,15 @@ def conditioned(case: Case, name: str) -> bool:
     return not lone and case.scale != "spread 30"
 
 
-def check(case: Case, backend: str) -> None:
+def check(case: Case, backend: str, common_grad: float | None = None) -> None:
     bases = make_bases(case)
     computed = torch.float64 if case.dtype == torch.float64 else torch.float32
     # Exact is the reference in float64, and for the reference itself the plain formula.
     formula = eager_call(case.entry) if backend == "reference" else call(case.entry, "reference")
     shape = evaluate(case, bases, torch.float64, formula).value.shape
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=computed)
+    if common_grad is not None:
+        grad = torch.full_like(grad, common_grad)
     exact = evaluate(case, bases, torch.float64, formula, grad)
     eager = evaluate(case, bases, computed, eager_call(case.entry), grad)
     actual = evaluate(case, bases, case.dtype, call(case.entry, backend), grad)
@@ -334,7 +336,16 @@ def test_contract_of_the_backward_pass(case: Case, backend: str) -> None:
         check(case, backend)
 
 
-@pytest.mark.parametrize("entry", SCALARS)
+ROWS = ("component_log_overlap", "log_prob", "cs_regularizer")
+"""Entries on the CPU whose gradients come with the values, for an upstream gradient that is the same for all."""
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.entry in ROWS and case.wanted], ids=str)
+def test_contract_of_one_upstream_gradient_for_all_rows(case: Case) -> None:
+    check(case, "cpu", common_grad=-0.7)
+
+
+@pytest.mark.parametrize("entry", [*SCALARS, "component_log_overlap"])
 @pytest.mark.parametrize(
     ("backend", "n", "m"),
     [(backend, *size) for backend in NATIVE for size in [(3, 5), (140, 150), (300, 1030), (1030, 300), (1100, 40)]]

@@ -22,14 +22,14 @@ on_cpu = pytest.mark.parametrize("backend", ["cpu"])  # whose cut it is
 
 @contextlib.contextmanager
 def passes() -> Iterator[list[bool]]:
-    """What the forward kernels of scalars return: whether the gradients came with the value, in one pass."""
+    """What the forward kernels return: whether the gradients came with the values, in one pass."""
     returned = list[bool]()
 
     def recorded(kernel: Any) -> Any:
         return lambda *arguments: returned.append(kernel(*arguments)) or returned[-1]
 
     with contextlib.ExitStack() as stack:
-        for name in (f"cpu_{entry}_forward" for entry in SCALARS):
+        for name in (f"cpu_{entry}_forward" for entry in (*SCALARS, "overlap_lse")):
             stack.enter_context(mock.patch.object(_C, name, recorded(getattr(_C, name))))
         yield returned
 
@@ -41,6 +41,7 @@ def check(
     q: GaussianMixture,
     wanted: tuple[str, ...] = P + Q,
     one_pass: bool = True,
+    common_grad: float | None = None,
 ) -> None:
     """``entry`` of the float32 mixtures and its gradients against float64, within the derived budget."""
     given = dict(zip(P + Q, (p.means, p.variances, p.log_weights, q.means, q.variances, q.log_weights), strict=True))
@@ -56,6 +57,8 @@ def check(
     band = testing.band(entry, *sides, scaled=True)
     if wanted:
         grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+        if common_grad is not None:
+            grad = torch.full_like(grad, common_grad)
         bands = testing.gradient_bands(entry, *sides, grad, leaves)
         true, plain = (
             torch.autograd.grad(value, tensors, grad.to(value.dtype))
@@ -64,7 +67,8 @@ def check(
     for later in [False, True] if entry in SCALARS and wanted else [False]:
         with gradients_later() if later else contextlib.nullcontext(), passes() as returned:
             _, actual_leaves, actual = evaluate(torch.float32, call(entry, backend))
-        assert returned == [one_pass or later] * (entry in SCALARS and backend == "cpu")
+        given_at_once = entry in (*SCALARS, "component_log_overlap") and backend == "cpu"
+        assert returned == [one_pass or later or not wanted] * given_at_once
         testing.assert_within_budget(actual, eager, exact, band)
         if not wanted:
             return
@@ -90,6 +94,35 @@ def test_every_cut_of_the_work_gives_the_gradients(
     entry: str, n: int, m: int, wanted: tuple[str, ...], backend: str
 ) -> None:
     check(entry, backend, *pair(n, m, 2), wanted)
+    if entry == "component_log_overlap":
+        check(entry, backend, *pair(n, m, 2), wanted, common_grad=0.3)
+
+
+# Slabs of rows, of a million logits and of a tile of rows at least: 2 slabs by rows and by columns, 3 of a tile each.
+@on_cpu
+@pytest.mark.parametrize("wanted", [P + Q, P, Q], ids=["both", "rows", "columns"])
+@pytest.mark.parametrize(("n", "m", "dim"), [(1100, 1100, 2), (150, 10000, 3), (40, 66000, 1)])
+@pytest.mark.parametrize("entry", ["component_log_overlap", "log_overlap"])
+def test_every_slab_gives_the_gradients(
+    entry: str, n: int, m: int, dim: int, wanted: tuple[str, ...], backend: str
+) -> None:
+    check(entry, backend, *pair(n, m, dim), wanted, common_grad=0.3)
+
+
+def test_slabs_in_the_square_cut() -> None:
+    """So large that float64 would take long: one pass against two, which other tests hold to float64."""
+    p, q = pair(1500, 1100, 260)
+    for entry in ("component_log_overlap", "log_overlap"):
+        found = []
+        for last in (1.0, 1.0 + torch.finfo().eps):
+            with gradients_later() if found else contextlib.nullcontext():
+                leaves = [t.clone().requires_grad_() for side in (p, q) for t in (side.means, side.variances)]
+                rows = call(entry, "cpu")(GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:]))
+                grad = torch.ones_like(rows)
+                grad.view(-1)[-1] = last
+                found.append(torch.autograd.grad(rows, leaves, grad))
+        for once, twice in zip(*found, strict=True):
+            assert (once - twice).norm() <= 1e-5 * twice.norm()
 
 
 @on_every_backend
@@ -194,17 +227,32 @@ def test_weights_that_rise_or_fall_over_merged_sums(step: float, backend: str) -
     check("log_overlap", backend, q, p)
 
 
-@on_every_backend
-def test_gradients_that_overflow_before_the_largest_weight_is_met(backend: str) -> None:
-    """δ²/c² of all rows but the last is beyond float32, and so would be their sums if they were all there is."""
+@on_cpu
+@pytest.mark.parametrize(("n", "one_pass"), [(140, True), (70000, False)])
+def test_gradients_that_overflow_before_the_largest_weight_is_met(n: int, one_pass: bool, backend: str) -> None:
+    """δ²/c² of all rows but the last is beyond float32, and so are their sums where they are all there is of a slab."""
     p, q = pair(140, 1, 3)
     variances = torch.tensor([1e-25, 1.0, 1e20])
     q = GaussianMixture(q.means, variances[None], q.log_weights)
-    means = torch.cat([p.means[:-1], q.means])
+    means = torch.cat([p.means[torch.arange(n - 1) % 139], q.means])
     for k in (0, -5):
-        p = GaussianMixture(means.roll(k, 0), variances.expand(140, 3), p.log_weights)
-        check("log_overlap", backend, p, q, one_pass=False)
-        check("log_overlap", backend, q, p, one_pass=False)
+        p = GaussianMixture(means.roll(k, 0), variances.expand(n, 3), torch.zeros(n))
+        check("log_overlap", backend, p, q, one_pass=one_pass)
+        check("log_overlap", backend, q, p)
+
+
+@on_cpu
+def test_rows_without_a_value_take_a_second_pass(backend: str) -> None:
+    p, q = pair(40, 30, 3)
+    log_weights = torch.cat([q.log_weights[:-1], torch.tensor([torch.inf])])
+    leaves = [t.clone().requires_grad_() for t in (p.means, q.means)]
+    with passes() as returned:
+        rows = call("component_log_overlap", backend)(
+            GaussianMixture(leaves[0], p.variances), GaussianMixture(leaves[1], q.variances, log_weights)
+        )
+    assert returned == [False]
+    assert rows.isnan().all()
+    assert all(grad.isnan().all() for grad in torch.autograd.grad(rows.sum(), leaves))
 
 
 @on_every_backend

@@ -7,7 +7,7 @@ import torch
 from entries import BACKENDS
 from torch import Tensor
 
-from csdiv import testing
+from csdiv import ops, testing
 
 
 def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
@@ -25,12 +25,12 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
 
     def add(name: str, *arguments: Any) -> Any:
         result.setdefault(name, []).append((*arguments, backend))
-        return getattr(torch.ops.csdiv, name)(*arguments, backend)
+        return getattr(ops, name)(*arguments, backend)
 
     for t in samples():
         pm, pv, pw, qm, qv, qw = t
-        rows = add("overlap_lse_forward", pm, pv, qm, qv, qw)
-        needs = [True, False, True, True, qw is not None]
+        for needs in ([False] * 5, [True, False, True, True, qw is not None]):
+            *rows, _ = add("overlap_lse_forward", pm, pv, qm, qv, qw, needs)
         add("overlap_lse_backward", rows[0].cos(), [pm, pv, qm, qv, qw], rows, needs)
         for needs in ([False] * 3, [True, True, pw is not None]):
             own, _, _ = add("self_overlap_forward", pm, pv, pw, needs)

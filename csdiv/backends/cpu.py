@@ -16,12 +16,26 @@ from csdiv.backends.reference import Tensors
 
 
 def overlap_lse_forward(
-    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    pair = Pair(make_side(p_means, p_variances), make_side(q_means, q_variances, q_log_weights))
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    p, q = (p_means, p_variances), (q_means, q_variances, q_log_weights)
+    pair = Pair(make_side(*p), make_side(*q))
+    grad_p, grad_q = Gradients(pair.p, p, needs[:2]), Gradients(pair.q, q, needs[2:])
     rows, offset = pair.new(pair.n), pair.new(1, dtype=torch.float64)
-    _C.cpu_overlap_lse_forward(*pair.arguments(), rows.data_ptr(), offset.data_ptr(), torch.get_num_threads())
-    return rows, offset
+    _C.cpu_overlap_lse_forward(
+        *pair.arguments(),
+        rows.data_ptr(),
+        offset.data_ptr(),
+        grad_p.pointers(),
+        grad_q.pointers(),
+        torch.get_num_threads(),
+    )
+    return rows, offset, grad_p.results() + grad_q.results()
 
 
 def overlap_lse_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:

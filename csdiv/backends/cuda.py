@@ -65,13 +65,20 @@ def _flattened(pair: Pair) -> Pair:
 
 
 def overlap_lse_forward(
-    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     pair = Pair(make_side(p_means, p_variances), make_side(q_means, q_variances, q_log_weights))
     rows, flat = pair.new(pair.n), _flattened(pair)
     offset = flat.new(1, dtype=torch.float64)
     _run(native.cuda_overlap_lse_forward, rows.device, *flat.arguments(), rows.data_ptr(), offset.data_ptr())
-    return rows, offset.expand(*pair.batch, 1).contiguous()
+    saved = (rows, offset.expand(*pair.batch, 1).contiguous())
+    tensors = (p_means, p_variances, q_means, q_variances, q_log_weights)
+    return *saved, overlap_lse_backward(torch.ones_like(rows), tensors, saved, needs) if any(needs) else []
 
 
 def overlap_lse_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:

@@ -7,8 +7,9 @@ A logarithm comes in two parts, ``value`` and ``offset`` (float64): their sum is
 cancels in D_CS, the scale of log c and constants, to the offset, where it is not rounded to float32.
 
 ``needs`` says which of the tensors, in the order of the arguments, want a gradient; just those are returned, in the
-shape of the tensor. A forward function that takes ``needs`` returns the gradients of its scalars last, for which every
-tensor that wants one must have all batch dimensions; where it was asked for none its backward function gives them.
+shape of the tensor. A forward function that takes ``needs`` returns gradients last, those of the sum of its values;
+where the values are scalars, every tensor that wants one must have all batch dimensions. Other gradients, and those
+that it was not asked for, are given by its backward function.
 """
 
 from __future__ import annotations
@@ -27,11 +28,18 @@ Tensors = Sequence[Any]
 
 
 def overlap_lse_forward(
-    p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, q_log_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j): value (*batch, N) and offset (*batch, 1)."""
-    rows = overlap_lse(p_means, p_variances, q_means, q_variances, q_log_weights)
-    return rows, rows.new_zeros(*rows.shape[:-1], 1, dtype=torch.float64)
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    q_log_weights: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j): value (*batch, N) and offset (*batch, 1); gradients of Σ ℓ."""
+    tensors = (p_means, p_variances, q_means, q_variances, q_log_weights)
+    rows = overlap_lse(*tensors)
+    grads = _gradients(overlap_lse, tensors, torch.ones_like(rows), needs)
+    return rows, rows.new_zeros(*rows.shape[:-1], 1, dtype=torch.float64), grads
 
 
 def overlap_lse_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]) -> list[Tensor]:

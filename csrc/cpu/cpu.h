@@ -23,9 +23,11 @@ enum class Uniform { kNone, kOfQ, kOfBoth };
 template <class T>
 void offsets(const Problem<T>& problem, Uniform uniform, double* offsets);
 
-// rows[b, i] = LSE_j logit_ij.
+// rows[b, i] = LSE_j logit_ij. The gradients of sum_bi rows[b, i] are computed in the same pass over the pairs. False:
+// it took another pass, because a row is infinite or NaN.
 template <class T>
-void overlap_lse_forward(const Problem<T>& problem, T* rows, int threads);
+bool overlap_lse_forward(const Problem<T>& problem, T* rows, const SideGradients<T>& grad_p,
+                         const SideGradients<T>& grad_q, int threads);
 
 // Gradients of sum_bi grad_rows[b, i] (log a_i + rows[b, i]).
 template <class T>
@@ -34,7 +36,7 @@ void overlap_lse_backward(const Problem<T>& problem, const T* rows, const T* gra
 
 // values[b] = LSE_i (log a_i + rows[b, i]); rows as above. The gradients of sum_b factor values[b] are computed in the
 // same pass over the pairs; a side that wants any has one item for each problem. False: it took another pass, because a
-// value is not finite or a sum overflowed before its reference was known.
+// value or a sum is not finite.
 template <class T>
 bool log_overlap_forward(const Problem<T>& problem, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
                          const SideGradients<T>& grad_q, int threads);

@@ -30,7 +30,7 @@ template <class T>
 class OnlyPassOfPair : public OnlyPass {
  public:
   OnlyPassOfPair(const Problem<T>& batched, const Problem<T>& problem, double factor, T* rows, double* values)
-      : OnlyPass{factor}, batched_(batched), problem_(problem), rows_(rows), values_(values) {}
+      : OnlyPass{false, factor}, batched_(batched), problem_(problem), rows_(rows), values_(values) {}
 
   void start(int64_t groups) { sums_.emplace(problem_, groups); }
 
@@ -39,6 +39,8 @@ class OnlyPassOfPair : public OnlyPass {
     for (int64_t r = 0; r < tile.rows.count; ++r)
       scales[r] = row_logit(problem_, tile.problem, tile.first_row + r, scales[r]);
   }
+
+  bool finish_rows(int64_t, int64_t, int64_t) { return true; }
 
   bool finish() {
     sums_->write(rows_);
@@ -74,7 +76,7 @@ template <class T>
 bool log_overlap_forward(const Problem<T>& batched, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
                          const SideGradients<T>& grad_q, int threads) {
   if (!grad_p.wanted() && !grad_q.wanted()) {
-    overlap_lse_forward(batched, rows, threads);
+    overlap_lse_forward(batched, rows, {}, {}, threads);
     total_rows(batched, rows, values);
     return true;
   }

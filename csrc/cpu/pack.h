@@ -1,45 +1,13 @@
 // Components in the form that the tile kernels read.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "memory.h"
 #include "mixture.h"
 #include "tile.h"
 
 namespace csdiv::cpu {
-
-constexpr int64_t kCacheLine = 64;
-
-// Uninitialised memory on a cache line boundary.
-template <class T>
-class AlignedArray {
- public:
-  AlignedArray() = default;
-  explicit AlignedArray(int64_t size) : data_(static_cast<T*>(allocate(size))), size_(size) {}
-
-  T* get() const { return data_.get(); }
-  int64_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t(kCacheLine)); }
-  };
-  static void* allocate(int64_t size) { return ::operator new(size * sizeof(T), std::align_val_t(kCacheLine)); }
-
-  std::unique_ptr<T, Free> data_;
-  int64_t size_ = 0;
-};
-
-// Memory of the calling thread, kept between tasks; valid until the thread's next call.
-template <class T>
-T* scratch(int64_t size) {
-  thread_local AlignedArray<T> array;
-  if (array.size() < size) array = AlignedArray<T>(size);
-  return array.get();
-}
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

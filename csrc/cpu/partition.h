@@ -12,6 +12,7 @@ constexpr int64_t kMaxBlocks = 16;
 constexpr int64_t kLopsided = 8;                     // ratio of the sides from which one of them is cut alone
 constexpr int64_t kCopies = 8;                       // sets of sums when one side is cut alone
 constexpr int64_t kCheapCopies = int64_t(1) << 22;   // elements of column sums up to which every row block has its own
+constexpr int64_t kBlockTiles = 8;                   // tiles that take their turns on a stripe
 
 // One of three ways:
 //   rows      many more rows than columns: blocks of rows, each with sums of its own for all columns;
@@ -26,10 +27,11 @@ struct Partition {
   int64_t column_copies() const { return phases > 1 ? 1 : row_blocks; }
 };
 
-// For the sums of rows, of columns, or of both.
+// Of `tiles` tiles of rows against all columns, for the sums of rows, of columns, or of both.
 template <class T>
-Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& packed, bool rows, bool columns) {
-  const int64_t n = problem.p.n, m = problem.q.n, tiles = num_row_tiles(problem), stripes = packed.stripes();
+Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& packed, int64_t tiles, bool rows,
+                           bool columns) {
+  const int64_t n = std::min(problem.p.n, tiles * kTileRows), m = problem.q.n, stripes = packed.stripes();
   const int64_t column_sums = problem.q.batch * stripes * (2 * problem.dim + 1) * packed.stride();
   Partition partition;
   if (!columns && tiles >= kCopies) {
@@ -44,6 +46,11 @@ Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& pa
     partition.row_blocks = partition.column_groups = partition.phases = std::min({tiles, stripes, kMaxBlocks});
   }
   return partition;
+}
+
+// Blocks of tiles that a stripe is read for once where values are summed.
+inline int64_t value_blocks(int64_t tiles) {
+  return std::max(ceil_div(tiles, kBlockTiles), std::min(tiles, kMaxBlocks));
 }
 
 // Part `k` of `parts` of 0 ... size - 1.

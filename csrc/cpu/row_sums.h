@@ -24,8 +24,10 @@ class RowSums {
     }
   }
 
+  double value(int64_t row) const { return sums_.value(row, row + 1); }
+
   void write(T* rows) const {
-    for (int64_t row = 0; row < size_; ++row) rows[row] = T(sums_.value(row, row + 1));
+    for (int64_t row = 0; row < size_; ++row) rows[row] = T(value(row));
   }
 
  private:

@@ -78,7 +78,7 @@ template <class T>
 class OnlyPassOfSelf : public OnlyPass {
  public:
   OnlyPassOfSelf(int64_t dim, const Mixture<T>& p, double factor, double* values)
-      : OnlyPass{factor}, dim_(dim), p_(p), values_(values) {}
+      : OnlyPass{false, factor}, dim_(dim), p_(p), values_(values) {}
 
   void start(int64_t groups) { sums_.emplace(dim_, p_, groups); }
 
@@ -102,6 +102,8 @@ class OnlyPassOfSelf : public OnlyPass {
       scales[r] = log_weight == -INFINITY ? -INFINITY : kLog2 + log_weight + top;
     }
   }
+
+  bool finish_rows(int64_t, int64_t, int64_t) { return true; }
 
   bool finish() {
     sums_->write(values_);
@@ -135,7 +137,8 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
   }
   threads = useful_threads(problem, threads);
   const PackedColumns<T> columns(problem, LogWeights::kKept, threads);
-  const int64_t tiles = num_row_tiles(problem), groups = choose_partition(problem, columns, true, true).column_groups;
+  const int64_t tiles = num_row_tiles(problem),
+                groups = choose_partition(problem, columns, tiles, true, true).column_groups;
   SelfSums<T> sums(dim, p, groups);
   parallel_for(p.batch * tiles * groups, threads, [&](int64_t task) {
     const int64_t group = task % groups, b = task / groups / tiles, first = task / groups % tiles * kTileRows;

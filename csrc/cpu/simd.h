@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 // For what the hot loops consist of: a call would move their sums from registers to memory.
 #define CSDIV_INLINE __attribute__((always_inline)) inline
@@ -94,13 +95,25 @@ inline IntVec<T> broadcast_int(int64_t value) {
   return static_cast<typename Float<T>::Signed>(value) - IntVec<T>{};
 }
 
+// Lanes k and k ^ kDistance change places.
+template <int kDistance, class V, int... kLane>
+inline V swapped(V value, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(value, value, (kLane ^ kDistance)...);
+}
+
+// One lane out of all of them, in the order of a binary tree.
+template <class T, int kDistance = kLanes<T> / 2, class V, class Combine>
+CSDIV_INLINE auto reduce(V value, const Combine& combine) {
+  value = combine(value, swapped<kDistance>(value, std::make_integer_sequence<int, kLanes<T>>()));
+  if constexpr (kDistance > 1)
+    return reduce<T, kDistance / 2>(value, combine);
+  else
+    return value[0];
+}
+
 template <class T>
 inline T sum(Vec<T> value) {
-  T total[kLanes<T>];
-  store<T>(total, value);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k) total[k] += total[k + width];
-  return total[0];
+  return reduce<T>(value, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
 // The second where either is NaN, as the hardware has it.
@@ -116,16 +129,12 @@ inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
 
 template <class T>
 inline T max_lane(Vec<T> value) {
-  T largest = value[0];
-  for (int k = 1; k < kLanes<T>; ++k) largest = value[k] > largest ? value[k] : largest;
-  return largest;
+  return reduce<T>(value, maximum<T>);
 }
 
 template <class T>
 inline bool any(IntVec<T> mask) {
-  typename Float<T>::Signed found = 0;
-  for (int k = 0; k < kLanes<T>; ++k) found |= mask[k];
-  return found != 0;
+  return reduce<T>(mask, [](IntVec<T> a, IntVec<T> b) { return a | b; }) != 0;
 }
 
 // 1 / c for a normal c whose reciprocal is normal: within 2 ulp.

@@ -1,0 +1,54 @@
+// Memory of the drivers: for one call, or of one thread.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+namespace csdiv::cpu {
+
+constexpr int64_t kCacheLine = 64;
+
+// Memory on a cache line boundary. What was freed is kept by its thread, within limits: calls come one after the other,
+// and to be given its pages anew would cost each of them up to a tenth of its time.
+struct Block {
+  void* data;
+  int64_t bytes;
+};
+Block allocate_block(int64_t bytes);   // of as many bytes or more
+void free_block(Block block);
+
+// Uninitialised.
+template <class T>
+class AlignedArray {
+ public:
+  AlignedArray() = default;
+  explicit AlignedArray(int64_t size) : block_(allocate_block(size * int64_t(sizeof(T)))), size_(size) {}
+  AlignedArray(AlignedArray&& other) noexcept { swap(other); }
+  AlignedArray& operator=(AlignedArray&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~AlignedArray() { free_block(block_); }
+
+  T* get() const { return static_cast<T*>(block_.data); }
+  int64_t size() const { return size_; }
+
+ private:
+  void swap(AlignedArray& other) {
+    std::swap(block_, other.block_);
+    std::swap(size_, other.size_);
+  }
+
+  Block block_{nullptr, 0};
+  int64_t size_ = 0;
+};
+
+// Memory of the calling thread, kept between tasks; valid until the thread's next call.
+template <class T>
+T* scratch(int64_t size) {
+  thread_local AlignedArray<T> array;
+  if (array.size() < size) array = AlignedArray<T>(size);
+  return array.get();
+}
+
+}   // namespace csdiv::cpu
