@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <cstddef>
 #include <new>
 #include <vector>
 
@@ -7,7 +8,7 @@ namespace csdiv::cpu {
 namespace {
 
 constexpr int64_t kKeptBytes = int64_t(1) << 25;   // by a thread
-constexpr size_t kKeptBlocks = 16;
+constexpr std::size_t kKeptBlocks = 16;
 
 void release(const Block& block) {
   ::operator delete(block.data, std::align_val_t(kCacheLine));
@@ -22,7 +23,7 @@ struct FreeBlocks {
     for (const Block& block : blocks) release(block);
   }
 
-  Block take(size_t k) {
+  Block take(std::size_t k) {
     const Block block = blocks[k];
     blocks.erase(blocks.begin() + int64_t(k));
     bytes -= block.bytes;
@@ -37,7 +38,7 @@ thread_local FreeBlocks free_blocks;
 Block allocate_block(int64_t bytes) {
   if (bytes == 0) return {nullptr, 0};
   auto& blocks = free_blocks.blocks;
-  for (size_t k = blocks.size(); k-- > 0;)
+  for (std::size_t k = blocks.size(); k-- > 0;)
     if (blocks[k].bytes >= bytes && blocks[k].bytes / 2 <= bytes) return free_blocks.take(k);
   return {::operator new(bytes, std::align_val_t(kCacheLine)), bytes};
 }
