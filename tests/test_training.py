@@ -264,3 +264,22 @@ def test_training_with_convolutions_and_without_validation(tmp_path: Path) -> No
     assert isinstance(result.model, CSRAE)
     assert "validation_loss" not in result.history[-1]
     assert result.model.sample(2).shape == (2, 64)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_interrupted_write_leaves_one_whole_file(
+    renamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replace_file = tmp_path / "file", os.replace
+    path.write_text("before")
+
+    def interrupted(source: str, target: Path) -> None:
+        if renamed:
+            replace_file(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(path, "after")
+    assert path.read_text() == ("after" if renamed else "before")
+    assert list(tmp_path.iterdir()) == [path]

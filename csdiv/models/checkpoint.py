@@ -5,6 +5,7 @@ Nothing is unpickled. What a run resumes from, resume.ckpt, is Lightning's, read
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -85,7 +86,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # interrupted when it was renamed already
+            os.unlink(temporary)
         raise
 
 

@@ -14,12 +14,15 @@ void release(const Block& block) {
   ::operator delete(block.data, std::align_val_t(kCacheLine));
 }
 
+thread_local bool ending = false;   // the thread is: what it frees from now on is not kept
+
 // The blocks that a thread has freed, the last one last.
 struct FreeBlocks {
   std::vector<Block> blocks;
   int64_t bytes = 0;
 
   ~FreeBlocks() {
+    ending = true;
     for (const Block& block : blocks) release(block);
   }
 
@@ -45,7 +48,7 @@ Block allocate_block(int64_t bytes) {
 
 void free_block(Block block) {
   if (!block.data) return;
-  if (block.bytes > kKeptBytes) return release(block);
+  if (ending || block.bytes > kKeptBytes) return release(block);
   while (free_blocks.bytes + block.bytes > kKeptBytes || free_blocks.blocks.size() == kKeptBlocks)
     release(free_blocks.take(0));
   free_blocks.blocks.push_back(block);
