@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ __all__ = [
     "renyi2_entropy",
     "warmup",
 ]
+
+_PROCESS = os.getpid()
+"""The process that imported csdiv: a fork of it does not have PyTorch's threads any more."""
 
 _MODULES = {"GaussianMixture": "mixture"} | dict.fromkeys(
     ("BackendStatus", "available_backends", "backend_status"), "backends"

@@ -91,8 +91,9 @@ def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "aut
     log density of q at p's means, see :meth:`GaussianMixture.log_prob`.
 
     Returns:
-        (*batch, N) nats. Gradients: to p's means and covariances and to every parameter of q. Memory O((N + M) D).
-        Raises: as :func:`cs_divergence`.
+        (*batch, N) nats. Gradients: to p's means and covariances and to every parameter of q; on the CPU those of the
+        sum are computed with the values, and scaled where the upstream gradient is the same for all rows, as in a sum
+        or a mean, else computed anew. Memory O((N + M) D). Raises: as :func:`cs_divergence`.
     """
     p, q = _pair(p, q)
     if _takes_reference(backend, p, q):

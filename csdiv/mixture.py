@@ -101,7 +101,8 @@ class GaussianMixture:
         except RuntimeError:
             shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in values.items() if v is not None)
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
-        if values_readable(means) and (validate or means.device.type == "cpu"):
+        checked = validate or (variances is None and means.device.type == "cpu")
+        if checked and values_readable(means):
             _check_factors(self)
             if validate:
                 _check_values(self)
@@ -161,7 +162,8 @@ class GaussianMixture:
         """The promoted dtype of all parameters."""
         dtype = self.means.dtype
         for t in self._tensors():
-            dtype = torch.promote_types(dtype, t.dtype)
+            if t.dtype != dtype:
+                dtype = torch.promote_types(dtype, t.dtype)
         return dtype
 
     @property
@@ -179,7 +181,8 @@ class GaussianMixture:
         return tied + ("spherical" if self.variances.shape[-1] == 1 and self.dim > 1 else "diagonal")
 
     def _tensors(self) -> list[Tensor]:
-        return [t for t in (getattr(self, name) for name in _FIELDS) if t is not None]
+        fields = (self.means, self.variances, self.log_weights, self.scale_tril, self.covariance_matrix)
+        return [t for t in fields if t is not None]
 
     # other values made from this one
 

@@ -11,6 +11,7 @@
 #include "cpu/cpu.h"
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
+#include "cpu/thread_pool.h"
 #ifdef CSDIV_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -250,6 +251,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("build_type") = CSDIV_BUILD_TYPE;
   module.def("cpu_isas", &cpu::compiled_isas, "Instruction sets that were compiled in, widest last.");
   module.def("cpu_isa", &cpu::current_isa, "The instruction set in use.");
+  module.def("cpu_share_openmp_threads", &cpu::share_openmp_threads, "Whether PyTorch's threads are used from now on.");
   module.def("cpu_set_isa", &cpu::set_isa, "For tests: uses another instruction set.");
   module.def("cpu_overlap_lse_forward", &cpu_overlap_lse_forward);
   module.def("cpu_overlap_lse_backward", &cpu_overlap_lse_backward);

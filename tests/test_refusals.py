@@ -236,6 +236,29 @@ def test_fork_after_a_parallel_call(entry: str, backend: str, threads: str) -> N
     assert done.returncode == 0, done.stderr
 
 
+_FORK_OF_TORCH = """
+import os, signal, torch, csdiv
+from csdiv import testing
+torch.set_num_threads(2)
+torch.randn(512, 512) @ torch.randn(512, 512)
+child = os.fork()
+if child == 0:
+    signal.alarm(10)
+    p, q = (testing.random_mixture(300, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    os._exit(0 if csdiv.cs_divergence(p, q, backend="cpu").isfinite() else 1)
+assert os.waitpid(child, 0)[1] == 0, "the child hung"
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_first_call_in_a_fork_after_a_parallel_operator_of_torch() -> None:
+    """PyTorch's threads, on which the kernels run otherwise, are not in the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FORK_OF_TORCH], timeout=60, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 class _Divergences(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 4

@@ -5,14 +5,19 @@ Offers the functions of :mod:`csdiv.backends.reference`, where they are describe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+import csdiv
 import csdiv._C as _C
 from csdiv.backends.arrays import Gradients, Pair, make_side, pointers
 from csdiv.backends.reference import Tensors
+
+if os.getpid() == csdiv._PROCESS:
+    _C.cpu_share_openmp_threads()
 
 
 def overlap_lse_forward(

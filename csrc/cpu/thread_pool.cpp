@@ -1,5 +1,7 @@
 #include "thread_pool.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -131,13 +133,28 @@ ThreadPool& pool() {
   return *current;
 }
 
+// The entry of OpenMP's run-time library: runs function(data) on a team of threads, this one among them.
+using OpenMp = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<OpenMp> openmp{nullptr};
+
 }   // namespace
+
+bool share_openmp_threads() {
+  const auto found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  // In a forked child the library would wait for threads that are gone.
+  static const int error = pthread_atfork(nullptr, nullptr, [] { openmp = nullptr; });
+  if (!found || error) return false;
+  openmp = found;
+  return true;
+}
 
 void parallel_for(int64_t tasks, int threads, TaskRef run) {
   const int64_t useful = std::min<int64_t>({tasks, threads, kMaxThreads});
   if (useful > 1 && !inside_task) {
     Job job(tasks, run);
-    if (pool().run(job, static_cast<int>(useful) - 1)) {
+    const OpenMp team = openmp;
+    if (team) team([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(useful), 0);
+    if (team || pool().run(job, static_cast<int>(useful) - 1)) {
       if (job.error) std::rethrow_exception(job.error);
       return;
     }

@@ -28,4 +28,9 @@ class TaskRef {
 // The first exception is rethrown. A forked child starts its own pool.
 void parallel_for(int64_t tasks, int threads, TaskRef run);
 
+// From now on tasks run on the OpenMP threads of this process, if its library can be found. PyTorch computes on them,
+// and for milliseconds after an operator they spin in wait for the next one: other threads would find no processor
+// free. Not to be called in a forked child.
+bool share_openmp_threads();
+
 }   // namespace csdiv::cpu
