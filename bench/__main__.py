@@ -60,7 +60,11 @@ def run_case(case: Case, everyone: list[Provider], rounds: int, device: str = "c
                 else (lambda f=provider.forward: [f(inputs)])
             )
             first = time.perf_counter()
-            error = relative_error(call(), truth)
+            try:
+                error = relative_error(call(), truth)
+            except torch.OutOfMemoryError as shortage:
+                print(f"skipped at {case.name}, {direction}: {provider.name}, {str(shortage).splitlines()[0]}")
+                continue
             first = time.perf_counter() - first
             record: dict[str, object] = {
                 "case": case.name,
@@ -131,8 +135,9 @@ def main(arguments: list[str] | None = None) -> None:
         with gpu.clocks() as read:
             for case in cases:
                 records += run_case(case, gpu.providers(case), options.rounds, "cuda")
-        info["clock_mhz"] = str(max(read))
-        gpu.add_bounds(records, max(read))
+        if read:
+            info["clock_mhz"] = str(max(read))
+            gpu.add_bounds(records, max(read))
         print(gpu.markdown(records))
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     elif options.suite == "epochs":
@@ -147,6 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
             records += run_case(case, everyone, options.rounds)
         more = {
             "bounds": limits.run_bounds(cases, options.rounds),
+            "instruction_sets": limits.run_instruction_sets(cases, options.rounds),
             "divergences": limits.run_divergences(options.rounds),
         }
         print_table(records)

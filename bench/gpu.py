@@ -74,6 +74,7 @@ def providers(case: Case) -> list[Provider]:
     everyone: list[Provider] = [Csdiv(name) for name in ("cuda", "triton") if name in csdiv.available_backends()]
     everyone += [Naive(module) for module in sorted(NAIVE.glob("_C.*"))[:1]]
     everyone.append(ChunkedEager(chunk_bytes=2**28))
+    torch.cuda.empty_cache()  # of earlier cases
     free, _ = torch.cuda.mem_get_info()
     if 16 * case.elements <= free:  # (N, M, D) temporaries
         everyone += [Compiled(), HandDerived()]
@@ -155,7 +156,7 @@ def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
     """Adds to the CUDA kernels' records the share of their bound that they reach."""
     try:
         per_element = instructions()
-    except (FileNotFoundError, KeyError) as error:
+    except (OSError, KeyError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"no bounds: {error}")
         return
     lanes = torch.cuda.get_device_properties().multi_processor_count * static.ISSUE_LANES

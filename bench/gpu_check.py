@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,14 +24,15 @@ EVERY_ENTRY = """
 import torch, csdiv
 from csdiv import testing
 g = torch.Generator().manual_seed(0)
+names = {"backend": "cuda"}
 for dtype in (torch.float32, torch.float64):
-    for n, m, dim in ((65, 130, 5), (3, 40, 37)):
+    for n, m, dim in ((65, 130, 5), (3, 40, 16), (33, 70, 64)):
         p, q = (testing.random_mixture(k, dim, dtype=dtype, generator=g).to("cuda") for k in (n, m))
         leaves = [t.requires_grad_() for s in (p, q) for t in (s.means, s.variances, s.log_weights)]
-        for value in (csdiv.cs_divergence(p, q), csdiv.log_overlap(p), csdiv.component_log_overlap(p, q),
-                      csdiv.pairwise_log_overlap(p, q)):
+        for value in (csdiv.cs_divergence(p, q, **names), csdiv.log_overlap(p, **names),
+                      csdiv.component_log_overlap(p, q, **names), csdiv.pairwise_log_overlap(p, q, **names)):
             torch.autograd.grad(value.sum(), leaves, allow_unused=True)
-        q.assign(p)
+        q.assign(p, **names)
 torch.cuda.synchronize()
 print("ran")
 """
@@ -42,10 +44,13 @@ def step(name: str, command: list[str], folder: Path, limit: int, lines: int = 1
     log = folder / f"{name}.log"
     with log.open("w") as file:
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=file, timeout=limit, env=os.environ | environment
-            ).returncode
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | environment, start_new_session=True
+            )
+            code: int | str = process.wait(limit)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            process.wait()
             code = f"still running after {limit} s"
         except OSError as error:
             code = str(error)
@@ -76,6 +81,8 @@ def main() -> None:
     build = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     passed["build"] = step("build", build, folder, 180, CSDIV_CUDA="on")
     if passed["build"]:
+        available = "import csdiv; reason = csdiv.backend_status()['cuda'].reason; print(reason); raise SystemExit(1 if reason else 0)"
+        passed["available"] = step("available", [python, "-c", available], folder, 60)
         tests = [f"tests/test_{name}.py" for name in TESTS]
         pytest = [python, "-m", "pytest", "-q", "-k", "gpu or test_cuda", "--maxfail=40", "-p", "no:cacheprovider"]
         passed["tests"] = step("tests", [*pytest, *tests], folder, 150, CI="1")
@@ -87,9 +94,9 @@ def main() -> None:
             print(f"skipped: compute-sanitizer, which is not on PATH nor at {sanitizer}")
         step("naive", naive_module(python), folder, 90)  # without it the table lacks a row
         bench = [python, "-m", "bench", "gpu", "--rounds", "5", "--output", str(folder / "gpu.json")]
-        passed["bench"] = step("bench", bench, folder, 200, lines=60)
+        passed["bench"] = step("bench", bench, folder, 200, lines=150)
     (folder / "passed.json").write_text(json.dumps(passed, indent=1) + "\n")
-    print(json.dumps(passed))
+    print("failed:", ", ".join(name for name, good in passed.items() if not good) or "nothing")
     sys.exit(not all(passed.values()))
 
 

@@ -59,6 +59,36 @@ def run_bounds(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
     return records
 
 
+def run_instruction_sets(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
+    """Gel/s with each instruction set that this machine has."""
+    import csdiv._C as _C
+
+    provider, widest, records = Csdiv("cpu"), _C.cpu_isa(), []
+
+    def of(isa: str, function: Callable[[list[Tensor]], object], inputs: list[Tensor]) -> Callable[[], object]:
+        def call() -> object:
+            _C.cpu_set_isa(isa)
+            return function(inputs)
+
+        return call
+
+    names = _C.cpu_isas()[: _C.cpu_isas().index(widest) + 1]
+    for case in cases:
+        inputs = make_inputs(case)
+        ways = [
+            (isa, direction, of(isa, function, inputs))
+            for isa in names
+            for direction, function in zip(OPERATIONS, (provider.forward, provider.forward_backward), strict=True)
+        ]
+        for _, _, call in ways:
+            call()
+        for (isa, direction, _), timing in zip(ways, interleave([way[2] for way in ways], rounds), strict=True):
+            speed = case.elements / timing.median_ms / 1e6
+            records.append({"case": case.name, "direction": direction, "isa": isa, "gel_per_s": speed})
+    _C.cpu_set_isa(widest)
+    return records
+
+
 class Nothing(torch.autograd.Function):
     """What torch itself takes for a function of six tensors with six gradients."""
 
@@ -100,10 +130,15 @@ def run_divergences(rounds: int) -> list[dict[str, Any]]:
     return records
 
 
-def print_tables(bounds: list[dict[str, Any]], divergences: list[dict[str, Any]]) -> None:
+def print_tables(
+    bounds: list[dict[str, Any]], instruction_sets: list[dict[str, Any]], divergences: list[dict[str, Any]]
+) -> None:
     print("\n| case | direction | threads | Gel/s | share of the bound |\n|---|---|---|---|---|")
     for r in bounds:
         print(f"| {r['case']} | {r['direction']} | {r['threads']} | {r['gel_per_s']:.2f} | {r['share_of_bound']:.0%} |")
+    print("\n| case | direction | instruction set | Gel/s |\n|---|---|---|---|")
+    for r in instruction_sets:
+        print(f"| {r['case']} | {r['direction']} | {r['isa']} | {r['gel_per_s']:.2f} |")
     print("\n| D_CS, forward + backward | provider | median ms | quartiles ms |\n|---|---|---|---|")
     for r in divergences:
         print(f"| {r['case']} | {r['provider']} | {r['median_ms']:.3f} | {r['lower_ms']:.3f} to {r['upper_ms']:.3f} |")

@@ -321,7 +321,7 @@ def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.empty(0, device=device).device  # with its index
     for dtype in (torch.float32, torch.float64):
-        for dim in (1, 9, 17):  # gradients have a kernel for few, for some and for many dimensions
+        for dim in (8, 16, 32):  # gradients have a kernel for few, for some and for many dimensions
             leaves = [torch.ones(2, *shape, dtype=dtype, device=where) for shape in ((dim,), (dim,), ())]
             p, q = (GaussianMixture(*(t.clone().requires_grad_() for t in leaves)) for _ in range(2))
             values = (

@@ -29,9 +29,15 @@ def install() -> None:
     """Registers the backend if "cuda" can run here."""
     if "cuda" not in backends.available_backends():
         return
-    cuda = importlib.import_module("csdiv.backends.cuda")
+    register(importlib.import_module("csdiv.backends.cuda"))
+
+
+def register(cuda: ModuleType) -> None:
+    """Makes the functions of the backend ``cuda`` those of the backend "gpu"."""
     module = ModuleType(f"csdiv.backends.{NAME}")
     for name, value in vars(cuda).items():
+        if name.startswith("__"):
+            continue
         public = inspect.isfunction(value) and value.__module__ == cuda.__name__ and not name.startswith("_")
         setattr(module, name, on_gpu(value) if public else value)
     sys.modules[module.__name__] = module

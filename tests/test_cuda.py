@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from unittest import mock
 
 import emulation
+import gpu
 import pytest
 import torch
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, testing
+from csdiv import GaussianMixture, backends, testing
 
 needs_gpu = pytest.mark.skipif("cuda" not in csdiv.available_backends(), reason="no GPU that csdiv was built for")
 EMULATED = sys.modules[f"csdiv.backends.{emulation.NAME}"]
@@ -33,7 +34,7 @@ def leaves(*sides: GaussianMixture) -> list[Tensor]:
 
 def value_and_gradients(p: GaussianMixture, q: GaussianMixture) -> list[Tensor]:
     value = csdiv.cs_divergence(p, q)
-    return [value, *torch.autograd.grad(value, leaves(p, q))]
+    return [value.detach(), *torch.autograd.grad(value, leaves(p, q))]
 
 
 @pytest.fixture
@@ -152,3 +153,19 @@ def test_the_tensors_device_is_used() -> None:
     assert all(t.device == torch.device("cuda:1") for t in run)
     expected = value_and_gradients(*pair(70, 65, 5, "cuda:0"))
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(run, expected, strict=True))
+
+
+def test_the_backend_of_tests_on_a_gpu_is_a_module_of_its_own() -> None:
+    """gpu.install() runs on machines with a GPU alone."""
+    cuda, before = sys.modules[EMULATED.__name__], dict(sys.modules)
+    try:
+        gpu.register(cuda)
+        made = sys.modules[f"csdiv.backends.{gpu.NAME}"]
+        assert sys.modules[cuda.__name__] is cuda
+        assert made is not cuda
+        assert made.log_overlap_forward is not cuda.log_overlap_forward
+    finally:
+        sys.modules.pop(f"csdiv.backends.{gpu.NAME}", None)
+        sys.modules.update(before)
+        backends.NAMES = tuple(name for name in backends.NAMES if name != gpu.NAME)
+        backends._STATUS.pop(gpu.NAME, None)

@@ -48,7 +48,7 @@ def results(n: int, m: int, dim: int, dtype: torch.dtype, backend: str = emulati
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 1), (65, 63, 5), (70, 300, 9), (3, 5, 37)])
+@pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 1), (65, 63, 5), (70, 300, 9), (3, 5, 37), (64, 64, 32)])
 def test_threads_in_any_order_give_the_same_bits(n: int, m: int, dim: int, dtype: torch.dtype, native: Any) -> None:
     runs = []
     for order in (native.Order.FORWARD, native.Order.REVERSE, native.Order.RANDOM):
@@ -166,7 +166,7 @@ def main() -> None:
     native = emulation.install(emulation.load(Path(sys.argv[1]))).native
     for order in (native.Order.FORWARD, native.Order.REVERSE, native.Order.RANDOM):
         native.set_order(order)
-        for n, m, dim in ((65, 63, 5), (3, 130, 40)):
+        for n, m, dim in ((65, 63, 5), (3, 130, 40), (64, 65, 32)):
             pairs = zip(*(results(n, m, dim, torch.float32, name) for name in (emulation.NAME, "cpu")), strict=True)
             assert all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs), "wrong results"
     if len(sys.argv) > 2:
