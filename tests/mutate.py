@@ -39,7 +39,7 @@ COPIED = (
     *("CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
     *("csdiv", "csrc", "kernels", "bench", "tests"),
 )
-PLUMBING = ("thread_pool.*", "dispatch.*", "tile_kernels.h")
+PLUMBING = ("thread_pool.*", "dispatch.*", "memory.*", "tile_kernels.h")
 
 EXCLUDED: tuple[tuple[str, str, str], ...] = (
     ("partition.h", "constexpr int64_t kMaxBlocks", "speed only"),
@@ -52,7 +52,9 @@ EXCLUDED: tuple[tuple[str, str, str], ...] = (
     ("mixture.h", "constexpr double kSmall", "speed only"),
     ("mixture.h", "return elements ", "speed only"),
     ("pack.cpp", "constexpr int64_t kTransposeColumns", "speed only"),
-    ("memory.h", "constexpr int64_t kCacheLine", "speed only"),
+    ("gradient_sweep.h", "constexpr int64_t kSlab", "speed only"),
+    ("partition.h", "constexpr int64_t kBlockTiles", "speed only"),
+    ("partition.h", "return std::max(ceil_div(tiles, kBlockTiles)", "any cut is right"),
     ("simd.h", "constexpr int kVectorBytes", "another instruction set"),
     ("simd.h", "__builtin_ia32_rcp", "another instruction set"),
     ("mixture.h", "const double elements", "speed only"),
