@@ -25,7 +25,7 @@ class TaskRef {
 
 // Calls run(0) ... run(tasks - 1) on up to `threads` threads, the caller's among them, and returns when all are done.
 // Serial when there is one task or thread, inside another parallel_for, and while another Python thread has the pool.
-// The first exception is rethrown. A forked child starts its own pool.
+// The first exception is rethrown. A forked child starts a pool of its own.
 void parallel_for(int64_t tasks, int threads, TaskRef run);
 
 // From now on tasks run on the OpenMP threads of this process, if its library can be found. PyTorch computes on them,
