@@ -259,8 +259,11 @@ def _entry(pair: _OpPair) -> Callable[..., tuple[Tensor, ...]]:
         return classic.apply(backend, torch.is_grad_enabled() and gives_gradients(backend, tensors[0]), *tensors)
 
     def gives_gradients(backend: str, means: Tensor | None) -> bool:
-        if pair.at_once == "rows":  # a look at the upstream gradient would wait for a GPU
-            return backend in ("auto", "cpu") and means is not None and means.device.type == "cpu"
+        if (
+            pair.at_once == "rows"
+        ):  # the upstream gradient is looked at: a GPU would be waited for, a fake has no values
+            plain = type(means) in (Tensor, torch.nn.Parameter)
+            return plain and backend in ("auto", "cpu") and means is not None and means.device.type == "cpu"
         return pair.at_once == "scalars"
 
     return entry

@@ -7,6 +7,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import csdiv
+from csdiv import GaussianMixture
+
 on_every_entry = pytest.mark.parametrize("entry", sorted(ENTRIES))
 close = torch.testing.assert_close
 
@@ -79,3 +82,12 @@ def test_meta_and_fake_tensors_give_shapes(entry: str) -> None:
         fake = function(entry)(*(mode.from_tensor(t) for t in inputs))
     for t in (found, fake):
         assert (t.shape, t.dtype, t.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+def test_gradients_of_fake_tensors() -> None:
+    """They have no values, so whether all rows have one upstream gradient is not asked."""
+    with torch._subclasses.FakeTensorMode():
+        leaves = [torch.ones(5, 3, requires_grad=True) for _ in range(4)]
+        rows = csdiv.component_log_overlap(GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:]))
+        grads = torch.autograd.grad(rows.sum(), leaves)
+    assert [g.shape for g in grads] == [t.shape for t in leaves]
