@@ -362,6 +362,19 @@ def test_zero_variance_is_a_point(dtype: torch.dtype, backend: str) -> None:
 
 @on_every_backend
 @on_every_dtype
+def test_infinite_variance_overlaps_with_nothing(dtype: torch.dtype, backend: str) -> None:
+    p, q = mixture(dtype=dtype), mixture(5, dtype=dtype)
+    wide = p.map(torch.clone)
+    wide.variances[1, 0] = math.inf
+    assert (csdiv.pairwise_log_overlap(wide, q, backend=backend)[1] == -math.inf).all()
+    assert (csdiv.pairwise_log_overlap(q, wide, backend=backend)[:, 1] == -math.inf).all()
+    without = p.map(torch.clone)
+    without.log_weights[1] = -math.inf
+    torch.testing.assert_close(*(csdiv.log_overlap(side, q, backend=backend) for side in (wide, without)))
+
+
+@on_every_backend
+@on_every_dtype
 def test_means_far_apart(dtype: torch.dtype, backend: str) -> None:
     """δ² overflows: no overlap, infinite divergence, and no NaN among the gradients."""
     distance = 1e20 if dtype == torch.float32 else 1e160

@@ -125,6 +125,19 @@ def test_slabs_in_the_square_cut() -> None:
             assert (once - twice).norm() <= 1e-5 * twice.norm()
 
 
+@on_cpu
+def test_column_groups_share_no_sums_of_rows(backend: str) -> None:
+    """Two threads that added to the same sums would lose a share of one of them now and then."""
+    p, q = pair(16, 512, 64)
+    found = []
+    for threads in (1, *(2,) * 50):
+        torch.set_num_threads(threads)
+        means = p.means.clone().requires_grad_()
+        value = call("log_overlap", backend)(GaussianMixture(means, p.variances, p.log_weights), q)
+        found.append(torch.autograd.grad(value, means)[0])
+    assert all(torch.equal(found[0], grad) for grad in found)
+
+
 @on_every_backend
 @pytest.mark.parametrize("size", [255, 256, 257, 272, 1030])
 def test_self_overlap_crosses_stripes_and_blocks(size: int, backend: str) -> None:

@@ -1,8 +1,5 @@
 // From the weights of pairs to the gradients of both sides: the driver behind every backward pass.
 //
-// Sums over rows are kept in T for the columns of one stripe, then in float64; sums over columns in T for up to
-// kRowsPerMerge rows, then in float64.
-//
 // The weights are given, by values that an earlier pass has found; or this is the only pass. Then the rows are swept in
 // slabs: the logits of a slab are computed and kept, their exponentials are summed, and the gradients of the slab
 // follow. Weights of a scalar, whose value is known last, are relative to a reference that rises from slab to slab.
@@ -17,14 +14,14 @@
 
 #include "cpu.h"
 #include "dispatch.h"
+#include "gradient_sums.h"
 #include "partition.h"
 #include "thread_pool.h"
 
 namespace csdiv::cpu {
 
-constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
-constexpr double kRise = 8;               // nats that weights may exceed their reference by
-constexpr int64_t kSlab = 1 << 20;        // logits that are kept at a time, if one tile of rows has not more
+constexpr double kRise = 8;          // nats that weights may exceed their reference by
+constexpr int64_t kSlab = 1 << 20;   // logits that are kept at a time, if one tile of rows has not more
 
 // One tile of a sweep, and where the sums of its weights go (null: not wanted).
 template <class T>
@@ -75,22 +72,13 @@ class GradientSweep {
         packed_(problem, log_weights, threads),
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
-        stripes_of_q_(columns_wanted_ ? problem.q.batch * packed_.stripes() : 0),
         tiles_(num_row_tiles(problem)),
         slab_tiles_(kOnlyPass ? std::clamp(kSlab / slab_size(1), int64_t(1), std::max(tiles_, int64_t(1))) : tiles_),
         partition_(choose_partition(problem, packed_, slab_tiles_, rows_wanted_, columns_wanted_)),
         value_groups_(choose_partition(problem, packed_, tiles_, true, true).column_groups),
-        merged_copies_(rows_per_copy() > kRowsPerMerge ? partition_.column_copies() : 0),
-        row_sums_(rows_wanted_ ? problem.p.batch * problem.p.n * (2 * dim_ + 1) : 0),
-        column_sums_(stripes_of_q_ * stripe_size() * merged_copies_),
-        recent_sums_(stripes_of_q_ * stripe_size() * partition_.column_copies()),
-        recent_rows_(stripes_of_q_ * partition_.column_copies()),
+        sums_(problem, packed_, rows_wanted_, columns_wanted_, partition_.column_copies(), rows_per_copy(), threads),
         row_references_(kOnlyPass && rows_wanted_ ? problem.p.batch * problem.p.n : 0, kNoReference),
-        column_references_(kOnlyPass ? problem.q.batch : 0, kNoReference) {
-    fill_zero(row_sums_);
-    fill_zero(column_sums_);
-    fill_zero(recent_sums_);
-  }
+        column_references_(kOnlyPass ? problem.q.batch : 0, kNoReference) {}
 
   // False: this cannot be the only pass, and nothing was written. A total or a sum is not finite.
   bool run() {
@@ -107,15 +95,15 @@ class GradientSweep {
     if constexpr (kOnlyPass) {
       if (failed_ || !fill_.finish()) return false;
       if (!fill_.row_totals) scale_sums();
+      if (!sums_.finite()) return false;
     }
-    if (kOnlyPass && !(all_finite(row_sums_) && all_finite(column_sums_) && all_finite(recent_sums_))) return false;
     if (pairs_ == Pairs::kUpperTriangle) {
-      columns_to_rows();
-      write_rows();
+      sums_.columns_to_rows();
+      sums_.write_rows(grad_p_);
       return true;
     }
-    if (rows_wanted_) write_rows();
-    if (columns_wanted_) write_columns();
+    if (rows_wanted_) sums_.write_rows(grad_p_);
+    if (columns_wanted_) sums_.write_columns(grad_q_);
     return true;
   }
 
@@ -131,17 +119,6 @@ class GradientSweep {
     AlignedArray<double> row_copies = {};   // sums of rows, where every column group has its own
   };
 
-  struct RowSumsAt {
-    double *means, *variances, *weights;
-  };
-
-  // Sums of an item's rows: (n, dim) for the means, (n, dim) for the variances, (n) for the weights.
-  RowSumsAt rows_at(double* sums, int64_t n, int64_t first) const {
-    return {sums + first * dim_, sums + (n + first) * dim_, sums + 2 * n * dim_ + first};
-  }
-
-  double* row_sums(int64_t item) { return row_sums_.get() + item * problem_.p.n * (2 * dim_ + 1); }
-
   int64_t slab_size(int64_t tiles) const { return tiles * packed_.stripes() * kTileRows * packed_.stride(); }
 
   // At most: of all problems, which may share q.
@@ -150,80 +127,14 @@ class GradientSweep {
     return problem_.batch * slabs * ceil_div(slab_tiles_, partition_.column_copies()) * kTileRows;
   }
 
-  int64_t stripe_size() const { return (2 * dim_ + 1) * packed_.stride(); }
-
-  // Sums of a stripe's columns, likewise (dim, stride), (dim, stride) and (stride); stripes are counted over all items.
-  double* column_sums(int64_t copy, int64_t stripe) {
-    return column_sums_.get() + (copy * stripes_of_q_ + stripe) * stripe_size();
-  }
-
-  T* recent_sums(int64_t copy, int64_t stripe) {
-    return recent_sums_.get() + (copy * stripes_of_q_ + stripe) * stripe_size();
-  }
-
-  void merge_recent(int64_t copy, int64_t stripe) {
-    double* const sums = column_sums(copy, stripe);
-    T* const recent = recent_sums(copy, stripe);
-    for (int64_t k = 0; k < stripe_size(); ++k) sums[k] += recent[k];
-    std::fill_n(recent, stripe_size(), T(0));
-    recent_rows_[copy * stripes_of_q_ + stripe] = 0;
-  }
-
-  // The sums of a stripe's columns over all copies; valid until the thread's next call.
-  const double* column_totals(int64_t stripe) {
-    double* const totals = scratch<double>(stripe_size());
-    std::fill_n(totals, stripe_size(), 0.0);
-    const auto add = [&](const auto* sums) {
-      for (int64_t k = 0; k < stripe_size(); ++k) totals[k] += sums[k];
-    };
-    for (int64_t copy = 0; copy < merged_copies_; ++copy) add(column_sums(copy, stripe));
-    for (int64_t copy = 0; copy < partition_.column_copies(); ++copy) add(recent_sums(copy, stripe));
-    return totals;
-  }
-
-  // Scales the sums of an item's columns.
-  void scale_columns(int64_t item, double factor) {
-    parallel_for(packed_.stripes(), threads_, [&](int64_t s) {
-      const int64_t stripe = item * packed_.stripes() + s;
-      for (int64_t copy = 0; copy < partition_.column_copies(); ++copy) {
-        T* const recent = recent_sums(copy, stripe);
-        for (int64_t k = 0; k < stripe_size(); ++k) recent[k] *= T(factor);
-      }
-      for (int64_t copy = 0; copy < merged_copies_; ++copy) {
-        double* const sums = column_sums(copy, stripe);
-        for (int64_t k = 0; k < stripe_size(); ++k) sums[k] *= factor;
-      }
-    });
-  }
-
   // All sums, from their references to the totals.
   void scale_sums() {
     for (int64_t item = 0; columns_wanted_ && item < problem_.q.batch; ++item)
-      scale_columns(item, fill_.factor * std::exp(column_references_[item] - fill_.log_total(item, 0)));
+      sums_.scale_columns(item, fill_.factor * std::exp(column_references_[item] - fill_.log_total(item, 0)));
     const int64_t n = problem_.p.n;
     parallel_for(int64_t(row_references_.size()), threads_, [&](int64_t row) {
       const double factor = fill_.factor * std::exp(row_references_[row] - fill_.log_total(row / n, row % n));
-      const RowSumsAt sums = rows_at(row_sums(row / n), n, row % n);
-      for (int64_t d = 0; d < dim_; ++d) {
-        sums.means[d] *= factor;
-        sums.variances[d] *= factor;
-      }
-      *sums.weights *= factor;
-    });
-  }
-
-  template <class U>
-  static bool all_finite(const AlignedArray<U>& sums) {
-    bool finite = true;
-    for (int64_t k = 0; k < sums.size(); ++k) finite &= std::abs(sums.get()[k]) <= std::numeric_limits<U>::max();
-    return finite;
-  }
-
-  template <class U>
-  void fill_zero(const AlignedArray<U>& array) {
-    constexpr int64_t kSlice = 1 << 16;
-    parallel_for(ceil_div(array.size(), kSlice), threads_, [&](int64_t task) {
-      std::fill_n(array.get() + task * kSlice, std::min(kSlice, array.size() - task * kSlice), U(0));
+      sums_.rows(row / n, row % n).scale(factor, dim_);
     });
   }
 
@@ -296,7 +207,7 @@ class GradientSweep {
       double& reference = column_references_[problem_.q.item(b)];
       const double largest = *std::max_element(slab.references.begin(), slab.references.end());
       if (largest > reference + kRise) {
-        if (reference != kNoReference) scale_columns(problem_.q.item(b), std::exp(reference - largest));
+        if (reference != kNoReference) sums_.scale_columns(problem_.q.item(b), std::exp(reference - largest));
         reference = largest;
       }
       std::fill(slab.references.begin(), slab.references.end(), reference);
@@ -311,8 +222,8 @@ class GradientSweep {
     const Partition& cut = partition_;
     const int64_t slab_rows = (slab.end - slab.begin) * kTileRows;
     const int64_t copies = rows_wanted_ && cut.row_copies() > 1 ? cut.row_copies() : 0;
-    slab.row_copies = AlignedArray<double>(copies * slab_rows * (2 * dim_ + 1));
-    fill_zero(slab.row_copies);
+    slab.row_copies = AlignedArray<double>(copies * RowGradientSums::size(slab_rows, dim_));
+    fill_zero(slab.row_copies, threads_);
     const bool square = cut.phases > 1;
     for (int64_t phase = 0; phase < cut.phases; ++phase) {
       parallel_for(square ? cut.row_blocks : cut.row_blocks * cut.column_groups, threads_, [&](int64_t task) {
@@ -321,21 +232,22 @@ class GradientSweep {
         run_block(b, slab, block, group);
       });
     }
-    if (copies > 0) merge_rows(b, slab, copies, slab_rows);
+    if (copies > 0) merge_rows(b, slab, copies);
   }
 
-  void merge_rows(int64_t b, const Slab& slab, int64_t copies, int64_t slab_rows) {
-    double* const item = row_sums(problem_.p.item(b));
-    parallel_for(slab.end - slab.begin, threads_, [&](int64_t tile) {
-      const int64_t first = tile * kTileRows, row = slab.begin * kTileRows + first;
-      const int64_t count = std::min(kTileRows, problem_.p.n - row);
-      const RowSumsAt to = rows_at(item, problem_.p.n, row);
-      for (int64_t copy = 0; copy < copies; ++copy) {
-        const RowSumsAt from = rows_at(slab.row_copies.get() + copy * slab_rows * (2 * dim_ + 1), slab_rows, first);
-        for (int64_t k = 0; k < count * dim_; ++k) to.means[k] += from.means[k];
-        for (int64_t k = 0; k < count * dim_; ++k) to.variances[k] += from.variances[k];
-        for (int64_t r = 0; r < count; ++r) to.weights[r] += from.weights[r];
-      }
+  // Sums of the rows of a slab from its tile `tile` on, of one column group.
+  RowGradientSums rows_of_copy(const Slab& slab, int64_t copy, int64_t tile) const {
+    const int64_t n = (slab.end - slab.begin) * kTileRows;
+    return RowGradientSums::at(slab.row_copies.get() + copy * RowGradientSums::size(n, dim_), n, dim_,
+                               (tile - slab.begin) * kTileRows);
+  }
+
+  void merge_rows(int64_t b, const Slab& slab, int64_t copies) {
+    parallel_for(slab.end - slab.begin, threads_, [&](int64_t task) {
+      const int64_t tile = slab.begin + task, first = tile * kTileRows;
+      const RowGradientSums to = sums_.rows(problem_.p.item(b), first);
+      for (int64_t copy = 0; copy < copies; ++copy)
+        to.add(rows_of_copy(slab, copy, tile), std::min(kTileRows, problem_.p.n - first), dim_);
     });
   }
 
@@ -344,18 +256,11 @@ class GradientSweep {
     const Part stripes = part(packed_.stripes(), partition_.column_groups, group);
     const int64_t column_copy = partition_.column_copies() > 1 ? block : 0;
     for (int64_t s = stripes.begin; s < stripes.end; ++s) {
-      const int64_t stripe = problem_.q.item(b) * packed_.stripes() + s;
       const int64_t last_column = s * packed_.width() + packed_.stripe(0, s).count - 1;
       const int64_t tiles_end = pairs_ == Pairs::kAll ? slab.begin + tiles.end
                                                       : std::min(slab.begin + tiles.end, last_column / kTileRows + 1);
-      for (int64_t tile = slab.begin + tiles.begin; tile < tiles_end; ++tile) {
-        if (columns_wanted_) {
-          int64_t& recent_rows = recent_rows_[column_copy * stripes_of_q_ + stripe];
-          if (recent_rows + kTileRows > kRowsPerMerge) merge_recent(column_copy, stripe);
-          recent_rows += kTileRows;
-        }
+      for (int64_t tile = slab.begin + tiles.begin; tile < tiles_end; ++tile)
         run_tile(b, slab, tile, s, group, column_copy);
-      }
     }
   }
 
@@ -366,19 +271,17 @@ class GradientSweep {
     SweepTile<T> place{b, first, s * packed_.width(), rows, columns, nullptr, nullptr};
     TileGradients<T> grads{};
     if (rows_wanted_) {
-      const int64_t slab_rows = (slab.end - slab.begin) * kTileRows;
-      const RowSumsAt sums = slab.row_copies.size() > 0
-                                 ? rows_at(slab.row_copies.get() + group * slab_rows * (2 * dim_ + 1), slab_rows,
-                                           first - slab.begin * kTileRows)
-                                 : rows_at(row_sums(problem_.p.item(b)), problem_.p.n, first);
+      const RowGradientSums sums =
+          slab.row_copies.size() > 0 ? rows_of_copy(slab, group, tile) : sums_.rows(problem_.p.item(b), first);
       grads.row_means = sums.means;
       grads.row_variances = sums.variances;
       place.row_sums = sums.weights;
     }
     if (columns_wanted_) {
-      grads.column_means = recent_sums(column_copy, item * packed_.stripes() + s);
-      grads.column_variances = grads.column_means + dim_ * columns.stride;
-      place.column_sums = grads.column_variances + dim_ * columns.stride;
+      const ColumnGradientSums<T> sums = sums_.columns_for_tile(column_copy, item * packed_.stripes() + s);
+      grads.column_means = sums.means;
+      grads.column_variances = sums.variances;
+      place.column_sums = sums.weights;
     }
     const TileKernels<T>& kernels = tile_kernels<T>();
     if constexpr (kOnlyPass) {
@@ -397,59 +300,6 @@ class GradientSweep {
     }
   }
 
-  // Of a mixture with itself: what a component has as a column joins what it has as a row, before anything is rounded.
-  void columns_to_rows() {
-    const int64_t n = problem_.q.n, width = packed_.width(), stride = packed_.stride();
-    parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
-      const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
-      const double* const from = column_totals(task);
-      double* const to = row_sums(item);
-      for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
-        const int64_t i = s * width + j;
-        for (int64_t d = 0; d < dim_; ++d) {
-          to[i * dim_ + d] -= from[d * stride + j];
-          to[(n + i) * dim_ + d] += from[(dim_ + d) * stride + j];
-        }
-        to[2 * n * dim_ + i] += from[2 * dim_ * stride + j];
-      }
-    });
-  }
-
-  // Sets or adds; `out` is null where the gradient is not wanted.
-  static void write(const SideGradients<T>& side, T* out, int64_t k, double value) {
-    if (out) out[k] = T(side.add ? out[k] + value : value);
-  }
-
-  // Equations (5): delta = mu - nu, so the means of p take the minus sign.
-  void write_rows() {
-    const int64_t n = problem_.p.n, size = n * dim_, tiles = num_row_tiles(problem_);
-    parallel_for(problem_.p.batch * tiles, threads_, [&](int64_t task) {
-      const int64_t item = task / tiles, first = task % tiles * kTileRows, last = std::min(n, first + kTileRows);
-      const double* const sums = row_sums(item);
-      for (int64_t k = first * dim_; k < last * dim_; ++k) {
-        write(grad_p_, grad_p_.means, item * size + k, -sums[k]);
-        write(grad_p_, grad_p_.variances, item * size + k, 0.5 * sums[size + k]);
-      }
-      for (int64_t i = first; i < last; ++i) write(grad_p_, grad_p_.log_weights, item * n + i, sums[2 * size + i]);
-    });
-  }
-
-  void write_columns() {
-    const int64_t width = packed_.width(), stride = packed_.stride();
-    parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
-      const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
-      const double* const sums = column_totals(task);
-      for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
-        const int64_t k = item * problem_.q.n + s * width + j;
-        for (int64_t d = 0; d < dim_; ++d) {
-          write(grad_q_, grad_q_.means, k * dim_ + d, sums[d * stride + j]);
-          write(grad_q_, grad_q_.variances, k * dim_ + d, 0.5 * sums[(dim_ + d) * stride + j]);
-        }
-        write(grad_q_, grad_q_.log_weights, k, sums[2 * dim_ * stride + j]);
-      }
-    });
-  }
-
   const Problem<T>& problem_;
   const Pairs pairs_;
   const SideGradients<T> grad_p_, grad_q_;
@@ -458,14 +308,10 @@ class GradientSweep {
   const int64_t dim_;
   const PackedColumns<T> packed_;
   const bool rows_wanted_, columns_wanted_;
-  const int64_t stripes_of_q_;
   const int64_t tiles_, slab_tiles_;   // of a problem and of a slab
   const Partition partition_;          // of a slab
   const int64_t value_groups_;         // of columns, in the sums of values: as without gradients
-  const int64_t merged_copies_;        // of the sums in float64; 0 where no copy has so many rows
-  AlignedArray<double> row_sums_, column_sums_;
-  AlignedArray<T> recent_sums_;                              // of the last rows, to be added to column_sums_
-  std::vector<int64_t> recent_rows_;                         // how many, per stripe
+  GradientSums<T> sums_;
   std::vector<double> row_references_, column_references_;   // log of what the sums are relative to
   std::atomic<bool> failed_{false};
 };

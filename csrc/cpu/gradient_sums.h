@@ -1,0 +1,210 @@
+// The sums that a sweep over pairs adds up for the gradients of both sides, and how they become these gradients.
+//
+// Sums over rows are kept in T for the columns of one stripe, then in float64; sums over columns in T for up to
+// kRowsPerMerge rows, then in float64.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu.h"
+#include "dispatch.h"
+#include "memory.h"
+#include "pack.h"
+#include "thread_pool.h"
+
+namespace csdiv::cpu {
+
+constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
+
+template <class T>
+void fill_zero(const AlignedArray<T>& array, int threads) {
+  constexpr int64_t kSlice = 1 << 16;
+  parallel_for(ceil_div(array.size(), kSlice), threads, [&](int64_t task) {
+    std::fill_n(array.get() + task * kSlice, std::min(kSlice, array.size() - task * kSlice), T(0));
+  });
+}
+
+template <class T>
+bool all_finite(const AlignedArray<T>& sums) {
+  bool finite = true;
+  for (int64_t k = 0; k < sums.size(); ++k) finite &= std::abs(sums.get()[k]) <= std::numeric_limits<T>::max();
+  return finite;
+}
+
+// Of `n` rows: (n, dim) for the means, (n, dim) for the variances, (n) for the weights.
+struct RowGradientSums {
+  double *means, *variances, *weights;
+
+  static int64_t size(int64_t n, int64_t dim) { return n * (2 * dim + 1); }
+
+  // From row `first` on.
+  static RowGradientSums at(double* sums, int64_t n, int64_t dim, int64_t first) {
+    return {sums + first * dim, sums + (n + first) * dim, sums + 2 * n * dim + first};
+  }
+
+  void add(const RowGradientSums& other, int64_t count, int64_t dim) const {
+    for (int64_t k = 0; k < count * dim; ++k) means[k] += other.means[k];
+    for (int64_t k = 0; k < count * dim; ++k) variances[k] += other.variances[k];
+    for (int64_t r = 0; r < count; ++r) weights[r] += other.weights[r];
+  }
+
+  void scale(double factor, int64_t dim) const {
+    for (int64_t d = 0; d < dim; ++d) means[d] *= factor;
+    for (int64_t d = 0; d < dim; ++d) variances[d] *= factor;
+    *weights *= factor;
+  }
+};
+
+// Of the columns of one stripe: (dim, stride) for the means, (dim, stride) for the variances, (stride) for the weights.
+template <class T>
+struct ColumnGradientSums {
+  T *means, *variances, *weights;
+};
+
+template <class T>
+class GradientSums {
+ public:
+  // `copies` sets of column sums, none of which is added more than `rows_per_copy` rows.
+  GradientSums(const Problem<T>& problem, const PackedColumns<T>& packed, bool rows_wanted, bool columns_wanted,
+               int64_t copies, int64_t rows_per_copy, int threads)
+      : problem_(problem),
+        packed_(packed),
+        dim_(problem.dim),
+        threads_(threads),
+        stripes_(columns_wanted ? problem.q.batch * packed.stripes() : 0),
+        copies_(copies),
+        merged_copies_(rows_per_copy > kRowsPerMerge ? copies : 0),
+        rows_(rows_wanted ? problem.p.batch * RowGradientSums::size(problem.p.n, problem.dim) : 0),
+        columns_(stripes_ * stripe_size() * merged_copies_),
+        recent_(stripes_ * stripe_size() * copies),
+        recent_rows_(stripes_ * copies) {
+    fill_zero(rows_, threads);
+    fill_zero(columns_, threads);
+    fill_zero(recent_, threads);
+  }
+
+  bool finite() const { return all_finite(rows_) && all_finite(columns_) && all_finite(recent_); }
+
+  RowGradientSums rows(int64_t item, int64_t first) {
+    const int64_t n = problem_.p.n;
+    return RowGradientSums::at(rows_.get() + item * RowGradientSums::size(n, dim_), n, dim_, first);
+  }
+
+  // Where a tile adds its share; stripes are counted over all items.
+  ColumnGradientSums<T> columns_for_tile(int64_t copy, int64_t stripe) {
+    int64_t& recent_rows = recent_rows_[copy * stripes_ + stripe];
+    if (recent_rows + kTileRows > kRowsPerMerge) merge_recent(copy, stripe);
+    recent_rows += kTileRows;
+    T* const sums = recent(copy, stripe);
+    return {sums, sums + dim_ * packed_.stride(), sums + 2 * dim_ * packed_.stride()};
+  }
+
+  void scale_columns(int64_t item, double factor) {
+    parallel_for(packed_.stripes(), threads_, [&](int64_t s) {
+      const int64_t stripe = item * packed_.stripes() + s;
+      for (int64_t copy = 0; copy < copies_; ++copy) {
+        T* const sums = recent(copy, stripe);
+        for (int64_t k = 0; k < stripe_size(); ++k) sums[k] *= T(factor);
+      }
+      for (int64_t copy = 0; copy < merged_copies_; ++copy) {
+        double* const sums = merged(copy, stripe);
+        for (int64_t k = 0; k < stripe_size(); ++k) sums[k] *= factor;
+      }
+    });
+  }
+
+  // Of a mixture with itself: what a component has as a column joins what it has as a row, before anything is rounded.
+  void columns_to_rows() {
+    const int64_t width = packed_.width(), stride = packed_.stride();
+    parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
+      const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
+      const double* const from = column_totals(task);
+      const RowGradientSums to = rows(item, s * width);
+      for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
+        for (int64_t d = 0; d < dim_; ++d) {
+          to.means[j * dim_ + d] -= from[d * stride + j];
+          to.variances[j * dim_ + d] += from[(dim_ + d) * stride + j];
+        }
+        to.weights[j] += from[2 * dim_ * stride + j];
+      }
+    });
+  }
+
+  // Equations (5): delta = mu - nu, so the means of p take the minus sign.
+  void write_rows(const SideGradients<T>& grad) {
+    const int64_t n = problem_.p.n, tiles = num_row_tiles(problem_);
+    parallel_for(problem_.p.batch * tiles, threads_, [&](int64_t task) {
+      const int64_t item = task / tiles, first = task % tiles * kTileRows, count = std::min(kTileRows, n - first);
+      const RowGradientSums sums = rows(item, first);
+      const int64_t row = item * n + first;
+      for (int64_t k = 0; k < count * dim_; ++k) {
+        write(grad, grad.means, row * dim_ + k, -sums.means[k]);
+        write(grad, grad.variances, row * dim_ + k, 0.5 * sums.variances[k]);
+      }
+      for (int64_t r = 0; r < count; ++r) write(grad, grad.log_weights, row + r, sums.weights[r]);
+    });
+  }
+
+  void write_columns(const SideGradients<T>& grad) {
+    const int64_t width = packed_.width(), stride = packed_.stride();
+    parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
+      const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
+      const double* const sums = column_totals(task);
+      for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
+        const int64_t k = item * problem_.q.n + s * width + j;
+        for (int64_t d = 0; d < dim_; ++d) {
+          write(grad, grad.means, k * dim_ + d, sums[d * stride + j]);
+          write(grad, grad.variances, k * dim_ + d, 0.5 * sums[(dim_ + d) * stride + j]);
+        }
+        write(grad, grad.log_weights, k, sums[2 * dim_ * stride + j]);
+      }
+    });
+  }
+
+ private:
+  int64_t stripe_size() const { return (2 * dim_ + 1) * packed_.stride(); }
+
+  double* merged(int64_t copy, int64_t stripe) { return columns_.get() + (copy * stripes_ + stripe) * stripe_size(); }
+
+  T* recent(int64_t copy, int64_t stripe) { return recent_.get() + (copy * stripes_ + stripe) * stripe_size(); }
+
+  void merge_recent(int64_t copy, int64_t stripe) {
+    double* const to = merged(copy, stripe);
+    T* const from = recent(copy, stripe);
+    for (int64_t k = 0; k < stripe_size(); ++k) to[k] += from[k];
+    std::fill_n(from, stripe_size(), T(0));
+    recent_rows_[copy * stripes_ + stripe] = 0;
+  }
+
+  // The sums of a stripe's columns over all copies; valid until the thread's next call.
+  const double* column_totals(int64_t stripe) {
+    double* const totals = scratch<double>(stripe_size());
+    std::fill_n(totals, stripe_size(), 0.0);
+    const auto add = [&](const auto* sums) {
+      for (int64_t k = 0; k < stripe_size(); ++k) totals[k] += sums[k];
+    };
+    for (int64_t copy = 0; copy < merged_copies_; ++copy) add(merged(copy, stripe));
+    for (int64_t copy = 0; copy < copies_; ++copy) add(recent(copy, stripe));
+    return totals;
+  }
+
+  // Sets or adds; `out` is null where the gradient is not wanted.
+  static void write(const SideGradients<T>& side, T* out, int64_t k, double value) {
+    if (out) out[k] = T(side.add ? out[k] + value : value);
+  }
+
+  const Problem<T>& problem_;
+  const PackedColumns<T>& packed_;
+  const int64_t dim_;
+  const int threads_;
+  const int64_t stripes_, copies_;
+  const int64_t merged_copies_;   // of the sums in float64; 0 where no copy has so many rows
+  AlignedArray<double> rows_, columns_;
+  AlignedArray<T> recent_;             // of the last rows, to be added to columns_
+  std::vector<int64_t> recent_rows_;   // how many, per stripe
+};
+
+}   // namespace csdiv::cpu
