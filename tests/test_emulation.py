@@ -60,6 +60,27 @@ def test_threads_in_any_order_give_the_same_bits(n: int, m: int, dim: int, dtype
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+def scratch_bytes(function: str, n: int, m: int, dim: int, gradients: int, itemsize: int = 4) -> int:
+    """What the function takes on a GPU of 132 multiprocessors; nothing runs, so that addresses may be of anything."""
+    anything = 256
+    native = sys.modules[f"csdiv.backends.{emulation.NAME}"].native
+    p, q = ((anything, anything, anything, 0, 1, size) for size in (n, m))
+    outputs = {"cs_divergence": 2, "overlap_lse": 2, "log_overlap": 2}[function]
+    sides = [(anything * wanted,) * 3 for wanted in (gradients & 1, gradients >> 1)]
+    arguments = (itemsize, 1, dim, p, q, *(anything,) * outputs, *sides, (0, 0, 132, 0))
+    return getattr(native, f"cuda_{function}_backward")(*arguments)
+
+
+@pytest.mark.parametrize("gradients", [1, 2, 3])
+@pytest.mark.parametrize("function", ["cs_divergence", "overlap_lse", "log_overlap"])
+@pytest.mark.parametrize(
+    ("n", "m", "dim"), [(8192, 8192, 64), (1024, 100_000, 64), (100_000, 1024, 64), (10**6, 10**6, 64), (1, 10**6, 8)]
+)
+def test_scratch_memory_is_a_few_times_the_inputs(n: int, m: int, dim: int, function: str, gradients: int) -> None:
+    inputs = 4 * (n + m) * (2 * dim + 1)
+    assert scratch_bytes(function, n, m, dim, gradients) <= (8 if n + m > 10**5 else 20) * inputs
+
+
 # What is broken: file, the line, what it becomes, and what is found.
 BUGS = {
     "no barrier before operands are read": (

@@ -159,6 +159,15 @@ def test_self_overlap_in_the_square_cut(backend: str) -> None:
     check("self_overlap", backend, *pair(70, 1, 1700), P)
 
 
+# Sums so large that blocks are launched in phases: 2, 4 and 3 with the two multiprocessors of the emulation.
+@pytest.mark.parametrize(
+    ("entry", "n", "m", "dim"),
+    [("log_overlap", 600, 700, 13), ("log_overlap", 720, 730, 12), ("cs_divergence", 740, 70, 15)],
+)
+def test_every_phase_of_a_launch_gives_the_gradients(entry: str, n: int, m: int, dim: int) -> None:
+    check(entry, "emulation", *pair(n, m, dim))
+
+
 # Dimensions come in groups of four and, from 128 on, in several accumulators.
 @on_every_backend
 @pytest.mark.parametrize("dim", [1, 2, 3, 4, 5, 127, 128, 129, 130, 131, 258])

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
   const int64_t n = problem.p.n, parts = partials.parts;
   const int b = int(blockIdx.x / parts / problem.p.tiles());
   TileIndex tile{b, int(problem.p.item(b)), int(problem.q.item(b)), int(blockIdx.x / parts % problem.p.tiles()), 0};
-  const Part columns = part(ceil_div(problem.q.n, kColumns<T>), parts, blockIdx.x % parts);
+  const Part columns = part(column_tiles(problem), parts, blockIdx.x % parts);
   Best<T> best[kThreadRows];
   bool rows_kept = false;
   for (tile.column_tile = columns.begin; tile.column_tile < columns.end; ++tile.column_tile) {
@@ -85,7 +85,7 @@ void assign(Context& context, Problem<T> problem, int64_t* assignment) {
   pack(context, problem);
   const int64_t rows = problem.batch * problem.p.n, row_tiles = problem.batch * problem.p.tiles();
   const int64_t wanted = ceil_div(int64_t(context.processors) * kBlocksPerProcessor, row_tiles > 0 ? row_tiles : 1);
-  const int64_t columns = ceil_div(problem.q.n, kColumns<T>), parts = wanted < columns ? wanted : columns;
+  const int64_t columns = column_tiles(problem), parts = wanted < columns ? wanted : columns;
   const BestPartials<T> partials{context.take<T>(rows * parts), context.take<int64_t>(rows * parts), parts};
   launch(context, row_tiles * parts, sizeof(LogitShared<T>), assign_kernel<T>, problem, partials);
   launch(context, ceil_div(rows, kThreads), 0, combine_best_kernel<T>, rows, problem.p.n, partials, assignment);

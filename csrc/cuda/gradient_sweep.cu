@@ -4,7 +4,6 @@ namespace csdiv::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / kWarp, kWarpRows = kTile / kWarps;
-constexpr int kBlocksPerProcessor = 2;   // as many as are resident at once: every one costs copies of sums
 
 // kLanes lanes have a dimension each; groups of them share the rows of a warp.
 template <int kLanes>
@@ -34,7 +33,7 @@ struct GradientShared {
   };
   TileSums sums;
   TileWalk walk;
-  int task, block;   // of the task's
+  int task, row_copy, column_copy;
 };
 
 // As a thread has them of a tile: in registers first.
@@ -254,21 +253,19 @@ CSDIV_DEVICE int existing(int64_t n, int64_t first) {
 }
 
 template <class T>
-CSDIV_DEVICE TileSums tile_sums(const GradientTask<T>& task, const TileIndex& tile, int block) {
+CSDIV_DEVICE TileSums tile_sums(const GradientTask<T>& task, const TileIndex& tile, int row_copy, int column_copy) {
   const int64_t dim = task.problem.dim, n = task.problem.p.n, m = task.problem.q.n;
   const int64_t first_row = tile.first_row(), first_column = tile.first_column<T>();
-  const int row_range = block / int(task.row_sums.copies) % int(task.column_sums.copies);
-  const int column_range = block % int(task.row_sums.copies);
   TileSums sums{nullptr, nullptr, existing(n, first_row), existing(m, first_column)};
-  if (task.rows_wanted) sums.rows = task.row_sums.of(tile.problem, column_range, n, first_row, dim);
-  if (task.columns_wanted) sums.columns = task.column_sums.of(tile.problem, row_range, m, first_column, dim);
+  if (task.rows_wanted) sums.rows = task.row_sums.of(tile.problem, row_copy, n, first_row, dim);
+  if (task.columns_wanted) sums.columns = task.column_sums.of(tile.problem, column_copy, m, first_column, dim);
   return sums;
 }
 
 template <int kLanes, class T>
 CSDIV_DEVICE void sweep_tile(const GradientTask<T>& task, GradientShared<T>& shared) {
   const TileIndex& tile = shared.walk.tile;
-  if (threadIdx.x == 0) shared.sums = tile_sums(task, tile, shared.block);
+  if (threadIdx.x == 0) shared.sums = tile_sums(task, tile, shared.row_copy, shared.column_copy);
   __syncthreads();
   const Problem<T>& problem = task.problem;
   sum_weights(shared.sweep, problem.dim, shared.sums);
@@ -293,20 +290,24 @@ template <class T>
 CSDIV_DEVICE void begin_sweep(const GradientTasks<T>& tasks, GradientShared<T>& shared) {
   int k = 0, block = blockIdx.x;
   while (block >= tasks.tasks[k].blocks) block -= int(tasks.tasks[k++].blocks);
-  if (threadIdx.x == 0) shared.task = k, shared.block = block;
   const GradientTask<T>& task = tasks.tasks[k];
   const Side<T>&p = task.problem.p, &q = task.problem.q;
-  // Copies of the rows' sums belong to ranges of columns, and the other way round.
-  const int column_ranges = int(task.row_sums.copies), row_ranges = int(task.column_sums.copies);
-  const int column_range = block % column_ranges, row_range = block / column_ranges % row_ranges;
-  const int b = block / column_ranges / row_ranges;
-  const Part rows = part(p.tiles(), row_ranges, row_range);
-  const Part columns = part(ceil_div(q.n, kColumns<T>), column_ranges, column_range);
-  shared.walk.begin({b, int(p.item(b)), int(q.item(b))}, rows, columns);
+  const Partition& partition = task.partition;
+  const int row_copy = block % partition.row_copies(),
+            row_range = block / partition.row_copies() % partition.row_ranges;
+  const int column_copy = row_range / partition.phases, b = block / partition.blocks();
+  const int column_range =
+      row_copy * partition.phases + (tasks.phase + partition.phases - row_range % partition.phases) % partition.phases;
+  if (threadIdx.x == 0) shared.task = k, shared.row_copy = row_copy, shared.column_copy = column_copy;
+  const Part rows = part(p.tiles(), partition.row_ranges, row_range);
+  const Part columns = part(column_tiles(task.problem), partition.column_ranges, column_range);
+  const bool any = columns.begin < columns.end;   // else there are more ranges than tiles
+  shared.walk.begin({b, int(p.item(b)), int(q.item(b))}, {rows.begin, any ? rows.end : rows.begin}, columns);
+  if (tasks.phase > 0) return;   // the sums were cleared in the first
   const int64_t dim = task.problem.dim, first_row = int64_t(rows.begin) * kTile, num_rows = rows.end - rows.begin;
   const int64_t first_column = int64_t(columns.begin) * kColumns<T>, num_columns = columns.end - columns.begin;
-  if (task.rows_wanted) clear(task.row_sums, b, column_range, p.n, first_row, num_rows * kTile, dim);
-  if (task.columns_wanted) clear(task.column_sums, b, row_range, q.n, first_column, num_columns * kColumns<T>, dim);
+  if (task.rows_wanted) clear(task.row_sums, b, row_copy, p.n, first_row, num_rows * kTile, dim);
+  if (task.columns_wanted) clear(task.column_sums, b, column_copy, q.n, first_column, num_columns * kColumns<T>, dim);
 }
 
 template <class T, int kLanes>
@@ -329,75 +330,80 @@ inline double cost(int64_t dim, int lanes) {
   return double(ceil_div(dim, lanes) * lanes) * (9.2 + 42.0 / lanes);
 }
 
-// A thread for each value of every component.
+// Pairs of tiles that a task's problems have each.
 template <class T>
-__global__ void write_gradients_kernel(const __grid_constant__ GradientWrites<T> writes) {
-  const int which = blockIdx.x < writes.sides[0].blocks ? 0 : 1;
-  const int64_t block = blockIdx.x - which * writes.sides[0].blocks, batch = writes.batch, dim = writes.dim;
-  const Side<T>& side = writes.sides[which].side;
-  const GradientSources<T>& sources = writes.sides[which].sources;
-  const SideGradients<T>& grads = writes.sides[which].grads;
-  const int64_t width = 2 * dim + 1, element = block * kThreads + threadIdx.x;
-  const int64_t component = element / width, at = element % width;
-  if (component >= side.items * side.n) return;
-  const int64_t item = component / side.n, k = component % side.n;
-  T* const out = at < dim ? grads.means : at < 2 * dim ? grads.variances : grads.log_weights;
-  if (!out) return;
-  const bool own = side.own(batch);
-  double total = 0;
-  for (int s = 0; s < sources.count; ++s) {
-    const GradientSource<T>& source = sources.sources[s];
-    const auto sum_of = [&](int64_t problem) {
-      double sum = 0;
-      for (int64_t copy = 0; copy < source.sums.copies; ++copy)
-        sum += source.sums.of(problem, copy, side.n, k, dim)[at];
-      return sum;
-    };
-    double sum = 0, factor = 0;
-    for (int64_t b = own ? item : 0; b < (own ? item + 1 : batch); ++b) {
-      if (side.item(b) != item) continue;
-      const double grad = sources.grad_values ? double(sources.grad_values[b]) : 1;
-      factor += grad;
-      if (!source.of_items && grad != 0) sum += grad * sum_of(b);
-    }
-    if (source.of_items && factor != 0) sum = factor * sum_of(item);
-    total += source.factor * (source.of_rows && at < dim ? -sum : sum);
+double tiles_of(const GradientTask<T>& task) {
+  return double(task.problem.p.tiles()) * double(column_tiles(task.problem));
+}
+
+// Cuts all tasks for `processors`, each with blocks in proportion to its pairs; the bytes that their sums take. Half of
+// the blocks of a mixture with itself have nothing to do.
+template <class T>
+double partition_tasks(GradientTasks<T>& tasks, int processors, int phases) {
+  double pairs = 0, bytes = 0;
+  for (int k = 0; k < tasks.count; ++k)
+    pairs += double(tasks.tasks[k].problem.batch) * tiles_of(tasks.tasks[k]) * (tasks.tasks[k].self ? 0.5 : 1);
+  for (int k = 0; k < tasks.count; ++k) {
+    GradientTask<T>& task = tasks.tasks[k];
+    const Problem<T>& problem = task.problem;
+    const bool any = problem.batch > 0 && problem.p.n > 0;
+    const double wanted = any ? processors * kBlocksPerProcessor * tiles_of(task) / pairs : 1;
+    task.partition = choose_partition(problem, wanted, phases, task.rows_wanted, task.columns_wanted);
+    task.blocks = any ? problem.batch * task.partition.blocks() : 0;
+    const double rows = task.rows_wanted ? double(task.partition.row_copies()) * double(problem.p.n) : 0;
+    const double columns = task.columns_wanted ? double(task.partition.column_copies()) * double(problem.q.n) : 0;
+    bytes += double(problem.batch) * (rows + columns) * double(2 * problem.dim + 1) * sizeof(double);
   }
-  out[at < 2 * dim ? component * dim + at % dim : component] = T(at >= dim && at < 2 * dim ? 0.5 * total : total);
+  return bytes;
+}
+
+// How many phases: one, unless the sums took too much memory; then as many as leave blocks enough tiles at a time, and
+// enough blocks.
+template <class T>
+int choose_phases(GradientTasks<T>& tasks, int processors) {
+  if (partition_tasks(tasks, processors, 1) <= double(processors) * kSumBytesPerProcessor) return 1;
+  const auto count_blocks = [&] {
+    int64_t blocks = 0;
+    for (int k = 0; k < tasks.count; ++k) blocks += tasks.tasks[k].blocks;
+    return blocks;
+  };
+  double tiles = 0;
+  for (int k = 0; k < tasks.count; ++k) tiles += double(tasks.tasks[k].problem.batch) * tiles_of(tasks.tasks[k]);
+  const int64_t once = count_blocks();
+  int phases = int(std::min(double(once), tiles / (double(once) * kTilesPerPhase)));
+  for (; phases > 1; --phases) {
+    partition_tasks(tasks, processors, phases);
+    if (10 * count_blocks() >= 9 * once) break;
+  }
+  return std::max(phases, 1);
 }
 
 }   // namespace
 
 template <class T>
 void sweep_gradients(Context& context, GradientTasks<T>& tasks) {
-  int64_t blocks = 0, problems = 0;
-  for (int k = 0; k < tasks.count; ++k) problems += tasks.tasks[k].problem.batch;
-  const double wanted = double(context.processors) * kBlocksPerProcessor / double(problems > 0 ? problems : 1);
+  const int phases = choose_phases(tasks, context.processors);
+  partition_tasks(tasks, context.processors, phases);
+  int64_t blocks = 0;
   for (int k = 0; k < tasks.count; ++k) {
     GradientTask<T>& task = tasks.tasks[k];
-    const Problem<T>& problem = task.problem;
-    const int64_t n = problem.p.n, m = problem.q.n, width = 2 * problem.dim + 1;
-    const int64_t row_tiles = problem.p.tiles(), column_tiles = ceil_div(m, kColumns<T>);
-    // As few copies as give that many blocks.
-    const auto limited = [](double x, int64_t most) {
-      return x < 1 || most < 1 ? int64_t(1) : x > double(most) ? most : int64_t(ceil(x));
-    };
-    const int64_t column_ranges = limited(sqrt(wanted * double(m) / double(n > 0 ? n : 1)), column_tiles);
-    const int64_t row_ranges = limited(wanted / double(column_ranges), row_tiles);
-    task.row_sums.copies = column_ranges;
-    task.column_sums.copies = n > 0 ? row_ranges : 0;   // no block, nothing to add up
-    task.row_sums.sums = context.take<double>(task.rows_wanted ? problem.batch * column_ranges * n * width : 0);
-    task.column_sums.sums = context.take<double>(task.columns_wanted ? problem.batch * row_ranges * m * width : 0);
-    task.blocks = n > 0 ? problem.batch * row_ranges * column_ranges : 0;
+    const int64_t batch = task.problem.batch, n = task.problem.p.n, m = task.problem.q.n;
+    const int64_t width = 2 * task.problem.dim + 1;
+    task.row_sums.copies = task.partition.row_copies();
+    task.column_sums.copies = n > 0 ? task.partition.column_copies() : 0;   // no block, nothing to add up
+    task.row_sums.sums = context.take<double>(task.rows_wanted ? batch * task.row_sums.copies * n * width : 0);
+    task.column_sums.sums = context.take<double>(task.columns_wanted ? batch * task.column_sums.copies * m * width : 0);
     blocks += task.blocks;
   }
   const int64_t dim = tasks.tasks[0].problem.dim, shared_bytes = sizeof(GradientShared<T>);
-  if (cost(dim, 32) <= cost(dim, 16) && cost(dim, 32) <= cost(dim, 8))
-    launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 32>, tasks);
-  else if (cost(dim, 16) <= cost(dim, 8))
-    launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 16>, tasks);
-  else
-    launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 8>, tasks);
+  for (tasks.phase = 0; tasks.phase < phases; ++tasks.phase) {
+    if (cost(dim, 32) <= cost(dim, 16) && cost(dim, 32) <= cost(dim, 8))
+      launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 32>, tasks);
+    else if (cost(dim, 16) <= cost(dim, 8))
+      launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 16>, tasks);
+    else
+      launch(context, blocks, shared_bytes, overlap_lse_backward_kernel<T, 8>, tasks);
+  }
 }
 
 template <class T>
@@ -417,20 +423,11 @@ void sweep_pair(Context& context, GradientTasks<T>& tasks, const T* grad_values,
   write_gradients(context, writes);
 }
 
-template <class T>
-void write_gradients(const Context& context, const GradientWrites<T>& writes) {
-  int64_t blocks = 0;
-  for (int k = 0; k < writes.count; ++k) blocks += writes.sides[k].blocks;
-  launch(context, blocks, 0, write_gradients_kernel<T>, writes);
-}
-
 template void sweep_gradients(Context&, GradientTasks<float>&);
 template void sweep_gradients(Context&, GradientTasks<double>&);
 template void sweep_pair(Context&, GradientTasks<float>&, const float*, const SideGradients<float>&,
                          const SideGradients<float>&);
 template void sweep_pair(Context&, GradientTasks<double>&, const double*, const SideGradients<double>&,
                          const SideGradients<double>&);
-template void write_gradients(const Context&, const GradientWrites<float>&);
-template void write_gradients(const Context&, const GradientWrites<double>&);
 
 }   // namespace csdiv::cuda

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
     pairwise_forward_kernel(Problem<T> problem, T* densities) {
   CSDIV_SHARED(PairwiseShared<T>, shared);
   const int64_t n = problem.p.n, m = problem.q.n;
-  const int columns = int(ceil_div(m, kColumns<T>)), rows = int(problem.p.tiles());
+  const int columns = int(column_tiles(problem)), rows = int(problem.p.tiles());
   const int b = int(blockIdx.x) / columns / rows;
   const int row_tile = int(blockIdx.x) / columns % rows, column_tile = int(blockIdx.x) % columns;
   shared.walk.begin({b, int(problem.p.item(b)), int(problem.q.item(b))}, {row_tile, row_tile + 1},
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
 template <class T>
 void pairwise_forward(Context& context, Problem<T> problem, T* densities) {
   pack(context, problem);
-  const int64_t blocks = problem.batch * problem.p.tiles() * ceil_div(problem.q.n, kColumns<T>);
+  const int64_t blocks = problem.batch * problem.p.tiles() * column_tiles(problem);
   launch(context, blocks, sizeof(PairwiseShared<T>), pairwise_forward_kernel<T>, problem, densities);
 }
 

@@ -25,7 +25,7 @@ CSDIV_DEVICE void begin_rows(const RowTasks<T>& tasks, RowShared<T>& shared) {
   const int64_t parts = task.partials.parts;
   const int b = int(block / parts / p.tiles()), row_tile = int(block / parts % p.tiles());
   const int first = task.self ? row_tile * (kTile / kColumns<T>) : 0;
-  const Part columns = part(ceil_div(q.n, kColumns<T>) - first, parts, block % parts);
+  const Part columns = part(column_tiles(task.problem) - first, parts, block % parts);
   if (threadIdx.x == 0) shared.task = k, shared.part = int(block % parts);
   shared.walk.begin({b, int(p.item(b)), int(q.item(b))}, {row_tile, row_tile + 1},
                     {first + columns.begin, first + columns.end});
@@ -75,7 +75,7 @@ void sum_rows(Context& context, RowTasks<T>& tasks) {
   const int64_t wanted = ceil_div(int64_t(context.processors) * kBlocksPerProcessor, row_tiles > 0 ? row_tiles : 1);
   for (int k = 0; k < tasks.count; ++k) {
     RowTask<T>& task = tasks.tasks[k];
-    const int64_t columns = ceil_div(task.problem.q.n, kColumns<T>), most = ceil_div(columns, kTilesPerBlock);
+    const int64_t columns = column_tiles(task.problem), most = ceil_div(columns, kTilesPerBlock);
     const int64_t n = task.problem.p.n, parts = wanted < most ? wanted : most;
     task.partials.parts = parts;
     task.partials.maxima = context.take<T>(task.problem.batch * parts * n);

@@ -34,6 +34,11 @@ struct TileIndex {
   }
 };
 
+template <class T>
+CSDIV_HOST_DEVICE int64_t column_tiles(const Problem<T>& problem) {
+  return ceil_div(problem.q.n, kColumns<T>);
+}
+
 // The tiles that a block goes through, column by column. It is the same for all of its threads, and kept in shared
 // memory: it is not worth their registers.
 struct TileWalk {
