@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import accuracy, limits, static
 from .cases import CPU_CASES, Case, make_inputs
-from .peers import Provider, providers, rows
+from .peers import Provider, installed, providers, rows
 from .timing import interleave, machine, peak_mib
 
 GATE = 3e-5
@@ -106,6 +106,15 @@ def print_table(records: list[dict[str, object]]) -> None:
         )
 
 
+def write(path: Path | None, info: dict[str, str], records: list[dict[str, object]], **more: object) -> None:
+    """The results as JSON, with the date and the machine."""
+    if path is None:
+        return
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"date": date, "machine": info, "records": records, **more}, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="csdiv bench", description=__doc__)
     parser.add_argument("suite", choices=["cpu", "accuracy", "epochs", "static", "gpu"])
@@ -131,10 +140,12 @@ def main(arguments: list[str] | None = None) -> None:
         from . import gpu  # imports what a CPU machine may lack
 
         info |= gpu.device_info()
-        cases = [case for case in gpu.GPU_CASES if not options.cases or case.name in options.cases]
+        if not installed("pykeops"):
+            print("skipped: KeOps, which is not installed")
         with gpu.clocks() as read:
-            for case in cases:
+            for case in gpu.cases(options.cases):
                 records += run_case(case, gpu.providers(case), options.rounds, "cuda")
+                write(options.output, info, records)  # of a run that is stopped there is that much
         if read:
             info["clock_mhz"] = str(max(read))
             gpu.add_bounds(records, max(read))
@@ -158,12 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
         print_table(records)
         limits.print_tables(**more)
         print(", ".join(f"{key} {value}" for key, value in info.items()))
-    if options.output:
-        date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(
-            json.dumps({"date": date, "machine": info, "records": records, **more}, indent=1) + "\n"
-        )
+    write(options.output, info, records, **more)
 
 
 if __name__ == "__main__":

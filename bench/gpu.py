@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import re
 import statistics
 import subprocess
 import threading
@@ -24,7 +25,7 @@ from . import static
 from .cases import Case
 from .peers import ChunkedEager, Compiled, Csdiv, HandDerived, KeOps, Provider, installed
 
-GPU_CASES = (
+CASES = (
     Case(128, 500, 40, "one step of a small autoencoder: launches show"),
     Case(1024, 1024, 32, "square, few blocks"),
     Case(4096, 4096, 16, "square, few dimensions"),
@@ -33,7 +34,7 @@ GPU_CASES = (
     Case(8192, 8192, 64, "square, fills the chip"),
     Case(1024, 100000, 64, "a batch of codes against a very large mixture"),
 )
-NAIVE = Path(__file__).resolve().parent.parent / "build" / "naive"
+NAIVE = Path(__file__).resolve().parent.parent / "build" / "naive" / "csdiv"
 """Where bench/gpu_check.py builds the kernels with groups of one dimension: what sharing reciprocals is worth."""
 FLUSHED_BYTES = 2**28
 """More than the second-level cache of any GPU."""
@@ -69,6 +70,19 @@ class Naive(Csdiv):
             return super().forward_backward(inputs)
 
 
+def fitting(case: Case, free: int) -> Case:
+    """The case, or one with half of both sizes, and so on, that csdiv and float64 have the memory for."""
+    while 200 * (case.n + case.m) * (2 * case.d + 1) > free and case.n * case.m > 1:
+        case = case._replace(n=max(1, case.n // 2), m=max(1, case.m // 2))
+    return case
+
+
+def cases(names: list[str] | None) -> list[Case]:
+    """Those of these names, or all, as large as free memory allows."""
+    free, _ = torch.cuda.mem_get_info()
+    return [fitting(case, free) for case in CASES if not names or case.name in names]
+
+
 def providers(case: Case) -> list[Provider]:
     """csdiv's backends that can run here, and every peer that is installed and has the memory for the case."""
     everyone: list[Provider] = [Csdiv(name) for name in ("cuda", "triton") if name in csdiv.available_backends()]
@@ -82,8 +96,6 @@ def providers(case: Case) -> list[Provider]:
         print(f"skipped at {case.name}: torch.compile, for {free / 2**30:.0f} GiB are free")
     if installed("pykeops"):
         everyone.append(KeOps())
-    else:
-        print("skipped: KeOps, which is not installed")
     return everyone
 
 
@@ -121,11 +133,11 @@ def _query(fields: str) -> str:
 
 @contextlib.contextmanager
 def clocks() -> Iterator[list[int]]:
-    """The multiprocessors' clock in MHz, read several times a second while the block runs."""
+    """The multiprocessors' clock in MHz, read every second while the block runs."""
     read, stop = list[int](), threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.2):
+        while not stop.wait(1.0):
             with contextlib.suppress(ValueError):
                 read.append(int(_query("clocks.sm")))
 
@@ -138,31 +150,36 @@ def clocks() -> Iterator[list[int]]:
         watcher.join()
 
 
-def instructions() -> dict[str, float]:
-    """Instructions per element, forward and forward + backward with the logits recomputed, as the module has them."""
-    architecture = "sm_" + "".join(map(str, torch.cuda.get_device_capability()))
-    found: dict[str, float] = {}
-    for kernel in static.read():
-        if not kernel.architecture.startswith(architecture):
-            continue
-        for loop in kernel.loops:
-            key = kernel.name.split("_kernel")[0] + (" logits" if loop.counts["MUFU.LG2"] else " gradients")
-            found[key] = min(found.get(key, float("inf")), loop.instructions)
-    forward, again = found["overlap_lse_forward logits"], found["overlap_lse_backward logits"]
-    return {"forward": forward, "forward + backward": forward + again + found["overlap_lse_backward gradients"]}
+def instructions(kernels: list[static.Kernel], dim: int) -> dict[str, float]:
+    """Instructions per element of the hot loops, forward and forward + backward with the logits computed again.
+
+    Of the sweep with the number of lanes that costs least, idle ones counted, as csrc/cuda/gradient_sweep.cu chooses.
+    """
+    logits, sweeps = 0.0, []
+    for kernel in kernels:
+        match = re.fullmatch(r"overlap_lse_(forward|backward)_kernel<float(?:, (\d+))?>", kernel.name)
+        for loop in kernel.loops if match else ():
+            if loop.counts["MUFU.LG2"]:
+                logits = loop.instructions
+            else:
+                lanes = int(match[2])
+                sweeps.append(loop.instructions * -(-dim // lanes) * lanes / dim)
+    return {"forward": logits, "forward + backward": 2 * logits + min(sweeps)}
 
 
 def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
     """Adds to the CUDA kernels' records the share of their bound that they reach."""
+    capability = torch.cuda.get_device_capability()
     try:
-        per_element = instructions()
-    except (OSError, KeyError, RuntimeError, subprocess.CalledProcessError) as error:
+        kernels = [k for k in static.read() if re.match(f"sm_{capability[0]}{capability[1]}(?!\\d)", k.architecture)]
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"no bounds: {error}")
         return
-    lanes = torch.cuda.get_device_properties().multi_processor_count * static.ISSUE_LANES
-    for record in records:
+    lanes = torch.cuda.get_device_properties().multi_processor_count * static.issue_lanes(capability)
+    for record in records if kernels else ():
         if record["provider"] == "csdiv cuda" and "gel_per_s" in record:
-            bound = lanes * clock_mhz * 1e-3 / per_element[record["direction"]]
+            dim = int(str(record["case"]).split("x")[-1])
+            bound = lanes * clock_mhz * 1e-3 / instructions(kernels, dim)[record["direction"]]
             record["bound_gel_per_s"] = bound
             record["share_of_bound"] = record["gel_per_s"] / bound
 
@@ -170,17 +187,19 @@ def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
 def markdown(records: list[dict[str, Any]]) -> str:
     """Time, rate, share of the bound, memory and error of every provider that passed the gate."""
     lines = [
-        "| case | direction | provider | warm ms | cold ms | Tel/s | of the bound | peak MiB | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | direction | provider | warm ms | cold ms | Tel/s | times csdiv | of the bound | peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    csdiv_ms: dict[tuple[str, str], float] = {}
     for r in records:
         head = f"| {r['case']} | {r['direction']} | {r['provider']} "
         if "median_ms" not in r:
-            lines.append(f"{head}| refused: error {r['relative_error']:.1e} | | | | | |")
+            lines.append(f"{head}| refused: error {r['relative_error']:.1e} | | | | | | |")
             continue
         share = f"{r['share_of_bound']:.0%}" if "share_of_bound" in r else ""
+        ratio = r["median_ms"] / csdiv_ms.setdefault((r["case"], r["direction"]), r["median_ms"])
         lines.append(
-            f"{head}| {r['median_ms']:.3f} | {r['cold_ms']:.3f} | {r['gel_per_s'] / 1e3:.3f} | {share} "
+            f"{head}| {r['median_ms']:.3f} | {r['cold_ms']:.3f} | {r['gel_per_s'] / 1e3:.3f} | {ratio:.1f} | {share} "
             f"| {r['extra_peak_mib']} | {r['relative_error']:.1e} |"
         )
     return "\n".join(lines)

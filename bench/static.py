@@ -21,11 +21,16 @@ import csdiv
 
 CLOCK_GHZ, PROCESSORS = 1.98, 132
 """Of an H200, at its highest clock; research figures of the bound assume it."""
-ISSUE_LANES, MUFU_LANES = 128, 16
-"""Instructions and special functions of single threads per clock and multiprocessor."""
+MUFU_LANES = 16
+"""Special functions of single threads per clock and multiprocessor."""
 REGISTERS, SHARED_BYTES, WARPS = 65536, 227 * 1024, 64
 """Of a multiprocessor of compute capability 9.0."""
 BLOCK_THREADS = 256
+
+
+def issue_lanes(capability: tuple[int, int]) -> int:
+    """Single-precision instructions of single threads per clock and multiprocessor, by compute capability."""
+    return 64 if capability in ((7, 5), (8, 0)) else 128
 
 
 class Loop(NamedTuple):
@@ -47,7 +52,7 @@ class Loop(NamedTuple):
     @property
     def bound_tel_per_s(self) -> float:
         """Of an H200, if nothing but this loop took time."""
-        clocks = max(self.instructions / ISSUE_LANES, self.special / MUFU_LANES)
+        clocks = max(self.instructions / issue_lanes((9, 0)), self.special / MUFU_LANES)
         return PROCESSORS * CLOCK_GHZ / clocks / 1e3
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import accuracy, gpu, gpu_check
+from test_static import with_kernels
+
+from bench import accuracy, gpu, gpu_check, static
 from bench.timing import interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,9 +62,32 @@ def test_a_step_that_fails_or_hangs_is_reported_and_the_next_one_runs(tmp_path: 
     assert (tmp_path / "fine.log").read_text() == "42\n"
 
 
+def test_no_step_begins_after_the_deadline(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "START", gpu_check.START - 2 * gpu_check.DEADLINE_S)
+    assert not gpu_check.step("late", [sys.executable, "-c", "print(6 * 7)"], tmp_path, 60)
+    assert "late: not run: 480 s have passed" in capsys.readouterr().out
+
+
+def test_cases_shrink_to_the_memory_there_is() -> None:
+    (large,) = (case for case in gpu.CASES if case.name == "1024x100000x64")
+    assert gpu.fitting(large, 80 * 2**30) == large
+    small = gpu.fitting(large, 2**30)
+    assert small.name == "256x25000x64"
+    assert gpu.fitting(large, 0).name == "1x1x64"
+
+
+@with_kernels
+def test_instructions_are_those_of_the_lanes_that_are_launched() -> None:
+    kernels = [kernel for kernel in static.read() if kernel.architecture == "sm_90a"]
+    for dim, most in {8: 14.7, 16: 11.9, 32: 10.5, 40: 14.2, 64: 10.5}.items():
+        found = gpu.instructions(kernels, dim)
+        assert 6.5 < found["forward"] <= 7.25
+        assert 9.0 < found["forward + backward"] - 2 * found["forward"] <= most
+
+
 def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:
     passed = {"median_ms": 2.0, "cold_ms": 2.5, "gel_per_s": 1500.0, "share_of_bound": 0.8, "extra_peak_mib": 3.0}
     head = {"case": "1x2x3", "direction": "forward", "relative_error": 1e-7}
     table = gpu.markdown([head | passed | {"provider": "csdiv cuda"}, head | {"provider": "other"}]).splitlines()
-    assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.500 | 80% | 3.0 | 1.0e-07 |"
+    assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.500 | 1.0 | 80% | 3.0 | 1.0e-07 |"
     assert "refused: error 1.0e-07" in table[3]

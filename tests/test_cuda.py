@@ -4,6 +4,7 @@ Values and gradients are held to the contract like those of every backend, see g
 """
 
 import sys
+import warnings
 from collections.abc import Iterator
 from unittest import mock
 
@@ -68,6 +69,20 @@ def test_warmup_of_what_is_not_there_says_so() -> None:
     if "cuda" not in csdiv.available_backends():
         with pytest.raises(RuntimeError, match='backend "cuda" is not available'):
             csdiv.warmup("cpu", backend="cuda")
+
+
+def test_a_gpu_that_has_no_kernels_is_refused_with_the_reason() -> None:
+    """Beside one that has them, which "cuda" is available for."""
+    device = torch.device("cuda:1")
+    with (
+        mock.patch.dict(backends._STATUS, cuda=lambda: backends.BackendStatus(True, "")),
+        mock.patch.object(backends, "_missing_kernels", return_value="built for 90a-real, but not for this one"),
+    ):
+        with pytest.raises(RuntimeError, match="not available: built for 90a-real, but not for this one"):
+            backends.resolve.__wrapped__("cuda", device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            assert backends.resolve.__wrapped__("auto", device).__name__ == "csdiv.backends.reference"
 
 
 @needs_gpu

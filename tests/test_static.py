@@ -13,6 +13,8 @@ from csdiv import _C
 
 CUDA_SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 TILE_KERNELS = ("overlap_lse_forward_kernel", "overlap_lse_backward_kernel", "assign_kernel", "pairwise_forward_kernel")
+SWEEP = {32: 10.5, 16: 11.9, 8: 14.7}
+"""Instructions of an element in the gradient sweep where so many lanes have a dimension each: 32 above D = 48."""
 OFFSET = 0.25  # instructions of an element that the shared reference of logarithms may cost
 
 
@@ -60,8 +62,9 @@ def test_what_an_element_costs(kernels: list[static.Kernel]) -> None:
             if grouped:
                 assert loop.instructions <= 7.0 + OFFSET, kernel.name
                 assert loop.special <= 0.55, kernel.name
-            elif "32>" in kernel.name:
-                assert loop.instructions <= 10.5, kernel.name
+            else:
+                lanes = int(re.search(r"(\d+)>", kernel.name)[1])
+                assert loop.instructions <= SWEEP[lanes], kernel.name
     tile_kernels = {k.name for k in kernels if k.name.startswith(TILE_KERNELS) and "float" in k.name}
     sweeps = {name for name in tile_kernels if "backward" in name}
     assert seen == {(name, True) for name in tile_kernels} | {(name, False) for name in sweeps}

@@ -57,7 +57,8 @@ def resolve(name: str, device: torch.device) -> ModuleType:
     """
     check_name(name)
     if name == "auto":
-        name = device.type if device.type in ("cpu", "cuda") and _STATUS[device.type]().available else "reference"
+        usable = device.type in ("cpu", "cuda") and _STATUS[device.type]().available and not _missing_kernels(device)
+        name = device.type if usable else "reference"
         if device.type == "cuda" and name == "reference":
             _warn_slow_cuda()
     if name != "reference":
@@ -68,6 +69,8 @@ def resolve(name: str, device: torch.device) -> ModuleType:
             raise RuntimeError(
                 f'backend "{name}" computes on {name.upper()} tensors, got {device}: move them, or take backend="auto"'
             )
+        if name == "cuda" and (reason := _missing_kernels(device)):
+            raise RuntimeError(f'backend "cuda" is not available: {reason}')
     return importlib.import_module(f"csdiv.backends.{name}")
 
 
@@ -111,11 +114,19 @@ def _cuda_status() -> BackendStatus:
         )
     if not torch.cuda.is_available():
         return BackendStatus(False, built + "torch sees no GPU: torch.cuda.is_available() is False")
-    if reason := _C.cuda_kernels_status(torch.cuda.current_device()):
-        return BackendStatus(
-            False, f"{built}not for {torch.cuda.get_device_name()} ({reason}): set CSDIV_CUDA_ARCHS and build again"
-        )
-    return BackendStatus(True, "")
+    reason = _missing_kernels(torch.device("cuda", torch.cuda.current_device()))
+    return BackendStatus(not reason, reason)
+
+
+@functools.cache
+def _missing_kernels(device: torch.device) -> str:
+    """Why the CUDA kernels do not run on this GPU, though they do on some; empty if they do."""
+    import csdiv._C as _C
+
+    if device.type != "cuda" or not (error := _C.cuda_kernels_status(device.index or 0)):
+        return ""
+    name = torch.cuda.get_device_name(device)
+    return f"{_C.cuda_status}, but not for {name} ({error}): set CSDIV_CUDA_ARCHS and build again"
 
 
 @_once
