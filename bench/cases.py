@@ -9,20 +9,33 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """Row log-sum-exps of N components against M in D dimensions: N · M · D elements (el)."""
+    """An entry of :mod:`bench.formulas` for N components against M in D dimensions, ``batch`` times."""
 
     n: int
     m: int
     d: int
     reason: str
+    entry: str = "rows"
+    batch: int = 1
+    structure: str = "diagonal"
 
     @property
     def name(self) -> str:
-        return f"{self.n}x{self.m}x{self.d}"
+        size = "x".join(map(str, (*([self.batch] if self.batch > 1 else []), self.n, self.m, self.d)))
+        kinds = [kind for kind in (self.entry, self.structure) if kind not in ("rows", "diagonal")]
+        return " ".join([size, *kinds])
 
     @property
     def elements(self) -> int:
-        return self.n * self.m * self.d
+        """Triples of a row, a column and a dimension in all sums of the entry, both halves of a self term."""
+        pairs = {
+            "rows": self.n * self.m,
+            "log_prob": self.n * self.m,
+            "self": self.m**2,
+            "divergence": self.n * self.m + self.n**2 + self.m**2,
+            "regularizer": self.n * self.m + self.m**2,
+        }
+        return self.batch * pairs[self.entry] * self.d
 
 
 CPU_CASES = (
@@ -30,18 +43,32 @@ CPU_CASES = (
     Case(1024, 1024, 32, "square, fits the caches"),
     Case(4096, 4096, 16, "square, few dimensions"),
     Case(2048, 2048, 128, "square, many dimensions"),
-    Case(256, 10000, 64, "a batch of codes against a large mixture"),
+    Case(256, 10000, 64, "wide: a batch of codes against a large mixture"),
+    Case(10000, 256, 64, "tall: many codes against a small mixture"),
+    Case(5000, 5000, 16, "the self term of a large mixture: half of the pairs are enough", "self"),
+    Case(16, 16, 1, "a batch of tiny problems, as in distributional reinforcement learning", "divergence", 4096),
+    Case(1024, 1024, 64, "spherical covariances", structure="spherical"),
+    Case(1024, 1024, 64, "tied covariances", structure="tied"),
+    Case(256, 500, 40, "the regularizer of an autoencoder: a batch, the prior and its self term", "regularizer"),
+    Case(32, 10, 10, "the same, so small that a loop over components can be timed", "regularizer"),
+    Case(2000, 2000, 16, "densities at points", "log_prob"),
+    Case(64, 100_000, 16, "10⁵ components"),
+    Case(4, 1_000_000, 16, "10⁶ components"),
 )
 
 
 def make_inputs(case: Case, seed: int = 0) -> list[Tensor]:
-    """p_means (N, D), p_variances (N, D), q_means (M, D), q_variances (M, D), q_log_weights (M,), float32."""
+    """p_means, p_variances, q_means, q_variances, q_log_weights, float32; what the entry takes of them."""
     generator = torch.Generator().manual_seed(seed)
     n, m, d = case.n, case.m, case.d
-    return [
-        torch.randn(n, d, generator=generator),
-        torch.rand(n, d, generator=generator) + 0.5,
-        torch.randn(m, d, generator=generator),
-        torch.rand(m, d, generator=generator) + 0.5,
-        torch.randn(m, generator=generator).log_softmax(-1),
+    batch = (case.batch,) if case.batch > 1 else ()
+    tied, width = case.structure == "tied", 1 if case.structure == "spherical" else d
+    inputs = [
+        torch.randn(*batch, n, d, generator=generator),
+        torch.rand(*batch, 1 if tied else n, width, generator=generator) + 0.5,
+        torch.randn(*batch, m, d, generator=generator),
+        torch.rand(*batch, 1 if tied else m, width, generator=generator) + 0.5,
+        torch.randn(*batch, m, generator=generator).log_softmax(-1),
     ]
+    left_out = {"self": (0, 1), "log_prob": (1,)}.get(case.entry, ())
+    return [t for k, t in enumerate(inputs) if k not in left_out]

@@ -1,97 +1,87 @@
-"""Providers: csdiv and what it replaces, each as ``forward`` and ``forward_backward`` of Σ_i ℓ_i.
+"""Providers: csdiv and what it replaces, each with ``forward`` and ``forward_backward`` of an entry's sum.
 
-ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j); forward returns (N,), forward_backward the five gradients.
+forward returns the values of :mod:`bench.formulas`, forward_backward the gradients to all inputs.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-import csdiv
+from .cases import Case
+from .formulas import FORMULAS, LOG_2PI, Formula, pairs, rows, rows_in_chunks, with_csdiv
 
-LOG_2PI = math.log(2.0 * math.pi)
 CHUNK_BYTES = 2 * 2**20  # the fastest eager chunk on CPUs: temporaries stay in the cache
-
-
-def rows(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
-    """The formula as people write it; (N, M, D) temporaries."""
-    c = s[:, None] + t
-    delta = mu[:, None] - nu
-    return torch.logsumexp(log_b - 0.5 * (delta * delta / c + c.log() + LOG_2PI).sum(-1), -1)
-
-
-def _autograd(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    return list(torch.autograd.grad(function(*leaves).sum(), leaves))
+BYTES_PER_ELEMENT = 12
+"""Of what autograd keeps of an (N, M, D) computation in float32."""
 
 
 class Provider:
-    """One way to compute; subclasses override ``forward``, and ``forward_backward`` where autograd is not the way."""
+    """One way to compute an entry; subclasses set ``name`` and ``formula``, or override what differs."""
 
     name = ""
+    formula: Formula
+    backward = True  # whether it has gradients
+    bytes_per_element = 0  # temporaries of forward_backward
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        raise NotImplementedError
-
-    def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
-        return _autograd(lambda *x: self.forward(list(x)), inputs)
-
-
-class Csdiv(Provider):
-    def __init__(self, backend: str) -> None:
-        self.name, self.backend = f"csdiv {backend}", backend
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        mu, s, nu, t, log_b = inputs
-        p, q = csdiv.GaussianMixture(mu, s), csdiv.GaussianMixture(nu, t, log_b)
-        return csdiv.component_log_overlap(p, q, backend=self.backend)
-
-
-class ChunkedEager(Provider):
-    """Rows in chunks, each differentiated at once, so that temporaries stay small."""
-
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self.name, self._bytes = f"eager, {chunk_bytes // 2**20} MiB chunks", chunk_bytes
-
-    def _chunks(self, inputs: list[Tensor]) -> range:
-        return range(0, len(inputs[0]), self._size(inputs))
-
-    def _size(self, inputs: list[Tensor]) -> int:
-        return max(1, self._bytes // (4 * inputs[2].numel()))
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        mu, s, *q = inputs
-        size = self._size(inputs)
-        return torch.cat([rows(mu[i : i + size], s[i : i + size], *q) for i in self._chunks(inputs)])
+        return self.formula(*inputs)
 
     def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
+        return list(torch.autograd.grad(self.forward(leaves).sum(), leaves))
+
+
+class Csdiv(Provider):
+    def __init__(self, backend: str, entry: str = "rows") -> None:
+        self.name, self.formula = f"csdiv {backend}", with_csdiv(entry, backend)
+
+
+class Eager(Provider):
+    """The formula as it stands: (N, M, D) temporaries."""
+
+    name, bytes_per_element = "eager", BYTES_PER_ELEMENT
+
+    def __init__(self, entry: str = "rows") -> None:
+        self.formula = FORMULAS[entry]
+
+
+class ChunkedEager(Provider):
+    """Rows in chunks, so that temporaries stay small; sums of rows are differentiated chunk by chunk at once."""
+
+    def __init__(self, entry: str = "rows", chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.name, self._entry, self._bytes = f"eager, {chunk_bytes // 2**20} MiB chunks", entry, chunk_bytes
+
+    def _size(self, inputs: list[Tensor]) -> int:
+        q_means = inputs[{"self": 0, "log_prob": 1}.get(self._entry, 2)]
+        return max(1, self._bytes // (q_means.itemsize * q_means.numel()))
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return FORMULAS[self._entry](*inputs, rows=rows_in_chunks(self._size(inputs)))
+
+    def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
+        if self._entry != "rows":
+            return super().forward_backward(inputs)
+        leaves = [x.detach().requires_grad_() for x in inputs]
         mu, s, *q = leaves
         size = self._size(inputs)
-        for i in self._chunks(inputs):
-            rows(mu[i : i + size], s[i : i + size], *q).sum().backward()
+        for i in range(0, len(mu), size):
+            rows(mu[i : i + size], s if len(s) == 1 else s[i : i + size], *q).sum().backward()
         return [x.grad for x in leaves if x.grad is not None]
 
 
 class Compiled(Provider):
-    name = "torch.compile"
+    name, bytes_per_element = "torch.compile", BYTES_PER_ELEMENT
 
-    def __init__(self) -> None:
-        self._rows = torch.compile(rows, dynamic=False)
-
-    def forward(self, inputs: list[Tensor]) -> Tensor:
-        return self._rows(*inputs)
+    def __init__(self, entry: str = "rows") -> None:
+        self.formula = torch.compile(FORMULAS[entry] if entry != "rows" else rows, dynamic=False)
 
 
 def _rows_and_weights(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    c = s[:, None] + t
-    delta = mu[:, None] - nu
-    logits = log_b - 0.5 * (delta * delta / c + c.log() + LOG_2PI).sum(-1)
+    logits = log_b + pairs(mu, s, nu, t)
     lse = torch.logsumexp(logits, -1)
     return lse, (logits - lse[:, None]).exp()
 
@@ -104,7 +94,7 @@ def _pair_gradients(r: Tensor, mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, dim
 class HandDerived(Compiled):
     """Gradients derived by hand, compiled: what an expert gets without writing a kernel; stores (N, M) weights."""
 
-    name = "torch.compile, hand-derived gradients"
+    name, bytes_per_element = "torch.compile, hand-derived gradients", 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,13 +125,54 @@ class KeOps(Provider):
         return logits.logsumexp(dim=1)[:, 0] - 0.5 * d * LOG_2PI
 
 
+class Textbook(Provider):
+    """Loops over components, as public implementations of the regularizer have them."""
+
+    name = "loop over components"
+
+    def formula(self, mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
+        def log_normal(mean: Tensor, variance: Tensor, other: Tensor) -> Tensor:
+            return -0.5 * ((other - mean) ** 2 / variance + variance.log() + LOG_2PI).sum(-1)
+
+        k = range(len(nu))
+        cross = torch.stack([log_b[j] + log_normal(nu[j], s + t[j], mu) for j in k]).logsumexp(0)
+        own = -0.5 * (torch.log(2.0 * s) + LOG_2PI).sum(-1)
+        prior = torch.stack([log_b[i] + log_b[j] + log_normal(nu[j], t[i] + t[j], nu[i]) for i in k for j in k])
+        return -cross + 0.5 * own + 0.5 * prior.logsumexp(0)
+
+
+class ScikitLearn(Provider):
+    """GaussianMixture.score_samples: densities at points, no gradients."""
+
+    name, backward = "scikit-learn, score_samples", False
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        from sklearn.mixture import GaussianMixture
+
+        x, nu, t, log_b = inputs
+        model = GaussianMixture(len(nu), covariance_type="diag")
+        model.means_, model.covariances_, model.weights_ = nu.numpy(), t.numpy(), log_b.exp().numpy()
+        model.precisions_cholesky_ = 1.0 / model.covariances_**0.5
+        return torch.from_numpy(model.score_samples(x.numpy()))
+
+
+@functools.cache
 def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def providers() -> list[Provider]:
-    """csdiv's native CPU backend, and every peer that is installed."""
-    peers = [ChunkedEager(), Compiled(), HandDerived()]
-    if installed("pykeops"):
-        peers.append(KeOps())
-    return [Csdiv("cpu"), *peers]
+def providers(case: Case) -> list[Provider]:
+    """csdiv's native CPU backend, and every peer that is installed and offers the case."""
+    entry = case.entry
+    found: list[Provider] = [Csdiv("cpu", entry), ChunkedEager(entry)]
+    if case.m < 100_000:
+        found.append(Compiled(entry))
+    if entry == "rows" and case.structure == "diagonal" and case.m < 100_000:
+        found.append(HandDerived())
+        if installed("pykeops"):
+            found.append(KeOps())
+    if entry == "regularizer" and case.m <= 10:
+        found.append(Textbook())
+    if entry == "log_prob" and installed("sklearn"):
+        found.append(ScikitLearn())
+    return found

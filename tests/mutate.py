@@ -273,7 +273,9 @@ def show(mutant: Mutant) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, help="as many mutants, drawn at random; all of them by default")
+    parser.add_argument(
+        "--sample", type=int, help="as many mutants, drawn at random, 0 for a report alone; default: all"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--files", default="*", metavar="GLOB", help="names in csrc/cpu")
     parser.add_argument("--output", type=Path, help="JSON: counts for each file, survivors")
@@ -288,9 +290,12 @@ def main() -> None:
         return print(*map(show, mutants), sep="\n")
 
     laboratory = Laboratory()
-    mutants += [m for m in everyone if str(m) in laboratory.survivors and m not in mutants]
-    print(f"{len(mutants)} mutants in {laboratory.folder}; {excluded} excluded", flush=True)
-    laboratory.start()
+    if arguments.sample == 0:
+        laboratory.results |= dict.fromkeys(laboratory.survivors, "survived")
+    else:
+        mutants += [m for m in everyone if str(m) in laboratory.survivors and m not in mutants]
+        print(f"{len(mutants)} mutants in {laboratory.folder}; {excluded} excluded", flush=True)
+        laboratory.start()
     begin = time.perf_counter()
     for k, mutant in enumerate(mutants, 1):
         outcome = laboratory.try_mutant(mutant)
@@ -313,6 +318,7 @@ def main() -> None:
         summary = {
             "files": outcomes,
             "total": total,
+            "mutants": len(everyone),
             "excluded": excluded,
             "survivors": [m._asdict() for m in survivors],
         }

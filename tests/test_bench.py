@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_static import with_kernels
 
 from bench import accuracy, gpu, gpu_check, static

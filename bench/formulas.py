@@ -1,0 +1,92 @@
+"""The entries that are measured: as people write them, in eager torch, and with csdiv.
+
+Each takes the tensors of :func:`bench.cases.make_inputs` and returns the values whose sum is differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import csdiv
+from csdiv import GaussianMixture
+
+LOG_2PI = math.log(2.0 * math.pi)
+Formula = Callable[..., Tensor]
+
+
+def pairs(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor) -> Tensor:
+    """log N(μ_i; ν_j, S_i + T_j), (*batch, N, M); (N, M, D) temporaries."""
+    c = s[..., :, None, :] + t[..., None, :, :]
+    delta = mu[..., :, None, :] - nu[..., None, :, :]
+    return -0.5 * (delta * delta / c + c.log() + LOG_2PI).sum(-1)
+
+
+def rows(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
+    """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j), (*batch, N)."""
+    return torch.logsumexp(log_b[..., None, :] + pairs(mu, s, nu, t), -1)
+
+
+def self_overlap(nu: Tensor, t: Tensor, log_b: Tensor, rows: Formula = rows) -> Tensor:
+    """log V(q, q), (*batch,)."""
+    return torch.logsumexp(log_b + rows(nu, t, nu, t, log_b), -1)
+
+
+def divergence(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor, rows: Formula = rows) -> Tensor:
+    """D_CS(p, q) with uniform weights of p, (*batch,)."""
+    log_a = mu.new_full(mu.shape[:-1], -math.log(mu.shape[-2]))
+    cross = torch.logsumexp(log_a + rows(mu, s, nu, t, log_b), -1)
+    return -cross + 0.5 * self_overlap(mu, s, log_a, rows) + 0.5 * self_overlap(nu, t, log_b, rows)
+
+
+def regularizer(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor, rows: Formula = rows) -> Tensor:
+    """D_CS of each N(μ_i, S_i) from q, (N,)."""
+    own = -0.5 * ((2.0 * s).log() + LOG_2PI).sum(-1)
+    return -rows(mu, s, nu, t, log_b) + 0.5 * own + 0.5 * self_overlap(nu, t, log_b, rows)
+
+
+def log_prob(x: Tensor, nu: Tensor, t: Tensor, log_b: Tensor, rows: Formula = rows) -> Tensor:
+    """log q(x_i), (N,)."""
+    return rows(x, x.new_zeros(1, 1), nu, t, log_b)
+
+
+def rows_in_chunks(size: int) -> Formula:
+    """:func:`rows` of ``size`` rows at a time, computed again in the backward pass: temporaries stay small."""
+
+    def chunked(mu: Tensor, s: Tensor, *q: Tensor) -> Tensor:
+        parts = []
+        for i in range(0, mu.shape[-2], size):
+            some = mu[..., i : i + size, :], s if s.shape[-2] == 1 else s[..., i : i + size, :]
+            parts.append(checkpoint(rows, *some, *q, use_reentrant=False))
+        return torch.cat(parts, -1)
+
+    return chunked
+
+
+FORMULAS: dict[str, Formula] = {
+    "rows": lambda *x, rows=rows: rows(*x),
+    "self": self_overlap,
+    "divergence": divergence,
+    "regularizer": regularizer,
+    "log_prob": log_prob,
+}
+
+
+def with_csdiv(entry: str, backend: str) -> Formula:
+    """The entry as a call of csdiv."""
+
+    def sides(mu: Tensor, s: Tensor, *q: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
+        return GaussianMixture(mu, s), GaussianMixture(*q)
+
+    entries: dict[str, Formula] = {
+        "rows": lambda *x: csdiv.component_log_overlap(*sides(*x), backend=backend),
+        "self": lambda *q: csdiv.log_overlap(GaussianMixture(*q), backend=backend),
+        "divergence": lambda *x: csdiv.cs_divergence(*sides(*x), backend=backend),
+        "regularizer": lambda mu, s, *q: csdiv.cs_regularizer(mu, s.log(), GaussianMixture(*q), backend=backend),
+        "log_prob": lambda x, *q: GaussianMixture(*q).log_prob(x, backend=backend),
+    }
+    return entries[entry]
