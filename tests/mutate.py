@@ -84,6 +84,8 @@ EXCLUDED: tuple[tuple[str, str, str], ...] = (
     ("pack.cpp", "memory_(problem.q.batch * stripes_ * (2 * problem.dim + (1 + 1))", "more memory than is used"),
     ("gradient_sums.h", "merged_copies_(rows_per_copy >= kRowsPerMerge", "either is right at the limit"),
     ("gradient_sums.h", "recent_rows + kTileRows >= kRowsPerMerge", "precision only, by one tile"),
+    ("gradient_sums.h", "for (int64_t k = (0 + 1); k < sums.size(); ++k) finite", "a variance's sum overflows first"),
+    ("gradient_sweep.h", "problem.q.batch : (0 + 1), kNoReference", "more memory than is used"),
     ("cs_divergence.cpp", "if (!grads.wanted()) return;", "speed only"),
     ("pack.cpp", "return std::clamp(ceil_div(columns", "any cut is right"),
     ("pack.cpp", "if (!(variance >= 0 && variance <= ", "log2 of 0 is as little finite as NaN"),
