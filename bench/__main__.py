@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
             "divergences": limits.run_divergences(options.rounds),
         }
         print(measure.markdown(records))
-        limits.print_tables(**more)
+        print(limits.tables(**more))
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     write(options.output, info, records, **more)
 

@@ -137,15 +137,24 @@ def run_divergences(rounds: int) -> list[dict[str, Any]]:
     return records
 
 
-def print_tables(
+def tables(
     bounds: list[dict[str, Any]], instruction_sets: list[dict[str, Any]], divergences: list[dict[str, Any]]
-) -> None:
-    print("\n| case | direction | threads | Gel/s | share of the bound |\n|---|---|---|---|---|")
-    for r in bounds:
-        print(f"| {r['case']} | {r['direction']} | {r['threads']} | {r['gel_per_s']:.2f} | {r['share_of_bound']:.0%} |")
-    print("\n| case | direction | instruction set | Gel/s |\n|---|---|---|---|")
-    for r in instruction_sets:
-        print(f"| {r['case']} | {r['direction']} | {r['isa']} | {r['gel_per_s']:.2f} |")
-    print("\n| D_CS, forward + backward | provider | median ms | quartiles ms |\n|---|---|---|---|")
-    for r in divergences:
-        print(f"| {r['case']} | {r['provider']} | {r['median_ms']:.3f} | {r['lower_ms']:.3f} to {r['upper_ms']:.3f} |")
+) -> str:
+    """The three results as Markdown."""
+    return "\n".join(
+        [
+            "| case | direction | threads | Gel/s | share of the bound |\n|---|---|---|---|---|",
+            *(
+                f"| {r['case']} | {r['direction']} | {r['threads']} | {r['gel_per_s']:.2f} "
+                f"| {r['share_of_bound']:.0%} |"
+                for r in bounds
+            ),
+            "\n| case | direction | instruction set | Gel/s |\n|---|---|---|---|",
+            *(f"| {r['case']} | {r['direction']} | {r['isa']} | {r['gel_per_s']:.2f} |" for r in instruction_sets),
+            "\n| D_CS, forward + backward | provider | median ms | quartiles ms |\n|---|---|---|---|",
+            *(
+                f"| {r['case']} | {r['provider']} | {r['median_ms']:.3f} | {r['lower_ms']:.3f} to {r['upper_ms']:.3f} |"
+                for r in divergences
+            ),
+        ]
+    )

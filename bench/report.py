@@ -1,0 +1,198 @@
+"""``python -m bench report``: docs/benchmarks.md and its figures, from bench/results alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import limits, measure, static
+from .cases import CPU_CASES
+from .measure import Record
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+COLOURS = {
+    "csdiv cpu": "#1f3b73",
+    "torch.compile, hand-derived gradients": "#4c72b0",
+    "torch.compile": "#55a868",
+    "eager, 2 MiB chunks": "#8c8c8c",
+    "eager": "#c9a227",
+    "KeOps": "#c44e52",
+    "loop over components": "#8172b2",
+    "scikit-learn, score_samples": "#937860",
+}
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"{machine['threads']} threads of {machine['processor']} ({machine['isa']}), {machine['compiler']}, "
+        f"Python {machine['python']}, torch {machine['torch']}, {result['date']}"
+    )
+
+
+def draw_scaling(time: Axes, memory: Axes, records: list[Record]) -> None:
+    """Time and memory over K, and where a way ends: with a cross, it has no memory; with a bar, it took too long."""
+    for name in dict.fromkeys(r["provider"] for r in records):
+        own = [r for r in records if r["provider"] == name]
+        timed = [r for r in own if "median_ms" in r]
+        sizes = [r["components"] for r in timed]
+        time.plot(sizes, [r["median_ms"] for r in timed], "o-", color=COLOURS[name], markersize=3.5, label=name)
+        memory.plot(sizes, [max(r["extra_peak_mib"], 0.1) for r in timed], "o-", color=COLOURS[name], markersize=3.5)
+        for r in own:
+            if "skipped" in r:
+                time.plot(r["components"], timed[-1]["median_ms"], "x", color=COLOURS[name], markersize=8)
+                memory.plot(r["components"], memory.get_ylim()[1], "x", color=COLOURS[name], markersize=8)
+    time.set(xscale="log", yscale="log", xlabel="components K", ylabel="ms, forward + backward")
+    memory.set(xscale="log", yscale="log", xlabel="components K", ylabel="extra memory, MiB")
+    time.set_title("256 rows against K, D = 16; × does not fit into memory", fontsize=9)
+    memory.set_title("beside inputs and gradients", fontsize=9)
+    time.legend(frameon=False, fontsize=7)
+
+
+def draw_speed_ups(ax: Axes, records: list[Record], direction: str) -> None:
+    """The peers' times over csdiv's."""
+    records = [r for r in records if r["direction"] == direction and "median_ms" in r]
+    own = {r["case"]: r["median_ms"] for r in records if r["provider"].startswith("csdiv")}
+    for k, case in enumerate(own):
+        others = [r for r in records if r["case"] == case and not r["provider"].startswith("csdiv")]
+        for r in others:
+            ax.plot(r["median_ms"] / own[case], k, "o", color=COLOURS[r["provider"]], markersize=5)
+    ax.axvline(1, color=COLOURS["csdiv cpu"], linewidth=1)
+    ax.set_yticks(range(len(own)), [name.replace("x", " × ") for name in own], fontsize=7)
+    ax.invert_yaxis()
+    ax.grid(axis="x", linewidth=0.3)
+    ax.set(xscale="log", xlabel="time relative to csdiv (line: csdiv)")
+    ax.set_title(direction, fontsize=9)
+
+
+def draw_limits(cpu: Axes, gpu: Axes, bounds: list[Record], kernels: list[Record]) -> None:
+    """Shares of the arithmetic bound on the CPU; what machine code allows on an H200."""
+    threads = max(r["threads"] for r in bounds)
+    cases = list(dict.fromkeys(r["case"] for r in bounds))
+    for k, (direction, colour) in enumerate(zip(measure.DIRECTIONS, ("#4c72b0", "#1f3b73"), strict=True)):
+        shares = {
+            r["case"]: r["share_of_bound"] for r in bounds if (r["direction"], r["threads"]) == (direction, threads)
+        }
+        cpu.barh(
+            np.arange(len(cases)) + 0.4 * k - 0.2, [100 * shares[c] for c in cases], 0.4, color=colour, label=direction
+        )
+    cpu.set_yticks(range(len(cases)), [name.replace("x", " × ") for name in cases], fontsize=7)
+    cpu.invert_yaxis()
+    cpu.axvline(100, color="black", linewidth=0.8)
+    cpu.set(xlabel=f"% of the arithmetic bound, {threads} threads")
+    cpu.legend(frameon=False, fontsize=7)
+    rows = [r for r in kernels if "loop" in r and r["architecture"].startswith("sm_90") and "float" in r["kernel"]]
+    axis = np.geomspace(0.1, 3, 100)
+    special = static.PROCESSORS * static.CLOCK_GHZ * static.MUFU_LANES / axis / 1e3
+    gpu.plot(axis, special, color="#c44e52", label="special functions")
+    for per_element, style in ((6.94, "-"), (10.5, "--")):
+        issue = static.PROCESSORS * static.CLOCK_GHZ * static.issue_lanes((9, 0)) / per_element / 1e3
+        gpu.axhline(issue, color="0.4", linestyle=style, linewidth=1, label=f"issue of {per_element} instructions")
+    for loop, marker in (("logits", "o"), ("gradients", "s")):
+        points = [(r["special_per_element"], r["bound_tel_per_s"]) for r in rows if r["loop"] == loop]
+        gpu.plot(*zip(*points, strict=True), marker, color="#1f3b73", linestyle="none", label=f"hot loops, {loop}")
+    gpu.set(xscale="log", yscale="log", xlabel="special functions per element", ylabel="Tel/s, H200 at 1.98 GHz")
+    gpu.set_title("ceilings from machine code; no GPU has run this yet", fontsize=9)
+    gpu.legend(frameon=False, fontsize=7)
+
+
+def draw_accuracy(dims: Axes, spread: Axes, records: list[Record]) -> None:
+    """Relative errors of values over D, and over how far means are apart, beside eager float32."""
+    for ax, group in ((dims, "dimensions"), (spread, "spread")):
+        rows = [r for r in records if r["group"] == group]
+        for name, colour in (("eager", "#8c8c8c"), ("csdiv", "#1f3b73")):
+            errors = [max(r[name]["value"] / max(1.0, abs(r["value"])), 1e-9) for r in rows]
+            ax.semilogy(range(len(rows)), errors, "o-", color=colour, markersize=4, label=name)
+        ax.set_xticks(range(len(rows)), [r["label"] for r in rows], rotation=45, ha="right", fontsize=7)
+        ax.set_title(f"log V(p, q), {group}", fontsize=9)
+    dims.set_ylabel("relative error against float64")
+    dims.legend(frameon=False, fontsize=7)
+
+
+def save(name: str, size: tuple[float, float], draw: Any, *data: Any) -> str:
+    """Draws two panels; the Markdown that shows them."""
+    figure = Figure(size, layout="constrained")
+    draw(*figure.subplots(1, 2), *data)
+    figure.savefig(DOCS / "images" / f"{name}.png", dpi=130)
+    return f"![{name}](images/{name}.png)"
+
+
+def draw_both_directions(left: Axes, right: Axes, records: list[Record]) -> None:
+    draw_speed_ups(left, records, "forward")
+    draw_speed_ups(right, records, "forward + backward")
+    right.set_yticks([])
+    names = [name for name in COLOURS if any(r["provider"] == name for r in records) and not name.startswith("csdiv")]
+    handles = [right.plot([], [], "o", color=COLOURS[name], label=name)[0] for name in names]
+    right.legend(handles=handles, frameon=False, fontsize=7, loc="lower right")
+
+
+def page() -> str:
+    """docs/benchmarks.md; writes its figures."""
+    cpu, scaling, errors, kernels = (results(name) for name in ("cpu", "scaling", "accuracy", "static"))
+    memory = scaling["memory"][0]
+    reasons = {case.name: case.reason for case in CPU_CASES}
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python -m bench report` from the files in bench/results, each written by one run of `python -m bench`;",
+        "no number here is from anywhere else. Every provider has to agree with float64 within a relative L2 error of",
+        f"{measure.GATE:.0e} before its time is printed. Providers take turns; medians and quartiles of the rounds. An",
+        "element is one triple (i, j, d) of the sums as the formula has them.",
+        "",
+        "## On the CPU",
+        "",
+        f"float32, {machine_line(cpu)}.",
+        "",
+        save("bench-speed", (11, 4.6), draw_both_directions, cpu["records"]),
+        "",
+        "| case | why |",
+        "|---|---|",
+        *(f"| {name} | {reasons[name]} |" for name in dict.fromkeys(r["case"] for r in cpu["records"])),
+        "",
+        measure.markdown(cpu["records"]),
+        "",
+        "## How near the limit",
+        "",
+        f"The bound counts the {limits.OPERATIONS['forward']} and {limits.OPERATIONS['forward + backward']} multiplications",
+        "of an element (of a self term half the elements) at the rate of a matrix product on the same threads, and nothing",
+        "for loads, exponentials, logarithms and calls.",
+        "",
+        save("bench-limits", (11, 4.6), draw_limits, cpu["bounds"], kernels["records"]),
+        "",
+        limits.tables(cpu["bounds"], cpu["instruction_sets"], cpu["divergences"]),
+        "",
+        "## Over the number of components",
+        "",
+        f"float32, {machine_line(scaling)}. log V(p, p) and all its gradients at K = {memory['components']:,} and",
+        f"D = {memory['dim']} took {memory['extra_peak_mib']:.0f} MiB beside the inputs.",
+        "",
+        save("bench-scaling", (11, 4.0), draw_scaling, scaling["records"]),
+        "",
+        measure.markdown(scaling["records"]),
+        "",
+        "## Accuracy",
+        "",
+        "Tables: [accuracy.md](accuracy.md).",
+        "",
+        save("bench-accuracy", (11, 3.6), draw_accuracy, errors["records"]),
+        "",
+        "## On a GPU",
+        "",
+        "Not yet measured. What the machine code allows is in [kernels.md](kernels.md); `make gpu-check` measures.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write() -> None:
+    (DOCS / "benchmarks.md").write_text(page())
