@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from csdiv import autograd, backends, ops, reference
-from csdiv.mixture import GaussianMixture, as_float_tensor
+from csdiv.mixture import MATRICES, GaussianMixture, as_bandwidth, as_float_tensor
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
@@ -193,11 +193,7 @@ def mmd2(
     Source: Gretton et al., "A kernel two-sample test", JMLR 13, 2012.
     """
     p, q = _pair(p, q)
-    if isinstance(bandwidth, int | float):
-        if not bandwidth > 0.0:
-            raise ValueError(f"bandwidth: a number > 0 expected, got {bandwidth}")
-        bandwidth = torch.tensor(bandwidth, dtype=p.dtype, device=p.device)
-    bandwidth = as_float_tensor(bandwidth, "bandwidth").to(p.dtype)
+    bandwidth = as_bandwidth(bandwidth, p.means).to(p.dtype)
     if bandwidth.device != p.device:
         raise ValueError(f"one device expected, got p on {p.device} and bandwidth on {bandwidth.device}")
     for side, name in ((p, "p"), (q, "q")):
@@ -448,7 +444,7 @@ def _channels(p: GaussianMixture, log_weights: Tensor, name: str) -> GaussianMix
     if log_weights.device != p.device:
         raise ValueError(f"one device expected, got {name} on {p.device} and weights on {log_weights.device}")
     _check_batches(p.batch_shape, log_weights.shape[:-2], name, f"{name}_log_weights")
-    full = {n: t.unsqueeze(-4) for n in ("scale_tril", "covariance_matrix") if (t := getattr(p, n)) is not None}
+    full = {n: t.unsqueeze(-4) for n in MATRICES if (t := getattr(p, n)) is not None}
     variances = None if p.variances is None else p.variances.unsqueeze(-3)
     means = p.means.unsqueeze(-3)
     return GaussianMixture._unchecked(means=means, variances=variances, log_weights=log_weights, **full)
