@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -332,6 +334,32 @@ def test_log_prob_is_that_of_torch_and_scipy(structure: str, backend: str) -> No
         for m, s in zip(p.means, covariances(p), strict=True)
     ]
     close(found.exp(), sum(w * torch.from_numpy(d) for w, d in zip(p.log_weights.exp(), densities, strict=True)))
+
+
+LARGE = """
+import resource, torch
+from csdiv import testing
+p, x = testing.random_mixture(20000, 16), torch.randn(20000, 16)
+p.log_prob(x[:10])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+p.log_prob(x, backend="cpu")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in KiB is Linux's")
+def test_log_prob_takes_memory_for_points_and_components_alone() -> None:
+    """16 times the inputs at most; one matrix of points by components would be 1526 MiB."""
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) <= 16 * 2 * 20000 * 16 * 4 / 1024
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_prob_of_many_components_is_that_of_sklearn(backend: str) -> None:
+    p = testing.random_mixture(2000, 16, dtype=torch.float64)
+    x = torch.randn(3000 if backend == "cpu" else 100, 16, dtype=torch.float64)
+    expected = torch.from_numpy(p.to_sklearn().score_samples(x.numpy()))
+    close(p.log_prob(x, backend=backend), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
