@@ -327,6 +327,8 @@ class GaussianMixture:
             ValueError: shapes that do not fit, or a number h ≤ 0. TypeError: not floating point.
         """
         x = as_float_tensor(x, "x")
+        if x.ndim < 2 or 0 in x.shape[-2:]:
+            raise ValueError(f"x: (*batch, n, D) with n and D of at least 1 expected, got {tuple(x.shape)}")
         bandwidth = as_bandwidth(bandwidth, x)
         if bandwidth.ndim == 1:
             raise ValueError(f"bandwidth: () or (*batch, n or 1, D or 1) expected, got {tuple(bandwidth.shape)}")
@@ -335,6 +337,8 @@ class GaussianMixture:
         if weights is None:
             return cls(x, variances)
         weights = as_float_tensor(weights, "weights")
+        if weights.ndim < 1 or weights.shape[-1] != x.shape[-2]:
+            raise ValueError(f"weights: (*batch, n) with n = {x.shape[-2]} expected, got {tuple(weights.shape)}")
         absent = weights == 0.0
         return cls(x, variances, logits=torch.where(absent, -math.inf, torch.where(absent, 1.0, weights).log()))
 
@@ -440,7 +444,7 @@ def as_bandwidth(bandwidth: float | Tensor, like: Tensor) -> Tensor:
         return as_float_tensor(bandwidth, "bandwidth")
     if not bandwidth > 0.0:
         raise ValueError(f"bandwidth: a number > 0 expected, got {bandwidth}")
-    return torch.tensor(bandwidth, dtype=like.dtype, device=like.device)
+    return like.new_full((), bandwidth)
 
 
 def values_readable(t: Tensor) -> bool:

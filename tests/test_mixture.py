@@ -286,10 +286,13 @@ def test_from_samples_refuses() -> None:
     for shape in ((4,), (3,), (1,)):
         with pytest.raises(ValueError, match=r"bandwidth: \(\) or \(\*batch, n or 1, D or 1\) expected"):
             GaussianMixture.from_samples(x, torch.ones(shape))
-    with pytest.raises(ValueError, match="at least one component"):
-        GaussianMixture.from_samples(x[:0], 0.3)
-    with pytest.raises(ValueError, match=r"logits: \(\*batch, K\) with K = 4 expected"):
+    for wrong in (x[:0], x[0]):
+        with pytest.raises(ValueError, match=r"x: \(\*batch, n, D\) with n and D of at least 1 expected, got \("):
+            GaussianMixture.from_samples(wrong, 0.3)
+    with pytest.raises(ValueError, match=r"weights: \(\*batch, n\) with n = 4 expected, got \(3,\)"):
         GaussianMixture.from_samples(x, 0.3, weights=torch.ones(3))
+    with pytest.raises(TypeError, match="x: floating point expected, got torch.int64"):
+        GaussianMixture.from_samples(torch.ones(4, 3, dtype=torch.int64), 0.3)
     negative = GaussianMixture.from_samples(x, torch.tensor(-0.3), weights=torch.tensor([-1.0, 1.0, 1.0, 1.0]))
     assert negative.variances.isnan().all()
     assert negative.log_weights.isnan().all()

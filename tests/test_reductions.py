@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from entries import BACKENDS
+from entries import BACKENDS, function
 from test_mixture import covariances
 from test_near_zero import BOUND, near_copies
 from torch import Tensor
@@ -99,6 +99,53 @@ def test_poisson_processes_diverge_by_half_the_integrated_squared_error() -> Non
     x = torch.linspace(-15.0, 15.0, 4001, dtype=torch.float64)[:, None]
     squares = (u.log_prob(x).exp() - v.log_prob(x).exp()) ** 2
     close(0.5 * csdiv.ise(u, v), 0.5 * torch.trapezoid(squares, x[:, 0]), rtol=1e-9, atol=0.0)
+
+
+# The error budget
+
+
+FORMULAS = {
+    "ise": lambda pq, pp, qq: pp.exp() - 2.0 * pq.exp() + qq.exp(),
+    "log ise": lambda pq, pp, qq: (pp.exp() - 2.0 * pq.exp() + qq.exp()).log(),
+    "nise": lambda pq, pp, qq: 1.0 - 2.0 * pq.exp() / (pp.exp() + qq.exp()),
+    "mmd2": lambda pq, pp, qq: (2.0 * math.pi * 0.7**2) ** 2.5 * (pp.exp() - 2.0 * pq.exp() + qq.exp()),
+    "cosine_similarity": lambda pq, pp, qq: (pq - 0.5 * (pp + qq)).exp(),
+}
+"""Each entry of entries.py as a function F of the three log overlaps, for D = 5."""
+
+
+@on_every_backend
+@pytest.mark.parametrize("entry", list(FORMULAS))
+def test_values_and_gradients_stay_within_the_budget(entry: str, backend: str) -> None:
+    """To first order errors δ_t of the overlaps L_t give Σ ∂F/∂L_t δ_t, in the gradient Σ ∂²F/∂L_t∂L_s δ_s ∂L_t."""
+    p, q = (testing.random_mixture(k, 5) for k in (17, 31))
+    q = GaussianMixture(q.means, q.variances, q.log_weights + 0.7)
+    leaves = [t.requires_grad_() for t in inputs_of(p, q)]
+    value = function(entry, backend)(*leaves)
+    grads = torch.autograd.grad(value, leaves)
+
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    added = 0.5 * 0.7**2 if entry == "mmd2" else 0.0
+    a, b = GaussianMixture(wide[0], wide[1] + added, wide[2]), GaussianMixture(wide[3], wide[4] + added, wide[5])
+    terms = {"log_overlap": (a, b), "self_overlap": (a, a), "self_overlap of q": (b, b)}
+    logs = [csdiv.log_overlap(*pair, backend="reference") for pair in terms.values()]
+    at = torch.stack(logs).detach()
+    slopes = torch.func.grad(lambda x: FORMULAS[entry](*x))(at)
+    curvature = torch.func.hessian(lambda x: FORMULAS[entry](*x))(at)
+    options = {"scaled": backend != "reference"}
+    names = [name.split()[0] for name in terms]
+    bands = torch.stack([testing.band(n, *pair, **options) for n, pair in zip(names, terms.values(), strict=True)])
+
+    exact = FORMULAS[entry](*logs)
+    testing.assert_within_budget(value.detach(), exact.detach(), exact.detach(), slopes.abs() @ bands.detach())
+    allowed = [torch.zeros_like(t) for t in wide]
+    for t, (name, pair) in enumerate(zip(names, terms.values(), strict=True)):
+        direct = testing.gradient_bands(name, *pair, slopes[t], wide, **options)
+        first = torch.autograd.grad(logs[t], wide, retain_graph=True, materialize_grads=True)
+        shift = curvature[t].abs() @ bands.detach()
+        allowed = [x + d + shift * f.abs() for x, d, f in zip(allowed, direct, first, strict=True)]
+    for actual, expected, limit in zip(grads, torch.autograd.grad(exact, wide), allowed, strict=True):
+        testing.assert_within_budget(actual, expected, expected, limit)
 
 
 # Where the terms cancel
