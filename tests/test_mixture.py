@@ -291,7 +291,7 @@ def test_from_samples_refuses() -> None:
             GaussianMixture.from_samples(wrong, 0.3)
     with pytest.raises(ValueError, match=r"weights: \(\*batch, n\) with n = 4 expected, got \(3,\)"):
         GaussianMixture.from_samples(x, 0.3, weights=torch.ones(3))
-    with pytest.raises(TypeError, match="x: floating point expected, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x: floating point expected, got torch\.int64"):
         GaussianMixture.from_samples(torch.ones(4, 3, dtype=torch.int64), 0.3)
     negative = GaussianMixture.from_samples(x, torch.tensor(-0.3), weights=torch.tensor([-1.0, 1.0, 1.0, 1.0]))
     assert negative.variances.isnan().all()
