@@ -48,6 +48,15 @@ def test_third_order() -> None:
     close(*thirds)
 
 
+def test_reference_by_chunks_of_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tensors("cs_divergence")
+    whole = function("cs_divergence", "reference")(*inputs)
+    monkeypatch.setattr(csdiv.reference, "CHUNK_ELEMENTS", 8)
+    chunks = function("cs_divergence", "reference")(*inputs)
+    close(chunks, whole)
+    close(*(torch.autograd.grad(value, inputs) for value in (chunks, whole)))
+
+
 # torch.func and forward mode, against the reference
 
 
