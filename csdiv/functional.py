@@ -209,9 +209,9 @@ def channel_log_overlap(
 ) -> Tensor:
     """log V of every pair of channels: weightings c of p's components with weightings c′ of q's, equation (16).
 
-    Channels are what a batch of mixtures that share their components has in common with soft assignments, class
-    posteriors or bags of samples: ``csdiv.log_overlap`` of such a batch would go over all pairs C C′ times, this goes
-    min(C, C′) times, with one log-sum over the N components for each pair of channels.
+    Soft assignments, class posteriors and bags of samples are such weightings. ``log_overlap`` of a batch of mixtures
+    that share their components would go over all pairs of components C C′ times; this goes min(C, C′) times, and takes
+    one log-sum over the components of a side for each pair of channels.
 
     Args:
         p, q: mixtures with N and M components; their own weights are not used.
