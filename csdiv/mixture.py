@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
-    from torch.distributions import Distribution
+    from torch.distributions import Distribution, MixtureSameFamily
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIELDS = ("means", "variances", "log_weights", "scale_tril", "covariance_matrix")
+MATRICES = _FIELDS[3:]
+_SKLEARN_KINDS = ("full", "tied", "diag", "spherical")
 
 
 class GaussianMixture:
@@ -211,8 +213,9 @@ class GaussianMixture:
         """The mixture of a ``torch.distributions`` object; gradients reach its parameters.
 
         Args:
-            distribution: ``Independent(Normal(...), 1)`` or ``MultivariateNormal`` with batch (*batch,), which becomes
-                means (*batch, 1, D); or ``MixtureSameFamily`` of one of them, with batch (*batch, K).
+            distribution: ``Independent(Normal(...), 1)``, ``MultivariateNormal`` or ``LowRankMultivariateNormal`` with
+                batch (*batch,), which becomes means (*batch, 1, D); ``MixtureSameFamily`` of one of them, with batch
+                (*batch, K); or a ``Normal`` without batch dimensions, D = 1.
 
         Raises:
             ValueError: a ``Normal`` with batch dimensions that is not wrapped in ``Independent(..., 1)``.
@@ -224,8 +227,120 @@ class GaussianMixture:
             logits = distribution.mixture_distribution.logits
             return cls(log_weights=logits, **_gaussian_parameters(distribution.component_distribution))
         one = _gaussian_parameters(distribution)
-        ranks = {"scale_tril": 2}  # event dimensions; 1 for the others
+        ranks = {"scale_tril": 2, "covariance_matrix": 2}  # event dimensions; 1 for the others
         return cls(**{name: t.unsqueeze(t.ndim - ranks.get(name, 1)) for name, t in one.items()})
+
+    def to_distribution(self) -> MixtureSameFamily:
+        """The same mixture, its weights normalised, as a ``torch.distributions.MixtureSameFamily`` of batch (*batch,).
+
+        Components are ``Independent(Normal(...), 1)`` or ``MultivariateNormal``; gradients reach this one's tensors.
+
+        Raises:
+            ValueError: from torch, for a variance that is not positive.
+        """
+        from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+        shape, dtype = (*self.batch_shape, self.num_components), self.dtype
+        means = self.means.to(dtype).expand(*shape, self.dim)
+        log_weights = means.new_zeros(()) if self.log_weights is None else self.log_weights.to(dtype)
+        weights = Categorical(logits=log_weights.expand(shape))
+        if self.variances is not None:
+            scale = self.variances.to(dtype).sqrt().expand(means.shape)
+            return MixtureSameFamily(weights, Independent(Normal(means, scale), 1))
+        given = {name: t.to(dtype) for name in MATRICES if (t := getattr(self, name)) is not None}
+        matrices = {name: t.expand(*means.shape, self.dim) for name, t in given.items()}
+        return MixtureSameFamily(weights, MultivariateNormal(means, **matrices))
+
+    @classmethod
+    def from_sklearn(cls, mixture: Any) -> GaussianMixture:
+        """The mixture of a fitted ``sklearn.mixture.GaussianMixture`` or ``BayesianGaussianMixture``.
+
+        Its covariance type gives the structure: "full" (K, D, D), "tied" (1, D, D), "diag" (K, D), "spherical" (K, 1).
+        Values are copied, in scikit-learn's dtype; see :meth:`to`.
+
+        Raises:
+            TypeError: not such an object. ValueError: not fitted.
+        """
+        kind = getattr(mixture, "covariance_type", None)
+        if kind not in _SKLEARN_KINDS:
+            raise TypeError(f"mixture: a sklearn.mixture.GaussianMixture expected, got {type(mixture).__name__}")
+        if not hasattr(mixture, "covariances_"):
+            raise ValueError("mixture: a fitted one expected, call its fit() before")
+        covariance, weights = torch.tensor(mixture.covariances_), torch.tensor(mixture.weights_)
+        if kind in ("full", "tied"):
+            covariance = covariance if kind == "full" else covariance.unsqueeze(0)
+            return cls(torch.tensor(mixture.means_), log_weights=weights.log(), covariance_matrix=covariance)
+        variances = covariance if kind == "diag" else covariance.unsqueeze(-1)
+        return cls(torch.tensor(mixture.means_), variances, weights.log())
+
+    def to_sklearn(self) -> Any:
+        """The same mixture, its weights normalised, as a fitted ``sklearn.mixture.GaussianMixture``.
+
+        The covariance type is "full", "tied", "diag" (also for tied diagonal) or "spherical" (also for tied spherical).
+
+        Raises:
+            ImportError: scikit-learn is not installed. ValueError: a batch of mixtures, or a covariance that is not
+            positive definite.
+        """
+        from sklearn.mixture import GaussianMixture as Estimator
+
+        if self.batch_shape:
+            raise ValueError(f"one mixture expected, got batch shape {tuple(self.batch_shape)}")
+        p = self.detach().to("cpu", self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32)
+        k, d = p.num_components, p.dim
+        weights = p.means.new_full((k,), 1.0 / k) if p.log_weights is None else p.log_weights.softmax(-1)
+        if p.variances is not None:
+            kind = "spherical" if p.structure.endswith("spherical") else "diag"
+            covariances = p.variances.expand(k, 1).squeeze(-1) if kind == "spherical" else p.variances.expand(k, d)
+            if not bool((covariances > 0.0).all()):
+                raise ValueError("variances: values > 0 expected by scikit-learn")
+            factors = covariances.rsqrt()
+            precisions = factors.square()
+        else:
+            kind = "tied" if p.structure == "tied full" else "full"
+            lower = torch.linalg.cholesky(p.covariance_matrix) if p.scale_tril is None else p.scale_tril
+            lower = lower[0] if kind == "tied" else lower
+            covariances = lower @ lower.mT
+            factors = torch.linalg.solve_triangular(lower.mT, torch.eye(d, dtype=lower.dtype), upper=True)
+            precisions = factors @ factors.mT
+        estimator = Estimator(k, covariance_type=kind)
+        fitted = {"weights_": weights, "means_": p.means, "covariances_": covariances}
+        for name, t in (fitted | {"precisions_cholesky_": factors, "precisions_": precisions}).items():
+            setattr(estimator, name, t.contiguous().numpy().copy())
+        estimator.n_features_in_, estimator.converged_, estimator.n_iter_ = d, True, 0
+        return estimator
+
+    @classmethod
+    def from_samples(cls, x: Tensor, bandwidth: float | Tensor, *, weights: Tensor | None = None) -> GaussianMixture:
+        """Kernel density estimate: a Gaussian of standard deviation ``bandwidth`` at each sample.
+
+        A pair of samples then has the variance 2h²: for a kernel written as exp(−|x − y|²/2σ²), h is σ/√2.
+
+        Args:
+            x: (*batch, n, D) samples, n ≥ 1.
+            bandwidth: h > 0, a number or a tensor (); or (*batch, n or 1, D or 1), at least 2-dimensional as variances.
+            weights: (*batch, n) ≥ 0, normalised; default 1/n each.
+
+        Gradients: to each of them; a weight of zero gets none.
+
+        Raises:
+            ValueError: shapes that do not fit, or a number h ≤ 0. TypeError: not floating point.
+        """
+        x = as_float_tensor(x, "x")
+        if x.ndim < 2 or 0 in x.shape[-2:]:
+            raise ValueError(f"x: (*batch, n, D) with n and D of at least 1 expected, got {tuple(x.shape)}")
+        bandwidth = as_bandwidth(bandwidth, x)
+        if bandwidth.ndim == 1:
+            raise ValueError(f"bandwidth: () or (*batch, n or 1, D or 1) expected, got {tuple(bandwidth.shape)}")
+        variances = torch.where(bandwidth < 0.0, math.nan, bandwidth).square()
+        variances = variances if bandwidth.ndim else variances.view(1, 1)
+        if weights is None:
+            return cls(x, variances)
+        weights = as_float_tensor(weights, "weights")
+        if weights.ndim < 1 or weights.shape[-1] != x.shape[-2]:
+            raise ValueError(f"weights: (*batch, n) with n = {x.shape[-2]} expected, got {tuple(weights.shape)}")
+        absent = weights == 0.0
+        return cls(x, variances, logits=torch.where(absent, -math.inf, torch.where(absent, 1.0, weights).log()))
 
     # methods that compute: csdiv.functional is imported when they are called
 
@@ -319,6 +434,19 @@ def as_float_tensor(value: Any, name: str) -> Tensor:
     return value
 
 
+def as_bandwidth(bandwidth: float | Tensor, like: Tensor) -> Tensor:
+    """``bandwidth`` as a tensor; a number takes the dtype and device of ``like``.
+
+    Raises:
+        ValueError: a number ≤ 0. TypeError: neither a number nor floating point.
+    """
+    if not isinstance(bandwidth, int | float):
+        return as_float_tensor(bandwidth, "bandwidth")
+    if not bandwidth > 0.0:
+        raise ValueError(f"bandwidth: a number > 0 expected, got {bandwidth}")
+    return like.new_full((), bandwidth)
+
+
 def values_readable(t: Tensor) -> bool:
     """Whether the values of ``t`` may decide anything: not while tracing, transforming or on the meta device."""
     from torch._subclasses.fake_tensor import FakeTensor
@@ -405,16 +533,21 @@ def _check_values(p: GaussianMixture) -> None:
 
 def _gaussian_parameters(distribution: Distribution) -> dict[str, Any]:
     """means and variances, or means and scale_tril, of a batch of Gaussians with event shape (D,)."""
-    from torch.distributions import Independent, MultivariateNormal, Normal
+    from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 
     if isinstance(distribution, MultivariateNormal):
         return {"means": distribution.loc, "scale_tril": distribution.scale_tril}
+    if isinstance(distribution, LowRankMultivariateNormal):
+        return {"means": distribution.loc, "covariance_matrix": distribution.covariance_matrix}
     if isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
         if distribution.reinterpreted_batch_ndims != 1:
             raise ValueError("Independent(Normal, 1) expected, with one event dimension")
         return {"means": distribution.base_dist.loc, "variances": distribution.base_dist.scale**2}
     if isinstance(distribution, Normal):
+        if not distribution.batch_shape:
+            return {"means": distribution.loc.view(1), "variances": distribution.scale.view(1) ** 2}
         raise ValueError("a Normal with batch dimensions is ambiguous: wrap it in Independent(..., 1)")
     raise TypeError(
-        f"MixtureSameFamily, Independent(Normal, 1) or MultivariateNormal expected, got {type(distribution).__name__}"
+        "MixtureSameFamily, Independent(Normal, 1), MultivariateNormal or LowRankMultivariateNormal expected, "
+        f"got {type(distribution).__name__}"
     )

@@ -34,7 +34,7 @@ def pairwise_log_overlap(p: Components, q: Components) -> Tensor:
     """log N(μ_i; ν_j, S_i + T_j), shape (*batch, N, M); equations (4) and (7)."""
     delta = p.means.unsqueeze(-2) - q.means.unsqueeze(-3)  # (*batch, N, M, D)
     if p.variances is not None and q.variances is not None:
-        s, t = _nan_if_negative(p.variances), _nan_if_negative(q.variances)
+        s, t = nan_if_negative(p.variances), nan_if_negative(q.variances)
         return _log_normal_diagonal(delta, s.unsqueeze(-2) + t.unsqueeze(-3))
     return _log_normal_full(delta, _matrix(p).unsqueeze(-3) + _matrix(q).unsqueeze(-4))
 
@@ -55,6 +55,21 @@ def log_overlap(p: Components, q: Components) -> Tensor:
 def cs_divergence(p: Components, q: Components) -> Tensor:
     """D_CS(p, q) = −log V(p, q) + ½ log V(p, p) + ½ log V(q, q), shape (*batch,); equation (2)."""
     return 0.5 * (log_overlap(p, p) + log_overlap(q, q)) - log_overlap(p, q)
+
+
+def channel_lse(channels: Tensor, rows: Tensor) -> Tensor:
+    """LSE_i(log a_ci + ℓ_c'i), (*batch, C, C'), for weights (*batch, C, N) and rows (*batch, C', N); equation (16)."""
+    channels = torch.where(channels == math.inf, math.nan, channels).unsqueeze(-2)  # (*batch, C, 1, N)
+
+    def overlaps(channels: Tensor, rows: Tensor) -> Tensor:
+        weighted = torch.where(channels == -math.inf, -math.inf, channels + rows.unsqueeze(-3))
+        return logsumexp(weighted, -1)
+
+    batch = torch.broadcast_shapes(channels.shape[:-3], rows.shape[:-2])
+    count = max(1, CHUNK_ELEMENTS // max(1, math.prod(batch) * channels.shape[-3] * channels.shape[-1]))
+    if count >= rows.shape[-2]:
+        return overlaps(channels, rows)
+    return torch.cat([_recomputed(overlaps, channels, chunk) for chunk in rows.split(count, -2)], -1)
 
 
 def assign(p: Components, q: Components) -> Tensor:
@@ -103,7 +118,8 @@ def _log_normal_full(delta: Tensor, c: Tensor) -> Tensor:
     return torch.where(info == 0, value, math.nan)
 
 
-def _nan_if_negative(variances: Tensor) -> Tensor:
+def nan_if_negative(variances: Tensor) -> Tensor:
+    """So that adding something positive does not hide the sign."""
     return torch.where(variances < 0, math.nan, variances)
 
 
@@ -112,7 +128,7 @@ def _matrix(p: Components) -> Tensor:
     if p.covariance is not None:
         return p.covariance
     assert p.variances is not None
-    variances = _nan_if_negative(p.variances)
+    variances = nan_if_negative(p.variances)
     return torch.diag_embed(variances.expand(*variances.shape[:-1], p.means.shape[-1]))
 
 
@@ -143,7 +159,7 @@ def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Compone
     pieces = []
     for start in range(0, n, rows):
         chunk = Components._make(_slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1), strict=True))
-        pieces.append(_recomputed(function, chunk))
+        pieces.append(_recomputed(lambda *c: function(Components(*c)), *chunk))
     return torch.cat(pieces, -1)
 
 
@@ -154,11 +170,11 @@ def _slice(t: Tensor | None, start: int, length: int, axis: int) -> Tensor | Non
     return t.narrow(axis, start, min(length, t.shape[axis] - start))
 
 
-def _recomputed(function: Callable[[Components], Tensor], chunk: Components) -> Tensor:
-    """``function(chunk)`` that keeps no intermediates for the backward pass, where torch allows it."""
+def _recomputed(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """``function(*tensors)`` that keeps no intermediates for the backward pass, where torch allows it."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transforms_active():
-        return function(chunk)
-    return checkpoint(lambda *c: function(Components(*c)), *chunk, use_reentrant=False, preserve_rng_state=False)
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 def transforms_active() -> bool:

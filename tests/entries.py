@@ -22,6 +22,12 @@ def _regularizer(m: Tensor, v: Tensor, *q: Tensor, backend: str = "auto") -> Ten
     return csdiv.cs_regularizer(m, v, GaussianMixture(*q), backend=backend)
 
 
+def _channels(*t: Tensor, backend: str = "auto") -> Tensor:
+    """Two channels of p, one of q."""
+    p, q = sides(t[0], t[1], None, t[3], t[4], None)
+    return csdiv.channel_log_overlap(p, q, torch.stack([t[2], 2.0 * t[2]], -2), t[5].unsqueeze(-2), backend=backend)
+
+
 ENTRIES: dict[str, tuple[int, Entry]] = {
     "cs_divergence": (6, lambda *t, backend="auto": csdiv.cs_divergence(*sides(*t), backend=backend)),
     "log_overlap": (6, lambda *t, backend="auto": csdiv.log_overlap(*sides(*t), backend=backend)),
@@ -35,6 +41,12 @@ ENTRIES: dict[str, tuple[int, Entry]] = {
         lambda *t, backend="auto": csdiv.pairwise_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),
     ),
     "cs_regularizer": (5, _regularizer),
+    "ise": (6, lambda *t, backend="auto": csdiv.ise(*sides(*t), backend=backend)),
+    "log ise": (6, lambda *t, backend="auto": csdiv.ise(*sides(*t), log=True, backend=backend)),
+    "nise": (6, lambda *t, backend="auto": csdiv.nise(*sides(*t), backend=backend)),
+    "mmd2": (6, lambda *t, backend="auto": csdiv.mmd2(*sides(*t), 0.7, backend=backend)),
+    "cosine_similarity": (6, lambda *t, backend="auto": csdiv.cosine_similarity(*sides(*t), backend=backend)),
+    "channel_log_overlap": (6, _channels),
 }
 """Each entry as a function of the tensors that it depends on, and how many these are."""
 

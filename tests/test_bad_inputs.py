@@ -16,12 +16,20 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "log_overlap": csdiv.log_overlap,
     "component_log_overlap": csdiv.component_log_overlap,
     "pairwise_log_overlap": csdiv.pairwise_log_overlap,
+    "cosine_similarity": csdiv.cosine_similarity,
+    "ise": csdiv.ise,
+    "nise": csdiv.nise,
+    "mmd2": lambda p, q, backend: csdiv.mmd2(p, q, 0.7, backend=backend),
+    "channel_log_overlap": lambda p, q, backend: csdiv.channel_log_overlap(p, q, *channels(p, q), backend=backend),
     "responsibilities": lambda p, q, backend: q.responsibilities(p, backend=backend),
     "assign": lambda p, q, backend: q.assign(p, backend=backend),
 }
 
+REDUCTIONS = ("cosine_similarity", "ise", "nise", "mmd2", "channel_log_overlap")
+
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 on_every_function = pytest.mark.parametrize("function", list(FUNCTIONS.values()), ids=list(FUNCTIONS))
+on_every_reduction = pytest.mark.parametrize("function", [FUNCTIONS[name] for name in REDUCTIONS], ids=REDUCTIONS)
 on_every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -35,6 +43,11 @@ def mixture(k: int = 4, d: int = 3, **options: object) -> GaussianMixture:
 
 def tensors(p: GaussianMixture) -> list[Tensor]:
     return [t for t in (p.means, p.variances, p.log_weights) if t is not None]
+
+
+def channels(p: GaussianMixture, q: GaussianMixture) -> tuple[Tensor, Tensor]:
+    """One channel of each side, of its own weights."""
+    return p.log_weights.unsqueeze(-2), q.log_weights.unsqueeze(-2)
 
 
 def with_gradients(p: GaussianMixture) -> GaussianMixture:
@@ -99,6 +112,35 @@ def test_batch_shapes_that_do_not_broadcast(function: Callable[..., Tensor], bac
 def test_batch_shapes_that_do_not_broadcast_within_a_mixture() -> None:
     with pytest.raises(ValueError, match=r"batch shapes do not broadcast: means \(2, 4, 3\).*variances \(3, 4, 3\)"):
         GaussianMixture(ones(2, 4, 3), ones(3, 4, 3))
+
+
+def test_channels_that_do_not_fit() -> None:
+    p, q = mixture(), mixture(5)
+    for shape in ((4,), (2, 5), (2, 1)):
+        with pytest.raises(ValueError, match=r"p_log_weights: \(\*batch, C, K\) with K = 4 expected, got \("):
+            csdiv.channel_log_overlap(p, q, ones(*shape), ones(2, 5))
+    with pytest.raises(ValueError, match=r"q_log_weights: \(\*batch, C, K\) with K = 5 expected, got \(2, 4\)"):
+        csdiv.channel_log_overlap(p, q, ones(2, 4), ones(2, 4))
+    with pytest.raises(ValueError, match=r"got \(2,\) in p and \(3,\) in p_log_weights"):
+        csdiv.channel_log_overlap(mixture(batch_shape=(2,)), q, ones(3, 2, 4), ones(2, 5))
+    with pytest.raises(ValueError, match=r"got \(2,\) in p and \(3,\) in q"):
+        csdiv.channel_log_overlap(p, q, ones(2, 1, 4), ones(3, 1, 5))
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1, -0.5, math.nan])
+def test_bandwidth_that_is_no_length(bandwidth: float) -> None:
+    with pytest.raises(ValueError, match=f"bandwidth: a number > 0 expected, got {bandwidth}"):
+        csdiv.mmd2(mixture(), mixture(), bandwidth)
+    assert csdiv.mmd2(mixture(), mixture(), torch.tensor([bandwidth, 1.0])).isnan().tolist() == [True, False]
+
+
+def test_bandwidth_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"got \(2,\) in q and \(3,\) in bandwidth"):
+        csdiv.mmd2(mixture(), mixture(batch_shape=(2,)), ones(3))
+    with pytest.raises(TypeError, match=r"bandwidth: floating point expected, got torch.int64"):
+        csdiv.mmd2(mixture(), mixture(), torch.tensor(1))
+    with pytest.raises(ValueError, match="one device expected, got p on cpu and bandwidth on meta"):
+        csdiv.mmd2(mixture(), mixture(), ones(device="meta"))
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
@@ -187,6 +229,8 @@ def test_tensors_on_different_devices() -> None:
         GaussianMixture(meta, ones(1, 1))
     with pytest.raises(ValueError, match="one device expected, got p on cpu and q on meta"):
         csdiv.cs_divergence(mixture(), GaussianMixture(meta, meta))
+    with pytest.raises(ValueError, match="one device expected, got q on cpu and weights on meta"):
+        csdiv.channel_log_overlap(mixture(), mixture(), ones(1, 4), meta.mT)
     with pytest.raises(ValueError, match="one device expected, got means on cpu and log_variances on meta"):
         csdiv.cs_regularizer(ones(4, 3), meta, mixture())
 
@@ -339,6 +383,37 @@ def test_gradients_of_the_pairs_of_a_negative_variance_are_nan(backend: str) -> 
         assert grad.isnan().any(-1).tolist() == [i == 2 for i in range(5)]
     for grad in torch.autograd.grad(pairs[3:].sum(), leaves):
         assert not grad.isnan()[[0, 1, 3, 4]].any()
+
+
+@on_every_reduction
+@on_every_backend
+def test_values_that_make_no_mixture_in_reductions(function: Callable[..., Tensor], backend: str) -> None:
+    """NaN, an infinite weight and a negative variance give NaN; in a component without weight they are not there."""
+    for field, value in ((0, math.nan), (1, math.nan), (1, -0.1), (2, math.nan), (2, math.inf)):
+        p, q = mixture(), mixture(5)
+        tensors(p)[field][1] = value
+        assert function(p, q, backend=backend).isnan().all()
+        assert function(q, p, backend=backend).isnan().all()
+    p, q = mixture(dtype=torch.float64), mixture(6, dtype=torch.float64)
+    for values in ({"means": math.nan, "variances": 1.0}, {"means": 0.5, "variances": -1.0}):
+        padded = [with_gradients(with_absent_component(side, 2, **values)) for side in (p, q)]
+        value = function(*padded, backend=backend)
+        torch.testing.assert_close(value, function(p, q, backend=backend))
+        assert gradients_are_finite(value, *padded)
+        for t in (t for side in padded for t in tensors(side)):
+            assert not torch.autograd.grad(value.sum(), t, retain_graph=True)[0][2].any()
+
+
+@on_every_backend
+def test_variance_zero_in_reductions(backend: str) -> None:
+    """Points are no square-integrable density: their own overlap is infinite, but not that of their convolution."""
+    points, p = GaussianMixture(torch.randn(4, 3), torch.zeros(1, 1)), mixture()
+    assert csdiv.ise(points, p, backend=backend) == math.inf
+    assert csdiv.ise(points, p, log=True, backend=backend) == math.inf
+    assert csdiv.cosine_similarity(points, p, backend=backend) == 0.0
+    assert csdiv.mmd2(points, p, 1.0, backend=backend).isfinite()
+    rows = csdiv.channel_log_overlap(points, p, torch.zeros(1, 4), p.log_weights[None], backend=backend)
+    torch.testing.assert_close(rows.squeeze(), p.log_prob(points.means, backend=backend).logsumexp(0))
 
 
 # 20–24: limits
