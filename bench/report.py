@@ -80,12 +80,10 @@ def draw_limits(cpu: Axes, gpu: Axes, bounds: list[Record], kernels: list[Record
     threads = max(r["threads"] for r in bounds)
     cases = list(dict.fromkeys(r["case"] for r in bounds))
     for k, (direction, colour) in enumerate(zip(measure.DIRECTIONS, ("#4c72b0", "#1f3b73"), strict=True)):
-        shares = {
-            r["case"]: r["share_of_bound"] for r in bounds if (r["direction"], r["threads"]) == (direction, threads)
-        }
-        cpu.barh(
-            np.arange(len(cases)) + 0.4 * k - 0.2, [100 * shares[c] for c in cases], 0.4, color=colour, label=direction
-        )
+        own = [r for r in bounds if (r["direction"], r["threads"]) == (direction, threads)]
+        shares = {r["case"]: 100 * r["share_of_bound"] for r in own}
+        places = np.arange(len(cases)) + 0.4 * k - 0.2
+        cpu.barh(places, [shares[case] for case in cases], 0.4, color=colour, label=direction)
     cpu.set_yticks(range(len(cases)), [name.replace("x", " × ") for name in cases], fontsize=7)
     cpu.invert_yaxis()
     cpu.axvline(100, color="black", linewidth=0.8)
@@ -144,8 +142,8 @@ def page() -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m bench report` from the files in bench/results, each written by one run of `python -m bench`;",
-        "no number here is from anywhere else. Every provider has to agree with float64 within a relative L2 error of",
+        "Made by `python -m bench report` from the files in bench/results, each written by one run of the other suites; no",
+        "number here is from anywhere else. Every provider has to agree with float64 within a relative L2 error of",
         f"{measure.GATE:.0e} before its time is printed. Providers take turns; medians and quartiles of the rounds. An",
         "element is one triple (i, j, d) of the sums as the formula has them.",
         "",
@@ -163,9 +161,9 @@ def page() -> str:
         "",
         "## How near the limit",
         "",
-        f"The bound counts the {limits.OPERATIONS['forward']} and {limits.OPERATIONS['forward + backward']} multiplications",
-        "of an element (of a self term half the elements) at the rate of a matrix product on the same threads, and nothing",
-        "for loads, exponentials, logarithms and calls.",
+        f"The bound counts {', '.join(map(str, limits.OPERATIONS.values()))} multiplications of an element, forward",
+        "and with gradients, of a self term of half the elements, at the rate of a matrix product on the same threads, and",
+        "nothing for loads, exponentials, logarithms and calls.",
         "",
         save("bench-limits", (11, 4.6), draw_limits, cpu["bounds"], kernels["records"]),
         "",
