@@ -77,9 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
         records = epochs.run(options.data or "digits", options.rounds)
         print(epochs.markdown(records))
     elif options.suite == "scaling":
-        records = scaling.run(options.rounds)
+        for found in scaling.run(options.rounds):
+            print(measure.markdown(found), flush=True)
+            records += found
+            write(options.output, info, records)
         more = {"memory": [scaling.memory()]}
-        print(measure.markdown(records))
         print(more["memory"])
     else:
         cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]
