@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import BLOCK_N, OPTIONS, ROW_PROGRAMS, cut
+from csdiv.kernels.configurations import BLOCK_N, ROW_PROGRAMS, TILE_OPTIONS, cut
 from csdiv.kernels.device import TILE, item_of, part_begin, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
@@ -68,7 +68,7 @@ def launch_assign(problem: Problem, processors: int) -> Tensor:
         sides = (p.values, p.flags, q.values, q.flags, q.log2_weights, problem.scale.scales)
         sizes = (p.n, q.n, problem.dim, problem.scale.stride, parts)
         arguments = (*sides, problem.p_index, problem.q_index, logits, indices, *sizes)
-        assign_kernel[(row_tiles * parts,)](*arguments, BLOCK_N=block_n, **OPTIONS)
+        assign_kernel[(row_tiles * parts,)](*arguments, BLOCK_N=block_n, **TILE_OPTIONS)
     if parts == 1:
         return indices.squeeze(1)
     return indices.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)

@@ -6,7 +6,8 @@ import triton.language as tl
 TILE = tl.constexpr(128)  # components of a packed tile, and threads of a program: one column each
 GROUP = tl.constexpr(4)  # dimensions that share one reciprocal and one logarithm
 FLAG_DIMS = tl.constexpr(32)  # dimensions that share a flag
-LOG2_E, LOG_2, LOG_2_PI = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453), 1.8378770664093453
+LOG2_E, LOG_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LOG_2_PI = tl.constexpr(1.8378770664093453)
 
 
 @triton.jit
@@ -41,6 +42,15 @@ def approximate_exp2(x):
 
 
 INTERPRETED = tl.constexpr(not isinstance(approximate_exp2, triton.JITFunction))  # which knows no machine code
+
+
+@triton.jit
+def fma(x, y: tl.constexpr, z):
+    """x y + z with one rounding."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + z).to(z.dtype)
+    else:
+        return tl.fma(x, tl.full(x.shape, y, x.dtype), z)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import OPTIONS, SWEEP_BLOCK_N, SWEEP_PROGRAMS, cut
+from csdiv.kernels.configurations import SWEEP_BLOCK_N, SWEEP_PROGRAMS, TILE_OPTIONS, cut
 from csdiv.kernels.device import FLAG_DIMS, GROUP, TILE, approximate_exp2, item_of, padded_dim, part_begin, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.pair import delta_and_sum, exact_delta_and_sum, exact_pair_gradient, pair_gradient
@@ -44,8 +44,9 @@ def sweep_dimensions(
     padded = padded_dim(dim)
     for begin in range(0, dim, FLAG_DIMS):
         row_flag, column_flag = tl.load(row_flags + begin // FLAG_DIMS), tl.load(column_flags + begin // FLAG_DIMS)
+        first, last = begin // GROUP, tl.minimum(begin + FLAG_DIMS, padded) // GROUP
         if certified(row_flag, column_flag):
-            for group in range(begin // GROUP, tl.minimum(begin + FLAG_DIMS, padded) // GROUP):
+            for group in range(first, last):
                 at = group * (2 * GROUP * TILE)
                 for k in tl.static_range(GROUP):
                     d = group * GROUP + k
@@ -55,14 +56,15 @@ def sweep_dimensions(
                     accumulate(mean_sums + d * stride, tl.sum(weights * u, 0).to(tl.float64) * unit)
                     accumulate(variance_sums + d * stride, tl.sum(weights * v, 0).to(tl.float64) * unit * unit)
         else:
-            for d in range(begin, tl.minimum(begin + FLAG_DIMS, dim)):
-                at = d // GROUP * (2 * GROUP * TILE) + d % GROUP * TILE
-                unit = tl.load(scales + padded + d)
-                row_unit, column_unit = unit_of(row_flag, unit), unit_of(column_flag, unit)
-                delta, c = exact_delta_and_sum(rows + at, columns + at, row_unit, column_unit)
-                u, v = exact_pair_gradient(weights, delta, c)
-                accumulate(mean_sums + d * stride, tl.sum(u, 0).to(tl.float64))
-                accumulate(variance_sums + d * stride, tl.sum(v, 0).to(tl.float64))
+            for group in range(first, last):
+                for k in range(GROUP):
+                    d, at = group * GROUP + k, group * (2 * GROUP * TILE) + k * TILE
+                    unit = tl.load(scales + padded + d)
+                    row_unit, column_unit = unit_of(row_flag, unit), unit_of(column_flag, unit)
+                    delta, c = exact_delta_and_sum(rows + at, columns + at, row_unit, column_unit)
+                    u, v = exact_pair_gradient(weights, delta, c)
+                    accumulate(mean_sums + d * stride, tl.sum(u, 0).to(tl.float64))
+                    accumulate(variance_sums + d * stride, tl.sum(v, 0).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["n", "m", "dim", "scale_stride", "parts"])
@@ -95,10 +97,7 @@ def gradient_sweep_kernel(
         rows, flags_of_rows = tile_rows(row_values, row_flags, row_item, n, first_row, dim, BLOCK_N)
         densities = tile_log2_densities(rows, flags_of_rows, columns, flags_of_columns, scales, dim, BLOCK_N)
         if given is not None:
-            if COLUMNS_OF_P:
-                at = (problem * m + column)[None, :] * n + row[:, None]
-            else:
-                at = (problem * n + row)[:, None] * m + column[None, :]
+            at = (problem * n + row)[:, None] * m + column[None, :]
             counts = (row < n)[:, None] & (column < m)[None, :] & (densities != -float("inf"))
             weights = tl.load(given + at, mask=counts, other=0.0)
         else:
@@ -128,6 +127,7 @@ def launch_gradient_sweep(
     rows, columns = (problem.q, problem.p) if of_p else (problem.p, problem.q)
     row_index, column_index = (problem.q_index, problem.p_index) if of_p else (problem.p_index, problem.q_index)
     row_log2, column_log2 = (rows.log2_weights, weights.p_log2) if of_p else (weights.p_log2, columns.log2_weights)
+    given = weights.given.mT.contiguous() if of_p and weights.given is not None else weights.given
     block_n = SWEEP_BLOCK_N[problem.dtype]
     column_tiles = problem.batch * (columns.padded // 128)
     parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // block_n))
@@ -136,8 +136,8 @@ def launch_gradient_sweep(
     sums = torch.zeros(shape, dtype=torch.float64, device=columns.values.device)
     if column_tiles:
         sides = (rows.values, rows.flags, columns.values, columns.flags, problem.scale.scales, row_index, column_index)
-        arguments = (*sides, row_log2, column_log2, weights.p_factors, weights.given, sums)
+        arguments = (*sides, row_log2, column_log2, weights.p_factors, given, sums)
         sizes = (rows.n, columns.n, problem.dim, problem.scale.stride, parts)
         flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "BLOCK_N": block_n}
-        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, *sizes, **flags, **OPTIONS)
-    return sums.sum(1)
+        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, *sizes, **flags, **TILE_OPTIONS)
+    return sums.sum(1) if parts > 1 else sums.squeeze(1)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import OPTIONS
-from csdiv.kernels.device import FLAG_DIMS, GROUP, LOG_2, LOG_2_PI, LOG2_E, TILE, padded_dim, tiles_of
+from csdiv.kernels.configurations import OPTIONS, PACK_OPTIONS
+from csdiv.kernels.device import FLAG_DIMS, GROUP, LOG2_E, LOG_2, LOG_2_PI, TILE, padded_dim, tiles_of
 
 SAMPLES = tl.constexpr(8)  # of each side, for the scale of a dimension
 
@@ -192,5 +192,5 @@ def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, sc
     )
     if items * tiles:
         arguments = (means, variances, log_weights, scale.scales, *packed[:3], scale.stride, n, dim)
-        pack_kernel[(items * tiles,)](*arguments, BLOCK_D=32, **OPTIONS)
+        pack_kernel[(items * tiles,)](*arguments, BLOCK_D=32, **PACK_OPTIONS)
     return packed

@@ -10,7 +10,7 @@ Components are read where pack.py left them: ``rows`` and ``columns`` are pointe
 import triton
 import triton.language as tl
 
-from csdiv.kernels.device import GROUP, LOG2_E, TILE, approximate_log2, approximate_reciprocal
+from csdiv.kernels.device import GROUP, LOG2_E, TILE, approximate_log2, approximate_reciprocal, fma
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def split(c):
 
 @triton.jit
 def add_exact(quadratic, log_determinant, delta, c, reference):
-    """c = 0 gives +inf where delta = 0 in all such dimensions and -inf elsewhere, an infinite c or delta^2 gives -inf."""
+    """The density is 0 where c or delta^2 is infinite; where c = 0 it is too, or infinite if all such delta are 0."""
     infinity = float("inf")
     zero, infinite = c == 0, c == infinity
     delta, c, k = without_tiny(delta, c)
@@ -88,7 +88,9 @@ def add_exact(quadratic, log_determinant, delta, c, reference):
 
 @triton.jit
 def log2_density(quadratic, log_determinant):
-    density = -0.5 * (quadratic * LOG2_E + log_determinant)
+    high: tl.constexpr = 1.44269502162933349609 if quadratic.dtype == tl.float32 else LOG2_E  # a float, and the rest
+    low: tl.constexpr = 1.92596299112661746887e-8 if quadratic.dtype == tl.float32 else 2.0355273740931033e-17
+    density = -0.5 * fma(quadratic, high, fma(quadratic, low, log_determinant))
     return tl.where(quadratic == float("inf"), -float("inf"), density)
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import BLOCK_N, OPTIONS
+from csdiv.kernels.configurations import BLOCK_N, TILE_OPTIONS
 from csdiv.kernels.device import LOG_2, TILE, item_of, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
@@ -42,4 +42,4 @@ def launch_pairwise_forward(problem: Problem, densities: Tensor) -> None:
         sides = (p.values, p.flags, q.values, q.flags)
         arguments = (*sides, scale.scales, scale.offsets, problem.p_index, problem.q_index, densities)
         sizes = (p.n, q.n, problem.dim, scale.stride, scale.offset_stride)
-        pairwise_forward_kernel[(programs,)](*arguments, *sizes, BLOCK_N=block_n, **OPTIONS)
+        pairwise_forward_kernel[(programs,)](*arguments, *sizes, BLOCK_N=block_n, **TILE_OPTIONS)

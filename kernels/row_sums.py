@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import BLOCK_N, OPTIONS, ROW_PROGRAMS, cut
+from csdiv.kernels.configurations import BLOCK_N, PART_TILES, ROW_PROGRAMS, TILE_OPTIONS, cut
 from csdiv.kernels.device import TILE, approximate_exp2, item_of, part_begin, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
@@ -78,11 +78,12 @@ def launch_row_sums(problem: Problem, processors: int, *, self_overlap: bool = F
     p, q = problem.p, problem.q
     block_n = BLOCK_N[problem.dtype]
     row_tiles = problem.batch * -(-p.n // block_n)
-    parts = cut(processors * ROW_PROGRAMS, row_tiles, q.padded // 128)
+    tiles = q.padded // 128
+    parts = max(cut(processors * ROW_PROGRAMS, row_tiles, tiles), -(-tiles // PART_TILES))
     partials = p.values.new_empty(problem.batch, parts, p.n, dtype=torch.float64)
     if row_tiles:
         sides = (p.values, p.flags, q.values, q.flags, q.log2_weights)
         arguments = (*sides, problem.scale.scales, problem.p_index, problem.q_index, partials)
         sizes = (p.n, q.n, problem.dim, problem.scale.stride, parts)
-        row_sums_kernel[(row_tiles * parts,)](*arguments, *sizes, SELF=self_overlap, BLOCK_N=block_n, **OPTIONS)
+        row_sums_kernel[(row_tiles * parts,)](*arguments, *sizes, SELF=self_overlap, BLOCK_N=block_n, **TILE_OPTIONS)
     return partials

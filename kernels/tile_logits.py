@@ -51,16 +51,18 @@ def tile_log2_densities(rows, row_flags, columns, column_flags, scales, dim, BLO
     log_determinant = tl.zeros([BLOCK_N, TILE], rows.dtype.element_ty)
     for begin in range(0, dim, FLAG_DIMS):
         row_flag, column_flag = tl.load(row_flags + begin // FLAG_DIMS), tl.load(column_flags + begin // FLAG_DIMS)
+        first, last = begin // GROUP, tl.minimum(begin + FLAG_DIMS, padded) // GROUP
         if certified(row_flag, column_flag):
-            for group in range(begin // GROUP, tl.minimum(begin + FLAG_DIMS, padded) // GROUP):
+            for group in range(first, last):
                 at = group * (2 * GROUP * TILE)
                 center = tl.load(scales + 2 * padded + group)
                 quadratic, log_determinant = add_group(quadratic, log_determinant, rows + at, columns + at, center)
         else:
-            for d in range(begin, tl.minimum(begin + FLAG_DIMS, dim)):
-                at = d // GROUP * (2 * GROUP * TILE) + d % GROUP * TILE
-                unit = tl.load(scales + padded + d)
-                row_unit, column_unit = unit_of(row_flag, unit), unit_of(column_flag, unit)
-                delta, c = exact_delta_and_sum(rows + at, columns + at, row_unit, column_unit)
-                quadratic, log_determinant = add_exact(quadratic, log_determinant, delta, c, tl.load(scales + d))
+            for group in range(first, last):
+                for k in range(GROUP):
+                    d, at = group * GROUP + k, group * (2 * GROUP * TILE) + k * TILE
+                    unit = tl.load(scales + padded + d)
+                    row_unit, column_unit = unit_of(row_flag, unit), unit_of(column_flag, unit)
+                    delta, c = exact_delta_and_sum(rows + at, columns + at, row_unit, column_unit)
+                    quadratic, log_determinant = add_exact(quadratic, log_determinant, delta, c, tl.load(scales + d))
     return log2_density(quadratic, log_determinant)

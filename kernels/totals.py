@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csdiv.kernels.configurations import OPTIONS
-from csdiv.kernels.device import LOG_2, item_of, tiles_of, TILE
+from csdiv.kernels.device import LOG_2, TILE, item_of, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.row_sums import lse_merge, lse_start, lse_update
 

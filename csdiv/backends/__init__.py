@@ -71,7 +71,8 @@ def resolve(name: str, device: torch.device) -> ModuleType:
         for kind, names in _NATIVE.items():
             if name in names and device.type != kind:
                 raise RuntimeError(
-                    f'backend "{name}" computes on {kind.upper()} tensors, got {device}: move them, or take backend="auto"'
+                    f'backend "{name}" computes on {kind.upper()} tensors, got {device}: '
+                    'move them, or take backend="auto"'
                 )
     return importlib.import_module(f"csdiv.backends.{name}")
 
@@ -139,7 +140,9 @@ def _triton_status() -> BackendStatus:
     try:
         importlib.import_module("csdiv.backends.triton")
     except ImportError as error:
-        return BackendStatus(False, f"the package triton does not import ({error}): install the one that torch asks for")
+        return BackendStatus(
+            False, f"the package triton does not import ({error}): install the one that torch asks for"
+        )
     return BackendStatus(True, "")
 
 

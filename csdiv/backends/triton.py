@@ -50,22 +50,22 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pack(side: Side, scale: Scale) -> Packed:
-    n, dim = side.means.shape[-2:]
-    means, variances = (t.reshape(-1, n, dim) for t in (side.means, side.variances))
-    log_weights = None if side.log_weights is None else side.log_weights.reshape(-1, n)
+    shape = (side.own.numel(), *side.means.shape[-2:])
+    means, variances = (t.view(shape) for t in (side.means, side.variances))
+    log_weights = None if side.log_weights is None else side.log_weights.view(shape[:-1])
     return launch_pack(means, variances, log_weights, scale)
 
 
 def _problem(pair: Pair) -> Problem:
     """The pair as the kernels read it; problems that share a side share the scale."""
-    batch, (n, dim), m = pair.batch.numel(), pair.p.means.shape[-2:], pair.m
-    variances = (pair.p.variances.reshape(-1, n, dim), pair.q.variances.reshape(-1, m, dim))
+    batch = pair.batch.numel()
+    variances = [side.variances.view(side.own.numel(), *side.means.shape[-2:]) for side in (pair.p, pair.q)]
     own = pair.p.own.numel() == batch == pair.q.own.numel()
     scale = launch_scale(*variances, batch if own else 1)
     same = pair.p is pair.q
     p = _pack(pair.p, scale)
     q = p if same else _pack(pair.q, scale)
-    return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, dim)
+    return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, pair.p.means.shape[-1])
 
 
 def _index(pair: Pair, k: int) -> Tensor | None:
@@ -116,7 +116,7 @@ def _item_sums(
     sums = launch_gradient_sweep(problem, weights, processors(device), of_p=of_p, dimensions=any(needs[:2]))
     if factors is not None:
         sums = _times(factors, sums)
-    return sums.view(*pair.batch, *sums.shape[1:]).sum_to_size(*own, *sums.shape[1:]).reshape(-1, *sums.shape[1:])
+    return sums.view(*pair.batch, *sums.shape[1:]).sum_to_size(*own, *sums.shape[1:]).reshape(own.numel(), *sums.shape[1:])
 
 
 def _self_sums(problem: Problem, values: Tensor, needs: Sequence[bool]) -> Tensor:
@@ -181,7 +181,7 @@ def overlap_lse_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor]
     pair = flattened(Pair(make_side(*tensors[:2]), make_side(*tensors[2:])))
     problem = _problem(pair)
     value, offset = saved
-    rows, grad = ((value + offset).reshape(-1, pair.n), grad.reshape(-1, pair.n))  # float64: nothing is lost
+    rows, grad = (t.reshape(problem.batch, pair.n) for t in (value + offset, grad))  # float64: nothing is lost
     weights = _shares_of_rows(problem, rows, grad)
     return _pair_gradients(pair, problem, weights, ((tensors[:2], needs[:2]), (tensors[2:], needs[2:])))
 
