@@ -25,10 +25,14 @@ class Weights(NamedTuple):
 
 
 @triton.jit
-def pair_weights(densities, row_log2, column_log2, factors):
-    """Of log2 densities [BLOCK_N, TILE]; the others broadcast to it."""
-    nothing = (densities == -float("inf")) | (row_log2 == -float("inf")) | (column_log2 == -float("inf"))
-    return tl.where(nothing, 0.0, factors * approximate_exp2(densities + column_log2 + row_log2))
+def shares(densities, p_log2, q_log2, factors, p_at, q_at):
+    """Of log2 densities [BLOCK_N, TILE], to which p_at and q_at broadcast. Rounded first as in the sums of rows."""
+    p_term, q_term = tl.load(p_log2 + p_at), tl.load(q_log2 + q_at)
+    weights = approximate_exp2(densities + q_term + p_term)
+    if factors is not None:
+        weights *= tl.load(factors + p_at)
+    infinity = float("inf")
+    return tl.where((densities == -infinity) | (p_term == -infinity) | (q_term == -infinity), 0.0, weights)
 
 
 @triton.jit
@@ -70,7 +74,7 @@ def sweep_dimensions(
 @triton.jit(do_not_specialize=["n", "m", "dim", "scale_stride", "parts"])
 def gradient_sweep_kernel(
     row_values, row_flags, column_values, column_flags, scales, row_index, column_index,
-    row_log2, column_log2, factors, given, sums, n, m, dim, scale_stride, parts,
+    p_log2, q_log2, factors, given, sums, n, m, dim, scale_stride, parts,
     COLUMNS_OF_P: tl.constexpr, DIMENSIONS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums[b, part] = (2 padded dim + 1, padded m): of means, variances and weights of the columns, over a part of
@@ -81,15 +85,12 @@ def gradient_sweep_kernel(
     problem = (program // parts // column_tiles).to(tl.int64)
     row_item, column_item = item_of(row_index, problem), item_of(column_index, problem)
 
-    columns_padded, row_tiles = column_tiles * TILE, (n + BLOCK_N - 1) // BLOCK_N
-    stride, padded = columns_padded.to(tl.int64), padded_dim(dim)
+    row_tiles, padded = (n + BLOCK_N - 1) // BLOCK_N, padded_dim(dim)
+    rows_padded, stride = tiles_of(n).to(tl.int64) * TILE, column_tiles.to(tl.int64) * TILE
     column = tl.arange(0, TILE) + column_tile * TILE
     columns, flags_of_columns = tile_columns(column_values, column_flags, column_item, m, column_tile, dim)
     scales += problem * scale_stride
     sums += (problem * parts + part) * (2 * padded + 1) * stride + column
-    if given is None:
-        row_log2 += (row_item if COLUMNS_OF_P else problem) * (tiles_of(n) * TILE)
-        own_log2 = tl.load(column_log2 + (problem if COLUMNS_OF_P else column_item) * columns_padded + column)
     weight_sum = tl.zeros([TILE], tl.float64)
     for row_tile in range(part_begin(row_tiles, parts, part), part_begin(row_tiles, parts, part + 1)):
         first_row = row_tile * BLOCK_N
@@ -100,14 +101,12 @@ def gradient_sweep_kernel(
             at = (problem * n + row)[:, None] * m + column[None, :]
             counts = (row < n)[:, None] & (column < m)[None, :] & (densities != -float("inf"))
             weights = tl.load(given + at, mask=counts, other=0.0)
+        elif COLUMNS_OF_P:
+            p_at, q_at = (problem * stride + column)[None, :], (row_item * rows_padded + row)[:, None]
+            weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
         else:
-            factor = 1.0
-            if factors is not None:
-                if COLUMNS_OF_P:
-                    factor = tl.load(factors + problem * columns_padded + column)[None, :]
-                else:
-                    factor = tl.load(factors + problem * (tiles_of(n) * TILE) + row)[:, None]
-            weights = pair_weights(densities, tl.load(row_log2 + row)[:, None], own_log2[None, :], factor)
+            p_at, q_at = (problem * rows_padded + row)[:, None], (column_item * stride + column)[None, :]
+            weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
         if tl.max((weights != 0).to(tl.int32)) > 0:
             weight_sum += tl.sum(weights, 0).to(tl.float64)
             if DIMENSIONS:
@@ -126,7 +125,7 @@ def launch_gradient_sweep(
     """
     rows, columns = (problem.q, problem.p) if of_p else (problem.p, problem.q)
     row_index, column_index = (problem.q_index, problem.p_index) if of_p else (problem.p_index, problem.q_index)
-    row_log2, column_log2 = (rows.log2_weights, weights.p_log2) if of_p else (weights.p_log2, columns.log2_weights)
+    q_log2 = None if weights.p_log2 is None else problem.q.log2_weights
     given = weights.given.mT.contiguous() if of_p and weights.given is not None else weights.given
     block_n = SWEEP_BLOCK_N[problem.dtype]
     column_tiles = problem.batch * (columns.padded // 128)
@@ -136,7 +135,7 @@ def launch_gradient_sweep(
     sums = torch.zeros(shape, dtype=torch.float64, device=columns.values.device)
     if column_tiles:
         sides = (rows.values, rows.flags, columns.values, columns.flags, problem.scale.scales, row_index, column_index)
-        arguments = (*sides, row_log2, column_log2, weights.p_factors, given, sums)
+        arguments = (*sides, weights.p_log2, q_log2, weights.p_factors, given, sums)
         sizes = (rows.n, columns.n, problem.dim, problem.scale.stride, parts)
         flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "BLOCK_N": block_n}
         gradient_sweep_kernel[(column_tiles * parts,)](*arguments, *sizes, **flags, **TILE_OPTIONS)

@@ -17,7 +17,7 @@ from typing import Any
 from csdiv import backends
 
 NAME = "interpreter"
-PROCESSORS = 1  # so few that work is cut in parts only where there is little of it, as on a GPU
+PROCESSORS = 1  # work is cut in parts where it is less than a few tiles
 
 
 def install() -> ModuleType | None:

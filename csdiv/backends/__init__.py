@@ -81,6 +81,7 @@ def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:
     """Remembers the status: what is installed does not change while a program runs."""
     found: list[BackendStatus] = []
 
+    @functools.wraps(function)
     def status() -> BackendStatus:
         if not found:
             found.append(function())

@@ -116,7 +116,9 @@ def _item_sums(
     sums = launch_gradient_sweep(problem, weights, processors(device), of_p=of_p, dimensions=any(needs[:2]))
     if factors is not None:
         sums = _times(factors, sums)
-    return sums.view(*pair.batch, *sums.shape[1:]).sum_to_size(*own, *sums.shape[1:]).reshape(own.numel(), *sums.shape[1:])
+    return (
+        sums.view(*pair.batch, *sums.shape[1:]).sum_to_size(*own, *sums.shape[1:]).reshape(own.numel(), *sums.shape[1:])
+    )
 
 
 def _self_sums(problem: Problem, values: Tensor, needs: Sequence[bool]) -> Tensor:
