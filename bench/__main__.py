@@ -1,6 +1,6 @@
 """``python -m bench``: csdiv beside its peers (cpu), beside float64 (accuracy), inside an autoencoder (epochs).
 
-On a GPU (gpu), and what the CUDA kernels are made of (static), which needs none.
+On a GPU (gpu), and what the kernels for it are made of (static), which needs none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import accuracy, limits, static
+from . import accuracy, limits, static, static_triton
 from .cases import CPU_CASES, Case, make_inputs
 from .peers import Provider, providers, rows
 from .timing import interleave, machine, peak_mib
@@ -125,7 +125,11 @@ def main(arguments: list[str] | None = None) -> None:
         if options.markdown:
             options.markdown.write_text(tables)
     elif options.suite == "static":
-        records = static.records(static.read())
+        for read in (static.read, static_triton.read):
+            try:
+                records += static.records(read())
+            except (ImportError, FileNotFoundError, RuntimeError) as missing:
+                print(f"left out: {missing}")
         print(static.markdown(records))
     elif options.suite == "gpu":
         from . import gpu  # imports what a CPU machine may lack

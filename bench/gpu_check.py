@@ -84,8 +84,9 @@ def main() -> None:
         available = "import csdiv; print(csdiv.backend_status()['cuda']); csdiv.warmup(backend='cuda')"
         passed["available"] = step("available", [python, "-c", available], folder, 60)
         tests = [f"tests/test_{name}.py" for name in TESTS]
-        pytest = [python, "-m", "pytest", "-q", "-k", "gpu or test_cuda", "--maxfail=40", "-p", "no:cacheprovider"]
-        passed["tests"] = step("tests", [*pytest, *tests], folder, 150, CI="1")
+        pytest = [python, "-m", "pytest", "-q", "--maxfail=40", "-p", "no:cacheprovider", *tests, "-k"]
+        passed["tests"] = step("tests", [*pytest, "(gpu or test_cuda) and not gpu_triton"], folder, 150, CI="1")
+        passed["triton"] = step("triton", [*pytest, "gpu_triton"], folder, 600, CI="1")  # it compiles every kernel
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         for tool in SANITIZERS if Path(sanitizer).exists() else ():
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", EVERY_ENTRY]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import csdiv
+from csdiv import _C
 
 CLOCK_GHZ, PROCESSORS = 1.98, 132
 """Of an H200, at its highest clock; research figures of the bound assume it."""
@@ -135,13 +135,13 @@ def read(module: Path | None = None) -> list[Kernel]:
         RuntimeError: the module has no CUDA kernels.
     """
     if module is None:
-        module = Path(csdiv._C.__file__)
+        module = Path(_C.__file__)
     cuobjdump = tool("cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([cuobjdump, "--extract-elf", "all", module.resolve()], cwd=folder, capture_output=True)
         cubins = sorted(Path(folder).glob("*.cubin"))
         if not cubins:
-            raise RuntimeError(f"{module.name} has no CUDA kernels: {csdiv._C.cuda_status}")
+            raise RuntimeError(f"{module.name} has no CUDA kernels: {_C.cuda_status}")
         architectures = [re.search(r"\.(sm_\w+)\.cubin", cubin.name)[1] for cubin in cubins]
         kernels = [k for pair in zip(cubins, architectures, strict=True) for k in kernels_of(*pair)]
     return sorted(kernels, key=lambda kernel: (kernel.architecture, kernel.name))

@@ -65,11 +65,12 @@ def launches(scalars: tuple[str, ...] = ("float", "double"), batches: tuple[Any,
 
     def record(function: Any, *arguments: Any, grid: object, warmup: bool, **named: Any) -> None:
         launch = launch_of(scalar, function, dict(zip(function.arg_names, arguments, strict=False)) | named)
-        found.setdefault(launch.name, launch)
+        found.setdefault(repr((launch.name, launch.signature, launch.constants)), launch)
 
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.JITFunction, "run", record))
         patches.enter_context(mock.patch.object(backend, "processors", return_value=static.PROCESSORS))
+        patches.enter_context(mock.patch.object(backend, "capturing", return_value=False))
         patches.enter_context(mock.patch.object(backend, "current", return_value=contextlib.nullcontext()))
         for scalar in scalars:
             for p_batch, q_batch in batches:

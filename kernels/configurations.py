@@ -8,7 +8,7 @@ SWEEP_BLOCK_N = {torch.float32: 16, torch.float64: 4}
 """The same for gradients, which add to the sums of a column once for so many rows."""
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 """Of every kernel: multiplications and additions contract. Four warps are device.TILE threads."""
-PACK_OPTIONS = OPTIONS | {"num_warps": 8}
+PACK_OPTIONS = OPTIONS | {"num_warps": 16}
 TILE_OPTIONS = OPTIONS | {"maxnreg": 255}
 """Of those that go through tiles of pairs: what ptxas takes by itself may be less, and spill."""
 

@@ -14,6 +14,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from csdiv import backends
 
 NAME = "interpreter"
@@ -21,8 +23,8 @@ PROCESSORS = 1  # work is cut in parts where it is less than a few tiles
 
 
 def install() -> ModuleType | None:
-    """Registers the backend: csdiv/backends/triton.py. None: there is no triton."""
-    if not importlib.util.find_spec("triton"):
+    """Registers the backend: csdiv/backends/triton.py. None: no triton, or a GPU that runs its kernels; see gpu.py."""
+    if not importlib.util.find_spec("triton") or torch.cuda.is_available():
         return None
     assert "triton" not in sys.modules, "triton has been imported, not interpreted"
     os.environ["TRITON_INTERPRET"] = "1"
@@ -36,6 +38,7 @@ def install() -> ModuleType | None:
     _patch_once()
     module.processors = lambda device: PROCESSORS
     module.current = lambda device: contextlib.nullcontext()
+    module.capturing = lambda: False
     sys.modules[f"csdiv.backends.{NAME}"] = module
     backends.NAMES = (*backends.NAMES, NAME)
     backends._STATUS[NAME] = lambda: backends.BackendStatus(True, "")

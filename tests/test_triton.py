@@ -6,6 +6,7 @@ to. Machine code is made in processes of their own, where kernels are not interp
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -21,6 +22,7 @@ import test_bad_inputs
 import test_kernels_edges
 import torch
 from test_contract import BATCHES, CASES, DTYPES, INPUTS, SCALES, Case, call, check, gradients_later, subsets
+from test_near_zero import near_copies
 
 import csdiv
 from csdiv import GaussianMixture, backends, testing
@@ -28,8 +30,9 @@ from csdiv import GaussianMixture, backends, testing
 ROOT = Path(__file__).resolve().parents[1]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NAME = interpreter.NAME
-interpreted = pytest.mark.skipif(not HAS_TRITON, reason="no triton")
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, of infinities and NaN
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no triton")
+interpreted = pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="no triton, or a GPU for it")
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of infinities and NaN
 
 
 @interpreted
@@ -101,10 +104,9 @@ def test_contract_around_the_sizes_of_tiles(case: Case) -> None:
 @pytest.mark.parametrize("entry", ["cs_divergence", "component_log_overlap"])
 def test_columns_in_parts(entry: str) -> None:
     """Two parts or more of the rows' sums, and of the sweeps; the same bits with gradients and without."""
-    p, q = (testing.random_mixture(k, 1, generator=torch.Generator().manual_seed(k)) for k in (3, 513))
-    from csdiv.kernels.configurations import cut
-
-    assert cut(interpreter.PROCESSORS * 16, 1, 5) == 2
+    p, q = (testing.random_mixture(k, 1, generator=torch.Generator().manual_seed(k)) for k in (3, 390))
+    cut = importlib.import_module("csdiv.kernels.configurations").cut
+    assert cut(interpreter.PROCESSORS * 16, 1, 390 // 128 + 1) == 2
     test_kernels_edges.check(entry, NAME, p, q)
     wanted = [side.map(lambda t: t.clone().requires_grad_()) for side in (p, q)]
     assert torch.equal(call(entry, NAME)(p, q), call(entry, NAME)(*wanted))
@@ -181,11 +183,19 @@ def test_bad_inputs(test: Callable[..., None], arguments: dict[str, Any]) -> Non
 @interpreted
 @pytest.mark.parametrize("distance", [0.0, 1e-3])
 def test_cs_divergence_near_zero(distance: float) -> None:
-    from test_near_zero import near_copies
-
     p, q = near_copies(64, 20, distance)
     exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
     assert (csdiv.cs_divergence(p, q, backend=NAME).double() - exact).abs() <= 6e-6
+
+
+@interpreted
+def test_a_cold_capture_is_refused_until_warmup() -> None:
+    module, p = sys.modules[f"csdiv.backends.{NAME}"], testing.random_mixture(3, 2)
+    with mock.patch.object(module, "capturing", return_value=True), mock.patch.object(module, "loaded", set()):
+        with pytest.raises(RuntimeError, match=r"CUDA graph capture on cpu: call csdiv.warmup\('cpu'\) before it"):
+            csdiv.log_overlap(p, backend=NAME)
+        module.loaded.add(torch.device("cpu"))
+        csdiv.log_overlap(p, backend=NAME)
 
 
 # What the backend says where it cannot run
@@ -247,13 +257,13 @@ KERNELS = {
 }  # fmt: skip
 
 
-@interpreted
+@needs_triton
 def test_what_an_element_costs_in_float32() -> None:
     rows = compiled(90, "float")
-    assert {row["kernel"].split("<")[0] for row in rows} == KERNELS
+    assert {row["kernel"].removeprefix("triton ").split("<")[0] for row in rows} == KERNELS
     assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
     loops = [row for row in rows if "loop" in row]
-    assert {row["kernel"].split("<")[0] for row in loops} == {
+    assert {row["kernel"].removeprefix("triton ").split("<")[0] for row in loops} == {
         "row_sums_kernel", "gradient_sweep_kernel", "pairwise_forward_kernel", "assign_kernel",
     }  # fmt: skip
     for row in loops:
@@ -262,17 +272,17 @@ def test_what_an_element_costs_in_float32() -> None:
         assert row["special_per_element"] == {"logits": 0.5, "gradients": 1.0}[row["loop"]]
 
 
-@interpreted
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("scalar", ["float", "double"])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_architecture_compiles_without_local_memory(capability: int, scalar: str) -> None:
     rows = compiled(capability, scalar)
-    assert {row["kernel"].split("<")[0] for row in rows} == KERNELS
+    assert {row["kernel"].removeprefix("triton ").split("<")[0] for row in rows} == KERNELS
     assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
 
 
-@interpreted
+@needs_triton
 @pytest.mark.slow
 def test_kernels_of_a_batch_compile_without_local_memory() -> None:
     rows = compiled(90, "float", "static_triton.SHARED")

@@ -40,9 +40,22 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+def capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+loaded = set[torch.device]()
+"""Devices that have kernels, see :func:`csdiv.warmup`: what has not been compiled and loaded cannot be captured."""
+
+
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(first: Tensor, *arguments: Any) -> Any:
+        if first.device not in loaded and capturing():
+            raise RuntimeError(
+                f"CUDA graph capture on {first.device}: call csdiv.warmup({str(first.device)!r}) before it"
+            )
         with current(first.device):
             return function(first, *arguments)
 
