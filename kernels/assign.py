@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csdiv.kernels.configurations import BLOCK_N, ROW_PROGRAMS, TILE_OPTIONS, cut
-from csdiv.kernels.device import TILE, item_of, part_begin, tiles_of
+from csdiv.kernels.device import TILE, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
 
@@ -31,10 +31,7 @@ def assign_kernel(
     n, m, dim, scale_stride, parts, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of a part of the columns and its index, (b, part, i)."""
-    row_tiles = (n + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    part, row_tile = program % parts, program // parts % row_tiles
-    problem = (program // parts // row_tiles).to(tl.int64)
+    problem, row_tile, part = place((n + BLOCK_N - 1) // BLOCK_N, parts)
     p_item, q_item = item_of(p_index, problem), item_of(q_index, problem)
     first_row = row_tile * BLOCK_N
     rows, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)
@@ -63,7 +60,7 @@ def launch_assign(problem: Problem, processors: int) -> Tensor:
     row_tiles = problem.batch * -(-p.n // block_n)
     parts = cut(processors * ROW_PROGRAMS, row_tiles, q.padded // 128)
     logits = p.values.new_empty(problem.batch, parts, p.n)
-    indices = torch.empty_like(logits, dtype=torch.int64)
+    indices = logits.new_empty(logits.shape, dtype=torch.int64)
     if row_tiles:
         sides = (p.values, p.flags, q.values, q.flags, q.log2_weights, problem.scale.scales)
         sizes = (p.n, q.n, problem.dim, problem.scale.stride, parts)

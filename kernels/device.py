@@ -73,6 +73,13 @@ def tiles_of(n):
 
 
 @triton.jit
+def place(tiles, parts):
+    """Problem, tile and part of this program; parts come first, then tiles."""
+    program = tl.program_id(0)
+    return (program // parts // tiles).to(tl.int64), program // parts % tiles, program % parts
+
+
+@triton.jit
 def part_begin(size, parts, k):
     """Where the k-th of ``parts`` parts of 0..size begins, as equal as can be."""
     return (size.to(tl.int64) * k // parts).to(tl.int32)

@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from csdiv.kernels.configurations import SWEEP_BLOCK_N, SWEEP_PROGRAMS, TILE_OPTIONS, cut
-from csdiv.kernels.device import FLAG_DIMS, GROUP, TILE, approximate_exp2, item_of, padded_dim, part_begin, tiles_of
+from csdiv.kernels.device import (
+    FLAG_DIMS,
+    GROUP,
+    TILE,
+    approximate_exp2,
+    item_of,
+    padded_dim,
+    part_begin,
+    place,
+    tiles_of,
+)
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.pair import delta_and_sum, exact_delta_and_sum, exact_pair_gradient, pair_gradient
 from csdiv.kernels.tile_logits import certified, tile_columns, tile_log2_densities, tile_rows, unit_of
@@ -79,14 +89,11 @@ def gradient_sweep_kernel(
 ):  # fmt: skip
     """sums[b, part] = (2 padded dim + 1, padded m): of means, variances and weights of the columns, over a part of
     the rows; zero before. DIMENSIONS: whether any but those of the weights are wanted."""
-    column_tiles = tiles_of(m)
-    program = tl.program_id(0)
-    part, column_tile = program % parts, program // parts % column_tiles
-    problem = (program // parts // column_tiles).to(tl.int64)
+    problem, column_tile, part = place(tiles_of(m), parts)
     row_item, column_item = item_of(row_index, problem), item_of(column_index, problem)
 
     row_tiles, padded = (n + BLOCK_N - 1) // BLOCK_N, padded_dim(dim)
-    rows_padded, stride = tiles_of(n).to(tl.int64) * TILE, column_tiles.to(tl.int64) * TILE
+    rows_padded, stride = tiles_of(n).to(tl.int64) * TILE, tiles_of(m).to(tl.int64) * TILE
     column = tl.arange(0, TILE) + column_tile * TILE
     columns, flags_of_columns = tile_columns(column_values, column_flags, column_item, m, column_tile, dim)
     scales += problem * scale_stride
@@ -132,7 +139,7 @@ def launch_gradient_sweep(
     parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // block_n))
     padded = -(-problem.dim // 4) * 4
     shape = (problem.batch, parts, 2 * padded + 1, columns.padded)
-    sums = torch.zeros(shape, dtype=torch.float64, device=columns.values.device)
+    sums = columns.values.new_zeros(shape, dtype=torch.float64)
     if column_tiles:
         sides = (rows.values, rows.flags, columns.values, columns.flags, problem.scale.scales, row_index, column_index)
         arguments = (*sides, weights.p_log2, q_log2, weights.p_factors, given, sums)

@@ -7,14 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from csdiv.kernels.configurations import OPTIONS
-from csdiv.kernels.device import LOG_2
+from csdiv.kernels.device import LOG_2, place
 from csdiv.kernels.totals import log2_rows
 
 
 @triton.jit(do_not_specialize=["n", "parts"])
 def combine_rows_kernel(partials, rows, n, parts, BLOCK: tl.constexpr):
-    blocks = (n + BLOCK - 1) // BLOCK
-    problem, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    problem, block, _ = place((n + BLOCK - 1) // BLOCK, 1)
     i = block * BLOCK + tl.arange(0, BLOCK)
     row = log2_rows(partials + problem * parts * n, n, parts, i) * LOG_2
     tl.store(rows + problem * n + i, row.to(rows.dtype.element_ty), mask=i < n)

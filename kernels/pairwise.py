@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csdiv.kernels.configurations import BLOCK_N, TILE_OPTIONS
-from csdiv.kernels.device import LOG_2, TILE, item_of, tiles_of
+from csdiv.kernels.device import LOG_2, TILE, item_of, place, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
 
@@ -18,10 +18,7 @@ def pairwise_forward_kernel(
     n, m, dim, scale_stride, offset_stride, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """densities[b, i, j] = log N(mu_i; nu_j, S_i + T_j); a program for a tile of pairs."""
-    row_tiles = (n + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    column_tile, row_tile = program % tiles_of(m), program // tiles_of(m) % row_tiles
-    problem = (program // tiles_of(m) // row_tiles).to(tl.int64)
+    problem, row_tile, column_tile = place((n + BLOCK_N - 1) // BLOCK_N, tiles_of(m))
     p_item, q_item = item_of(p_index, problem), item_of(q_index, problem)
     first_row = row_tile * BLOCK_N
     rows, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from csdiv.kernels.configurations import BLOCK_N, PART_TILES, ROW_PROGRAMS, TILE_OPTIONS, cut
-from csdiv.kernels.device import TILE, approximate_exp2, item_of, part_begin, tiles_of
+from csdiv.kernels.device import TILE, approximate_exp2, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
 
@@ -48,10 +48,7 @@ def row_sums_kernel(
 
     SELF: of a mixture with itself; pairs above the diagonal stand for those below and count twice.
     """
-    row_tiles = (n + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    part, row_tile = program % parts, program // parts % row_tiles
-    problem = (program // parts // row_tiles).to(tl.int64)
+    problem, row_tile, part = place((n + BLOCK_N - 1) // BLOCK_N, parts)
     p_item, q_item = item_of(p_index, problem), item_of(q_index, problem)
 
     first_row = row_tile * BLOCK_N

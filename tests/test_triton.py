@@ -6,12 +6,13 @@ to. Machine code is made in processes of their own, where kernels are not interp
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +22,9 @@ import pytest
 import test_bad_inputs
 import test_kernels_edges
 import torch
-from test_contract import BATCHES, CASES, DTYPES, INPUTS, SCALES, Case, call, check, gradients_later, subsets
+from test_contract import BATCHES, CASES, DTYPES, INPUTS, SCALES, Case, P, Q, call, check, gradients_later, subsets
 from test_near_zero import near_copies
+from torch import Tensor
 
 import csdiv
 from csdiv import GaussianMixture, backends, testing
@@ -101,16 +103,17 @@ def test_contract_around_the_sizes_of_tiles(case: Case) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("entry", ["cs_divergence", "component_log_overlap"])
-def test_columns_in_parts(entry: str) -> None:
+@pytest.mark.parametrize(("entry", "wanted"), [("cs_divergence", ()), ("log_overlap", P + Q)])
+def test_columns_in_parts(entry: str, wanted: tuple[str, ...]) -> None:
     """Two parts or more of the rows' sums, and of the sweeps; the same bits with gradients and without."""
     p, q = (testing.random_mixture(k, 1, generator=torch.Generator().manual_seed(k)) for k in (3, 390))
     cut = importlib.import_module("csdiv.kernels.configurations").cut
     assert cut(interpreter.PROCESSORS * 16, 1, 390 // 128 + 1) == 2
-    test_kernels_edges.check(entry, NAME, p, q)
-    wanted = [side.map(lambda t: t.clone().requires_grad_()) for side in (p, q)]
-    assert torch.equal(call(entry, NAME)(p, q), call(entry, NAME)(*wanted))
-    assert torch.equal(q.assign(p, backend=NAME), q.assign(p, backend="reference"))
+    test_kernels_edges.check(entry, NAME, p, q, wanted)
+    if wanted:
+        with_gradients = [side.map(lambda t: t.clone().requires_grad_()) for side in (p, q)]
+        assert torch.equal(call(entry, NAME)(p, q), call(entry, NAME)(*with_gradients))
+        assert torch.equal(q.assign(p, backend=NAME), q.assign(p, backend="reference"))
 
 
 @interpreted
@@ -154,6 +157,56 @@ def test_some_dimensions_fast_and_others_exact() -> None:
 @interpreted
 def test_shares_down_to_the_smallest_numbers() -> None:
     test_kernels_edges.test_shares_down_to_the_smallest_numbers("component_log_overlap", 95.0, NAME)
+
+
+@pytest.fixture
+def canaries() -> Iterator[list[Tensor]]:
+    """Puts memory that nobody may write before and behind whatever is allocated for kernels; all of it so far."""
+    guards = list[Tensor]()
+
+    def padded(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(t: Tensor, *shape: Any, **options: Any) -> Tensor:
+            size = torch.Size(*shape) if isinstance(shape[0], Sequence) else torch.Size(shape)
+            whole = plain(t, (size.numel() + 128,), **options)
+            guards.extend(guard.fill_(77) for guard in (whole[:64], whole[-64:]))
+            return whole[64:-64].view(size)
+
+        return allocate
+
+    with contextlib.ExitStack() as patches:
+        for name in ("new_empty", "new_zeros"):
+            patches.enter_context(mock.patch.object(Tensor, name, padded(getattr(Tensor, name))))
+        yield guards
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 1), (5, 129, 2)])
+def test_nothing_is_written_beyond_the_outputs(
+    n: int, m: int, dim: int, dtype: torch.dtype, canaries: list[Tensor]
+) -> None:
+    p, q = (testing.random_mixture(k, dim, dtype=dtype).map(lambda t: t.clone().requires_grad_()) for k in (n, m))
+    leaves = [t for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
+    for entry in ("cs_divergence", "component_log_overlap", "pairwise_log_overlap"):
+        value = call(entry, NAME)(p, q)
+        torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+    q.assign(p, backend=NAME)
+    assert len(canaries) > 50
+    assert all(bool((guard == 77).all()) for guard in canaries)
+
+
+@interpreted
+@pytest.mark.parametrize(("item", "n", "tile", "dim"), [(0, 5, 0, 3), (3, 2**20, 8191, 1025), (2**20, 300, 2, 40)])
+def test_offsets_beyond_32_bits(item: int, n: int, tile: int, dim: int) -> None:
+    probe = importlib.import_module("triton_probes").tile_offsets
+    kernel = importlib.import_module("triton.runtime.interpreter").InterpretedFunction(probe)
+    values, flags = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    value_offsets, flag_offset = torch.zeros(128, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    kernel[(1,)](values, flags, value_offsets, flag_offset, item, n, tile, dim)
+    tiles = item * -(-n // 128) + tile
+    first = 4 * tiles * 256 * (-(-dim // 4) * 4)
+    assert value_offsets.tolist() == [first + 4 * k for k in range(128)]
+    assert flag_offset.item() == 4 * tiles * -(-dim // 32)
 
 
 BAD_INPUTS: list[tuple[Callable[..., None], dict[str, Any]]] = [

@@ -75,9 +75,8 @@ def _problem(pair: Pair) -> Problem:
     variances = [side.variances.view(side.own.numel(), *side.means.shape[-2:]) for side in (pair.p, pair.q)]
     own = pair.p.own.numel() == batch == pair.q.own.numel()
     scale = launch_scale(*variances, batch if own else 1)
-    same = pair.p is pair.q
     p = _pack(pair.p, scale)
-    q = p if same else _pack(pair.q, scale)
+    q = p if pair.q is pair.p else _pack(pair.q, scale)
     return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, pair.p.means.shape[-1])
 
 
