@@ -48,10 +48,9 @@ def launch_of(scalar: str, function: Any, values: dict[str, Any]) -> Launch:
             "constexpr" if name in constants else TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
         )
     flags = [name for name, value in constants.items() if value is True]
-    absent = [f"no {name}" for name, value in constants.items() if value is None]
-    return Launch(
-        f"{function.__name__}<{', '.join([scalar, *flags, *absent])}>", function, signature, constants, options
-    )
+    absent = [f"no {name}" for name, value in constants.items() if value is None and not name.endswith("index")]
+    name = f"triton {function.__name__}<{', '.join([scalar, *flags, *absent])}>"
+    return Launch(name, function, signature, constants, options)
 
 
 def launches(scalars: tuple[str, ...] = ("float", "double"), batches: tuple[Any, ...] = (ALONE,)) -> list[Launch]:
