@@ -279,7 +279,11 @@ def test_cpu_tensors_are_refused() -> None:
 @pytest.mark.parametrize(("available", "chosen"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")])
 def test_auto_on_a_gpu_takes_the_best_one(available: tuple[str, ...], chosen: str) -> None:
     statuses = {name: (lambda name=name: backends.BackendStatus(name in available, "")) for name in ("cuda", "triton")}
-    with mock.patch.dict(backends._STATUS, statuses), mock.patch("importlib.import_module") as load:
+    with (
+        mock.patch.dict(backends._STATUS, statuses),
+        mock.patch.object(backends, "_missing_kernels", return_value=""),
+        mock.patch("importlib.import_module") as load,
+    ):
         backends.resolve.__wrapped__("auto", torch.device("cuda"))
     load.assert_called_once_with(f"csdiv.backends.{chosen}")
 
