@@ -21,7 +21,7 @@ from . import static
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
 SCALARS = {"float": torch.float32, "double": torch.float64}
 ALONE: tuple[tuple[int, ...], ...] = ((), ())
-SHARED = (((3,), (3,)), ((3,), ()), ((), (3,)), ((3, 1), (1, 2)))
+SHARED = (((3,), ()), ((), (3,)), ((3, 1), (1, 2)))
 """Batch shapes of p and q. A side that problems share has an index, and kernels a variant for it."""
 
 
