@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
+MAX_FULL_DIM = 32
+"""The largest D that "cpu" has full covariances for."""
 
 
 class BackendStatus(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import csdiv
 import csdiv._C as _C
-from csdiv.backends.arrays import Gradients, Pair, make_side, pointers
+from csdiv.backends.arrays import Gradients, Pair, make_full_side, make_side, pointers
 from csdiv.backends.reference import Tensors
 
 if os.getpid() == csdiv._PROCESS:
@@ -198,4 +198,54 @@ def assign(
     pair = Pair(make_side(p_means, p_variances), make_side(q_means, q_variances, q_log_weights))
     out = pair.new(pair.n, dtype=torch.int64)
     _C.cpu_assign(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def full_overlap_lse_forward(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    rows = pair.new(pair.n)
+    _C.cpu_full_overlap_lse_forward(*pair.arguments(), rows.data_ptr(), torch.get_num_threads())
+    return rows
+
+
+def full_overlap_lse_backward(grad: Tensor, tensors: Tensors, rows: Tensor, needs: list[bool]) -> list[Tensor]:
+    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
+    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    rows, grad = rows.contiguous(), grad.contiguous()
+    _C.cpu_full_overlap_lse_backward(
+        *pair.arguments(),
+        rows.data_ptr(),
+        grad.data_ptr(),
+        grad_p.pointers(),
+        grad_q.pointers(),
+        torch.get_num_threads(),
+    )
+    return grad_p.results() + grad_q.results()
+
+
+def full_pairwise_forward(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances))
+    out = pair.new(pair.n, pair.m)
+    _C.cpu_full_pairwise_forward(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def full_pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
+    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
+    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    grad = grad.contiguous()
+    _C.cpu_full_pairwise_backward(
+        *pair.arguments(), grad.data_ptr(), grad_p.pointers(), grad_q.pointers(), torch.get_num_threads()
+    )
+    return grad_p.results() + grad_q.results()
+
+
+def full_assign(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    out = pair.new(pair.n, dtype=torch.int64)
+    _C.cpu_full_assign(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
     return out
