@@ -320,6 +320,15 @@ _full_overlap_lse = _entry(
         at_once="none",
     )
 )
+_full_self_overlap = _entry(
+    _OpPair(
+        lambda backend, needs, *t: (*ops.full_self_overlap_forward(*t, backend), []),
+        lambda backend, needs, grad, t, out: ops.full_self_overlap_backward(grad, t, out, needs, backend),
+        reference.full_self_overlap,
+        (2, 3, 1),
+        at_once="none",
+    )
+)
 _full_pairwise = _entry(
     _OpPair(
         lambda backend, needs, *t: (ops.full_pairwise_forward(*t, backend), []),
@@ -359,6 +368,11 @@ def pairwise(backend: str, *tensors: Tensor | None) -> Tensor:
 def full_overlap_lse(backend: str, *tensors: Tensor) -> Tensor:
     """ℓ_i for p_means, p_covariances, q_means, q_covariances, q_log_weights."""
     return _full_overlap_lse(backend, *tensors)[0]
+
+
+def full_self_overlap(backend: str, *tensors: Tensor) -> Tensor:
+    """log V(p, p) for means, covariances, log_weights."""
+    return _full_self_overlap(backend, *tensors)[0]
 
 
 def full_pairwise(backend: str, *tensors: Tensor) -> Tensor:

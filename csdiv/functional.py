@@ -426,7 +426,7 @@ def _self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     if _takes_reference(backend, p):
         return reference.log_overlap(_components(p), _components(p))
     if _has_full(p):
-        return _cross_overlap(p, p, backend)
+        return autograd.full_self_overlap(backend, *_matrices(p))
     value, offset = autograd.self_overlap(backend, *_weighted(p))
     return value if offset is None else value + offset
 

@@ -284,6 +284,33 @@ def full_overlap_lse_backward(
     return backends.resolve(backend, grad.device).full_overlap_lse_backward(grad, tensors, rows, needs)
 
 
+def _fake_full_self_overlap_forward(
+    means: Tensor, covariances: Tensor, log_weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    batch = _batch(means, covariances[..., 0], weights=[log_weights])
+    return means.new_empty(batch), means.new_empty(*batch, means.shape[-2])
+
+
+@_define(
+    "full_self_overlap_forward(Tensor means, Tensor covariances, Tensor log_weights, str backend) -> (Tensor, Tensor)",
+    _fake_full_self_overlap_forward,
+)
+def full_self_overlap_forward(
+    means: Tensor, covariances: Tensor, log_weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return backends.resolve(backend, means.device).full_self_overlap_forward(means, covariances, log_weights)
+
+
+@_define(
+    "full_self_overlap_backward(Tensor grad, Tensor[] tensors, Tensor[] saved, bool[] needs, str backend) -> Tensor[]",
+    lambda grad, tensors, saved, needs, backend: _fake_gradients(tensors, needs),
+)
+def full_self_overlap_backward(
+    grad: Tensor, tensors: list[Tensor], saved: list[Tensor], needs: list[bool], backend: str
+) -> list[Tensor]:
+    return backends.resolve(backend, grad.device).full_self_overlap_backward(grad, tensors, saved, needs)
+
+
 def _fake_full_pairwise_forward(
     p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, backend: str
 ) -> Tensor:

@@ -267,6 +267,23 @@ void cpu_full_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, con
   cpu::full_overlap_lse_backward(problem, values, grads, to_p, to_q, threads);
 }
 
+void cpu_full_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer rows, int threads) {
+  const Problem<double> problem = full_problem(itemsize, p[4].cast<int64_t>(), dim, p, p);
+  auto* const out = pointer<double>(rows, problem.rows() > 0);
+  const py::gil_scoped_release unlocked;
+  cpu::full_self_overlap_forward(problem, out, threads);
+}
+
+void cpu_full_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Pointer rows, Pointer grad_rows,
+                                    const py::tuple& grad, int threads) {
+  const Problem<double> problem = full_problem(itemsize, p[4].cast<int64_t>(), dim, p, p);
+  const auto* const values = pointer<const double>(rows, problem.rows() > 0);
+  const auto* const grads = pointer<const double>(grad_rows, problem.rows() > 0);
+  const auto to_p = side_gradients<double>(grad);
+  const py::gil_scoped_release unlocked;
+  cpu::full_self_overlap_backward(problem, values, grads, to_p, threads);
+}
+
 void cpu_full_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
                                Pointer logits, int threads) {
   const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
@@ -320,6 +337,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cpu_max_full_dim") = cpu::kMaxFullDim;
   module.def("cpu_full_overlap_lse_forward", &cpu_full_overlap_lse_forward);
   module.def("cpu_full_overlap_lse_backward", &cpu_full_overlap_lse_backward);
+  module.def("cpu_full_self_overlap_forward", &cpu_full_self_overlap_forward);
+  module.def("cpu_full_self_overlap_backward", &cpu_full_self_overlap_backward);
   module.def("cpu_full_pairwise_forward", &cpu_full_pairwise_forward);
   module.def("cpu_full_pairwise_backward", &cpu_full_pairwise_backward);
   module.def("cpu_full_assign", &cpu_full_assign);

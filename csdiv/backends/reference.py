@@ -143,6 +143,19 @@ def full_overlap_lse_backward(grad: Tensor, tensors: Tensors, rows: Tensor, need
     return _gradients(full_overlap_lse, tensors, grad, needs)
 
 
+def full_self_overlap_forward(means: Tensor, covariances: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log V(p, p), (*batch,), and (*batch, N) for the backward pass."""
+    p = Components(means, None, covariances, log_weights)
+    return full_self_overlap(means, covariances, log_weights), reference.overlap_lse(p, p)
+
+
+def full_self_overlap_backward(
+    grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of Σ grad · log V(p, p); equation (6). ``saved`` is what the forward gave."""
+    return _gradients(full_self_overlap, tensors, grad, needs)
+
+
 def full_pairwise_forward(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:
     """log N(μ_i; ν_j, S_i + T_j), (*batch, N, M)."""
     return full_pairwise(p_means, p_covariances, q_means, q_covariances)
@@ -210,6 +223,11 @@ def full_overlap_lse(
 ) -> Tensor:
     q = Components(q_means, None, q_covariances, q_log_weights)
     return reference.overlap_lse(Components(p_means, None, p_covariances), q)
+
+
+def full_self_overlap(means: Tensor, covariances: Tensor, log_weights: Tensor) -> Tensor:
+    p = Components(means, None, covariances, log_weights)
+    return reference.log_overlap(p, p)
 
 
 def full_pairwise(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 // From the weights of pairs with full covariances to the gradients of both sides.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "cpu.h"
@@ -24,13 +25,21 @@ Partition choose_full_partition(int64_t tiles, int64_t chunks) {
   return partition;
 }
 
-// `fill(problem, first row, count, first column, columns, weights)` tells the weights of a tile.
+// A tile of a sweep, rows counted over all problems.
+struct FullTile {
+  int64_t first_row, first_column, columns;
+  const FullRows& rows;
+  const FullColumns& packed;
+};
+
+// `fill(tile, memory)` tells the weights of a tile, which may lie in the memory, (count, blocks * lanes).
 template <class Fill>
 class FullGradientSweep {
  public:
-  FullGradientSweep(const Problem<double>& problem, const SideGradients<double>& grad_p,
+  FullGradientSweep(const Problem<double>& problem, Pairs pairs, const SideGradients<double>& grad_p,
                     const SideGradients<double>& grad_q, int threads, const Fill& fill)
       : problem_(problem),
+        pairs_(pairs),
         grad_p_(grad_p),
         grad_q_(grad_q),
         threads_(useful_threads(problem, threads)),
@@ -91,11 +100,11 @@ class FullGradientSweep {
       const FullRows rows = full_rows(problem_, b, tile, records);
       const int64_t first = tile * kFullRows;
       std::fill_n(sums, kFullRows * record_ * step, 0.0);
-      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      for (int64_t chunk = first_chunk(pairs_, chunks, tile); chunk < chunks.end; ++chunk) {
         const FullColumns columns = packed_.chunk(q_item, chunk);
         double* const grad_columns = grad_q_.wanted() ? to_columns + packed_.offset(q_item, chunk) : nullptr;
-        const FullWeights tile_weights =
-            fill_(b * problem_.p.n + first, rows.count, chunk * kFullColumns, packed_.columns(chunk), weights);
+        const FullWeights tile_weights = fill_(
+            FullTile{b * problem_.p.n + first, chunk * kFullColumns, packed_.columns(chunk), rows, columns}, weights);
         kernels_.gradients(rows, columns, tile_weights, {rows_wanted ? sums : nullptr, grad_columns, covariances});
       }
       if (!rows_wanted) continue;
@@ -130,16 +139,22 @@ class FullGradientSweep {
   void write(const SideGradients<double>& grad, int64_t k, double sign, const double* sums, int64_t step) {
     const int64_t dim = problem_.dim;
     if (grad.means)
-      for (int64_t i = 0; i < dim; ++i) grad.means[k * dim + i] = sign * sums[i * step];
+      for (int64_t i = 0; i < dim; ++i) write(grad, grad.means[k * dim + i], sign * sums[i * step]);
     if (grad.variances) {
       double* const to = grad.variances + k * dim * dim;
       for (int64_t i = 0; i < dim; ++i)
-        for (int64_t j = 0; j <= i; ++j) to[i * dim + j] = to[j * dim + i] = 0.5 * sums[(dim + triangle(i, j)) * step];
+        for (int64_t j = 0; j <= i; ++j) {
+          write(grad, to[i * dim + j], 0.5 * sums[(dim + triangle(i, j)) * step]);
+          to[j * dim + i] = to[i * dim + j];
+        }
     }
-    if (grad.log_weights) grad.log_weights[k] = sums[(record_ - 1) * step];
+    if (grad.log_weights) write(grad, grad.log_weights[k], sums[(record_ - 1) * step]);
   }
 
+  static void write(const SideGradients<double>& grad, double& to, double value) { to = grad.add ? to + value : value; }
+
   const Problem<double>& problem_;
+  const Pairs pairs_;
   const SideGradients<double>&grad_p_, &grad_q_;
   const int threads_;
   const Fill& fill_;
@@ -152,31 +167,55 @@ class FullGradientSweep {
 };
 
 template <class Fill>
-void sweep_full_gradients(const Problem<double>& problem, const SideGradients<double>& grad_p,
+void sweep_full_gradients(const Problem<double>& problem, Pairs pairs, const SideGradients<double>& grad_p,
                           const SideGradients<double>& grad_q, int threads, const Fill& fill) {
-  FullGradientSweep<Fill>(problem, grad_p, grad_q, threads, fill).run();
+  FullGradientSweep<Fill>(problem, pairs, grad_p, grad_q, threads, fill).run();
 }
 
 }   // namespace
 
 void full_overlap_lse_backward(const Problem<double>& batched, const double* rows, const double* grad_rows,
                                const SideGradients<double>& grad_p, const SideGradients<double>& grad_q, int threads) {
-  const auto fill = [&](int64_t row, int64_t, int64_t, int64_t, double*) {
-    return FullWeights{rows + row, grad_rows + row};
+  const auto fill = [&](const FullTile& tile, double*) {
+    return FullWeights{rows + tile.first_row, grad_rows + tile.first_row};
   };
-  sweep_full_gradients(flattened(batched), grad_p, grad_q, threads, fill);
+  sweep_full_gradients(flattened(batched), Pairs::kAll, grad_p, grad_q, threads, fill);
+}
+
+void full_self_overlap_backward(const Problem<double>& problem, const double* rows, const double* grad_rows,
+                                const SideGradients<double>& grad, int threads) {
+  const FullKernels& kernels = full_kernels();
+  const auto fill = [&](const FullTile& tile, double* weights) {
+    const int64_t first = tile.first_row % problem.p.n, stride = tile.packed.blocks * kernels.lanes;
+    const double *const totals = rows + tile.first_row, *const grads = grad_rows + tile.first_row;
+    if (tile.first_column >= first + tile.rows.count) {
+      for (int64_t r = 0; r < tile.rows.count; ++r) weights[r] = totals[r] - kLog2;
+      return FullWeights{weights, grads};
+    }
+    kernels.logits(tile.rows, tile.packed, weights);
+    for (int64_t r = 0; r < tile.rows.count; ++r) {
+      double* const row = weights + r * stride;
+      cut_to_upper_triangle(first + r, tile.first_column, tile.columns, row);
+      for (int64_t j = 0; j < stride; ++j) row[j] = grads[r] == 0 ? 0.0 : grads[r] * std::exp(row[j] - totals[r]);
+    }
+    return FullWeights{nullptr, weights};
+  };
+  SideGradients<double> grad_columns = grad;
+  grad_columns.add = true;
+  sweep_full_gradients(problem, Pairs::kUpperTriangle, grad, grad_columns, threads, fill);
 }
 
 void full_pairwise_backward(const Problem<double>& batched, const double* grad, const SideGradients<double>& grad_p,
                             const SideGradients<double>& grad_q, int threads) {
   const int64_t m = batched.q.n, lanes = full_kernels().lanes;
-  const auto fill = [&](int64_t row, int64_t count, int64_t first, int64_t columns, double* weights) {
-    const int64_t stride = ceil_div(columns, lanes) * lanes;
-    std::fill_n(weights, count * stride, 0.0);
-    for (int64_t r = 0; r < count; ++r) std::copy_n(grad + (row + r) * m + first, columns, weights + r * stride);
+  const auto fill = [&](const FullTile& tile, double* weights) {
+    const int64_t stride = tile.packed.blocks * lanes;
+    std::fill_n(weights, tile.rows.count * stride, 0.0);
+    for (int64_t r = 0; r < tile.rows.count; ++r)
+      std::copy_n(grad + (tile.first_row + r) * m + tile.first_column, tile.columns, weights + r * stride);
     return FullWeights{nullptr, weights};
   };
-  sweep_full_gradients(flattened(batched), grad_p, grad_q, threads, fill);
+  sweep_full_gradients(flattened(batched), Pairs::kAll, grad_p, grad_q, threads, fill);
 }
 
 }   // namespace csdiv::cpu

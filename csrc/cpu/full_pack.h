@@ -2,11 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "full_tile.h"
 #include "memory.h"
 #include "mixture.h"
 #include "pack.h"
+#include "partition.h"
 
 namespace csdiv::cpu {
 
@@ -44,5 +46,18 @@ class PackedFullColumns {
   int64_t n_, dim_, lanes_, blocks_;
   AlignedArray<double> records_;
 };
+
+// The first of a part's chunks that has a pair of the tile's rows.
+inline int64_t first_chunk(Pairs pairs, const Part& chunks, int64_t tile) {
+  return pairs == Pairs::kAll ? chunks.begin : std::max(chunks.begin, tile * kFullRows / kFullColumns);
+}
+
+constexpr double kLog2 = 0.69314718055994530942;
+
+// Logits of a row of the upper triangle, whose pairs beside the diagonal count twice.
+inline void cut_to_upper_triangle(int64_t row, int64_t first, int64_t columns, double* logits) {
+  for (int64_t j = 0; j < columns; ++j)
+    logits[j] = first + j < row ? -INFINITY : logits[j] + (first + j > row ? kLog2 : 0.0);
+}
 
 }   // namespace csdiv::cpu

@@ -53,6 +53,10 @@ inline int64_t value_blocks(int64_t tiles) {
   return std::max(ceil_div(tiles, kBlockTiles), std::min(tiles, kMaxBlocks));
 }
 
+// Which pairs are swept: all, or those with column >= row, of a mixture with itself, where the tiles on the diagonal
+// are for `fill` to cut.
+enum class Pairs { kAll, kUpperTriangle };
+
 // Part `k` of `parts` of 0 ... size - 1.
 struct Part {
   int64_t begin, end;
