@@ -51,7 +51,8 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     Raises:
         ValueError: dimensions, batch shapes or devices that do not fit, or an unknown backend.
         RuntimeError: a backend asked for by name that cannot run here.
-        NotImplementedError: a native backend asked for by name under jvp, nested derivatives or a full covariance.
+        NotImplementedError: a native backend asked for by name under jvp and nested derivatives, or for a
+            full covariance that it does not have.
 
     Source: Kampa, Hasanbelliu, Principe, "Closed-form Cauchy–Schwarz PDF divergence for mixture of Gaussians",
     IJCNN 2011, with the self terms corrected (docs/math.md, section 5).
@@ -60,8 +61,9 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     if _takes_reference(backend, p, q):
         return reference.cs_divergence(_components(p), _components(q))
     if _has_full(p, q):
-        own = _self_overlap(p, backend) + _self_overlap(q, backend)
-        return (0.5 * own - _cross_overlap(p, q, backend)).to(p.dtype)
+        wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
+        own = _self_overlap(wide_p, backend) + _self_overlap(wide_q, backend)
+        return (0.5 * own - _cross_overlap(wide_p, wide_q, backend)).to(p.dtype)
     return autograd.cs_divergence(backend, *_weighted(p), *_weighted(q))
 
 

@@ -13,9 +13,10 @@ template <int kDim>
 void logits(const FullRows& rows, const FullColumns& columns, double* tile) {
   const int64_t size = record_size(rows.dim);
   for (int64_t block = 0; block < columns.blocks; ++block) {
+    FullPair<kDim> pair(columns.records + block * size * kStep, rows.dim);
     for (int64_t r = 0; r < rows.count; ++r) {
-      const FullPair<kDim> pair(rows.records + r * size, columns.records + block * size * kStep, int(rows.dim));
-      store(tile + (r * columns.blocks + block) * kStep, pair.logit());
+      if (r == 0 || !rows.one_covariance) pair.factor(rows.records + r * size);
+      store(tile + (r * columns.blocks + block) * kStep, pair.whiten(rows.records + r * size));
     }
   }
 }
@@ -31,17 +32,18 @@ void gradients(const FullRows& rows, const FullColumns& columns, const FullWeigh
                const FullGradients& grads) {
   const int64_t size = record_size(rows.dim);
   for (int64_t block = 0; block < columns.blocks; ++block) {
+    FullPair<kDim> pair(columns.records + block * size * kStep, rows.dim);
+    double* const to_columns = grads.columns ? grads.columns + block * size * kStep : nullptr;
     for (int64_t r = 0; r < rows.count; ++r) {
-      FullPair<kDim> pair(rows.records + r * size, columns.records + block * size * kStep, int(rows.dim));
-      const Vec<double> weight =
-          weights.log_normalizers
-              ? row_weight<double>(pair.logit(), weights.log_normalizers[r], weights.grads[r])
-              : given_weight(pair.logit(), load(weights.grads + (r * columns.blocks + block) * kStep));
+      if (r == 0 || !rows.one_covariance) pair.factor(rows.records + r * size);
+      const Vec<double> logit = pair.whiten(rows.records + r * size);
+      const Vec<double> weight = weights.log_normalizers
+                                     ? row_weight<double>(logit, weights.log_normalizers[r], weights.grads[r])
+                                     : given_weight(logit, load(weights.grads + (r * columns.blocks + block) * kStep));
       if (!any<double>(weight != 0)) continue;
       pair.solve();
       if (grads.covariances) pair.invert();
       double* const to_row = grads.rows ? grads.rows + r * size * kStep : nullptr;
-      double* const to_columns = grads.columns ? grads.columns + block * size * kStep : nullptr;
       pair.add_gradients(weight, grads.covariances, [&](int64_t k, Vec<double> share) {
         if (to_row) store(to_row + k * kStep, load(to_row + k * kStep) + share);
         if (to_columns) store(to_columns + k * kStep, load(to_columns + k * kStep) + share);

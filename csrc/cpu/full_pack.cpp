@@ -28,7 +28,12 @@ FullRows full_rows(const Problem<double>& problem, int64_t b, int64_t tile, doub
   const int64_t first = tile * kFullRows, count = std::min(kFullRows, problem.p.n - first), dim = problem.dim;
   for (int64_t r = 0; r < count; ++r)
     pack_record(problem.p, dim, problem.p.item(b) * problem.p.n + first + r, 0.0, records + r * record_size(dim), 1);
-  return {records, count, dim};
+  bool one_covariance = true;
+  for (int64_t r = 1; r < count; ++r) {
+    const double* const covariance = records + r * record_size(dim) + dim;
+    one_covariance &= std::equal(covariance, covariance + triangle(dim), records + dim);
+  }
+  return {records, count, dim, one_covariance};
 }
 
 PackedFullColumns::PackedFullColumns(const Problem<double>& problem, int threads)

@@ -14,43 +14,53 @@ class FullPair {
   using Value = Vec<double>;
 
  public:
-  CSDIV_INLINE FullPair(const double* row, const double* columns, int dim)
-      : row_(row), columns_(columns), dim_(kDim ? kDim : dim), sum_(0, dim_) {
+  FullPair(const double* columns, int64_t dim) : columns_(columns), dim_(kDim ? kDim : int(dim)) {
+    for (int k = 0; k < triangle(kDim); ++k) inverse_[k] = Value{};   // compilers do not see that invert() comes first
+  }
+
+  // C with the row's covariance; whiten() is to follow.
+  CSDIV_INLINE void factor(const double* row) {
     Value scaled[kSize];   // a row of L diag(d)
-    IntVec<double> valid = broadcast_int<double>(-1);
+    inverted_ = false;
+    valid_ = broadcast_int<double>(-1);
+    PairSum<double> determinant(0, dim_);
 #pragma GCC unroll 8
     for (int i = 0; i < dim_; ++i) {
-      Value pivot = sum_of(dim_ + triangle(i, i));
-      Value whitened = row_[i] - load(columns_ + i * kStep);
+      Value pivot = sum_of(row, i, i);
 #pragma GCC unroll 8
       for (int j = 0; j < i; ++j) {
-        Value value = sum_of(dim_ + triangle(i, j));
+        Value value = sum_of(row, i, j);
 #pragma GCC unroll 8
         for (int k = 0; k < j; ++k) value -= scaled[k] * lower_[triangle(j, k)];
         scaled[j] = value;
         value *= lower_[triangle(j, j)];
         lower_[triangle(i, j)] = value;
         pivot -= value * scaled[j];
-        whitened -= value * solved_[j];
       }
-      valid &= (pivot >= kPivotMin) & (pivot <= kPivotMax);
-      const Value reciprocal = 1.0 / pivot;
-      lower_[triangle(i, i)] = reciprocal;
-      solved_[i] = whitened;
-      sum_.quadratic += whitened * whitened * reciprocal;
-      sum_.multiply(pivot);
+      valid_ &= (pivot >= kPivotMin) & (pivot <= kPivotMax);
+      lower_[triangle(i, i)] = 1.0 / pivot;
+      determinant.multiply(pivot);
     }
-    valid_ = valid;
+    log_determinant_ = determinant.log_determinant() + dim_ * kLog2Pi;
   }
 
-  CSDIV_INLINE Value logit() const {
+  // L^-1 delta of a row whose covariance was factored; returns the logit.
+  CSDIV_INLINE Value whiten(const double* row) {
+    Value quadratic{};
+#pragma GCC unroll 8
+    for (int i = 0; i < dim_; ++i) {
+      Value value = row[i] - load(columns_ + i * kStep);
+#pragma GCC unroll 8
+      for (int k = 0; k < i; ++k) value -= lower_[triangle(i, k)] * solved_[k];
+      solved_[i] = value;
+      quadratic += value * value * lower_[triangle(i, i)];
+    }
     const Value log_weight = load(columns_ + (record_size(dim_) - 1) * kStep);
-    const Value log_density = -0.5 * (sum_.quadratic + sum_.log_determinant() + dim_ * kLog2Pi);
-    const Value logit = valid_ ? log_weight + log_density : broadcast<double>(__builtin_nan(""));
-    return log_weight == -__builtin_inf() ? log_weight : logit;
+    const Value logit = log_weight - 0.5 * (quadratic + log_determinant_);
+    return log_weight == -__builtin_inf() ? log_weight : valid_ ? logit : broadcast<double>(__builtin_nan(""));
   }
 
-  // u = C^-1 delta, once.
+  // u = C^-1 delta, once after whiten().
   CSDIV_INLINE void solve() {
 #pragma GCC unroll 8
     for (int i = dim_ - 1; i >= 0; --i) {
@@ -61,26 +71,21 @@ class FullPair {
     }
   }
 
-  // C^-1 in the place of L, column by column from L' C^-1 = diag(d)^-1 L^-1, whose right side is lower triangular.
+  // C^-1, column by column from L' C^-1 = diag(d)^-1 L^-1, whose right side is lower triangular; once after factor().
   CSDIV_INLINE void invert() {
-    Value column[kSize];
+    if (inverted_) return;
+    inverted_ = true;
 #pragma GCC unroll 8
     for (int j = dim_ - 1; j >= 0; --j) {
 #pragma GCC unroll 8
-      for (int i = j + 1; i < dim_; ++i) column[i] = lower_[triangle(i, j)];
+      for (int i = dim_ - 1; i >= j; --i) {
+        Value value = i == j ? lower_[triangle(j, j)] : Value{};
 #pragma GCC unroll 8
-      for (int i = j + 1; i < dim_; ++i) {
-        Value value{};
+        for (int k = j + 1; k < i; ++k) value -= inverse_[triangle(i, k)] * lower_[triangle(k, j)];
 #pragma GCC unroll 8
-        for (int k = j + 1; k < i; ++k) value -= lower_[triangle(i, k)] * column[k];
-#pragma GCC unroll 8
-        for (int k = i; k < dim_; ++k) value -= lower_[triangle(k, i)] * column[k];
-        lower_[triangle(i, j)] = value;
+        for (int k = i > j ? i : j + 1; k < dim_; ++k) value -= inverse_[triangle(k, i)] * lower_[triangle(k, j)];
+        inverse_[triangle(i, j)] = value;
       }
-      Value value = lower_[triangle(j, j)];
-#pragma GCC unroll 8
-      for (int k = j + 1; k < dim_; ++k) value -= lower_[triangle(k, j)] * column[k];
-      lower_[triangle(j, j)] = value;
     }
   }
 
@@ -96,7 +101,7 @@ class FullPair {
       if (!covariances) continue;
 #pragma GCC unroll 8
       for (int j = 0; j <= i; ++j) {
-        const Value share = mean * solved_[j] - weight * lower_[triangle(i, j)];
+        const Value share = mean * solved_[j] - weight * inverse_[triangle(i, j)];
         add(dim_ + triangle(i, j), contributes ? share : Value{});
       }
     }
@@ -106,14 +111,19 @@ class FullPair {
   static constexpr double kPivotMin = 0x1p-1022, kPivotMax = 0x1.fffffffffffffp1023;
   static constexpr double kLog2Pi = 1.8378770664093454836;
 
-  Value sum_of(int64_t k) const { return row_[k] + load(columns_ + k * kStep); }
+  CSDIV_INLINE Value sum_of(const double* row, int i, int j) const {
+    const int64_t k = dim_ + triangle(i, j);
+    return row[k] + load(columns_ + k * kStep);
+  }
 
-  const double *row_, *columns_;
+  const double* columns_;
   const int dim_;
-  PairSum<double> sum_;
-  IntVec<double> valid_;
+  bool inverted_ = false;
+  IntVec<double> valid_;           // whether C is positive definite
+  Value log_determinant_;          // of 2 pi C
   Value lower_[triangle(kSize)];   // L below its diagonal, 1 / d on it
-  Value solved_[kSize];            // L^-1 delta, then C^-1 delta
+  Value inverse_[triangle(kSize)];
+  Value solved_[kSize];   // L^-1 delta, then C^-1 delta
 };
 
 }   // namespace csdiv::cpu::CSDIV_ISA

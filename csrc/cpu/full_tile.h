@@ -10,7 +10,7 @@
 namespace csdiv::cpu {
 
 constexpr int64_t kMaxFullDim = 32;   // a factor is on the stack
-constexpr int64_t kFullRows = 4;      // of a tile: a block of columns is read from the nearest cache for all of them
+constexpr int64_t kFullRows = 16;      // of a tile: a block of columns is read from the nearest cache for all of them
 
 constexpr int64_t triangle(int64_t i, int64_t j = 0) {
   return i * (i + 1) / 2 + j;
@@ -25,6 +25,7 @@ struct FullRows {
   const double* records;   // (count, record_size)
   int64_t count;
   int64_t dim;
+  bool one_covariance;   // they have the same, as points and tied ones do: each sum with a column's is factored once
 };
 
 // Components of q in whole blocks. Those that fill the last one have log weight -inf, mean 0 and the identity.
