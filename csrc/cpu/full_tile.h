@@ -10,7 +10,7 @@
 namespace csdiv::cpu {
 
 constexpr int64_t kMaxFullDim = 32;   // a factor is on the stack
-constexpr int64_t kFullRows = 16;      // of a tile: a block of columns is read from the nearest cache for all of them
+constexpr int64_t kFullRows = 16;     // of a tile: a block of columns is read from the nearest cache for all of them
 
 constexpr int64_t triangle(int64_t i, int64_t j = 0) {
   return i * (i + 1) / 2 + j;
