@@ -13,18 +13,6 @@
 namespace csdiv::cpu {
 namespace {
 
-// See Partition: one set of sums for both sides, unless one of them is short.
-Partition choose_full_partition(int64_t tiles, int64_t chunks) {
-  Partition partition;
-  if (tiles >= kLopsided * chunks)
-    partition.row_blocks = std::min(tiles, kCopies);
-  else if (chunks >= kLopsided * tiles)
-    partition.column_groups = std::min(chunks, kCopies);
-  else
-    partition.row_blocks = partition.column_groups = partition.phases = std::min({tiles, chunks, kMaxBlocks});
-  return partition;
-}
-
 // A tile of a sweep, rows counted over all problems.
 struct FullTile {
   int64_t first_row, first_column, columns;
@@ -48,7 +36,8 @@ class FullGradientSweep {
         record_(record_size(problem.dim)),
         tiles_(num_full_tiles(problem)),
         packed_(problem, threads_),
-        partition_(choose_full_partition(tiles_, packed_.chunks())),
+        partition_(choose_partition(problem.p.n, problem.q.n, tiles_, packed_.chunks(), packed_.size(), grad_p.wanted(),
+                                    grad_q.wanted())),
         row_sums_(grad_p.wanted() ? partition_.row_copies() * row_copy_size() : 0),
         column_sums_(grad_q.wanted() ? partition_.column_copies() * packed_.size() : 0) {
     fill_zero(row_sums_, threads_);
