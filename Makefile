@@ -3,7 +3,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: train test mutate lint format bench gpu-check figures clean
+.PHONY: train test mutate lint format bench bench-suite gpu-check figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
 	$(BIN)/csdiv train --output-dir runs/digits --overwrite --num-threads 1
@@ -25,8 +25,12 @@ format: .venv/built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: .venv/built  ## csdiv beside its peers
+bench: .venv/built  ## csdiv beside its peers on this CPU: table, docs/benchmarks.md and its figures (minutes)
 	$(BIN)/python -m bench cpu --output bench/results/cpu.json
+	$(BIN)/python -m bench report
+
+bench-suite: .venv/built  ## csdiv alone, under pytest-benchmark: to compare commits
+	$(BIN)/python -m pytest bench/suite.py --benchmark-json=build/suite.json
 
 gpu-check:  ## on a machine with a GPU, in the environment at hand: build, contract, compute-sanitizer, benchmarks
 	$(PYTHON) bench/gpu_check.py

@@ -1,6 +1,6 @@
 """``python -m bench``: csdiv beside its peers, on the CPU (cpu, scaling) and on a GPU (gpu), beside float64 (accuracy),
-inside an autoencoder (epochs); what the CUDA kernels are made of (static), which needs no GPU. Results are JSON files:
-``compare`` sets two side by side, ``report`` writes docs/benchmarks.md from those that are committed.
+inside an autoencoder (epochs); what the kernels for GPUs are made of (static), which needs none. Results are JSON
+files: ``compare`` sets two side by side, ``report`` writes docs/benchmarks.md from those that are committed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import datetime
 import json
 from pathlib import Path
 
-from . import accuracy, compare, limits, measure, scaling, static
+from . import accuracy, compare, limits, measure, scaling, static, static_triton
 from .cases import CPU_CASES
 from .measure import run_case
 from .peers import installed, providers
@@ -54,7 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
         if options.markdown:
             options.markdown.write_text(tables)
     elif options.suite == "static":
-        records = static.records(static.read())
+        for read in (static.read, static_triton.read):
+            try:
+                records += static.records(read())
+            except (ImportError, FileNotFoundError, RuntimeError) as missing:
+                print(f"left out: {missing}")
         print(static.markdown(records))
     elif options.suite == "gpu":
         from . import gpu  # imports what a CPU machine may lack
@@ -77,9 +81,11 @@ def main(arguments: list[str] | None = None) -> None:
         records = epochs.run(options.data or "digits", options.rounds)
         print(epochs.markdown(records))
     elif options.suite == "scaling":
-        records = scaling.run(options.rounds)
+        for found in scaling.run(options.rounds):
+            print(measure.markdown(found), flush=True)
+            records += found
+            write(options.output, info, records)
         more = {"memory": [scaling.memory()]}
-        print(measure.markdown(records))
         print(more["memory"])
     else:
         cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]

@@ -83,24 +83,39 @@ def has_nvcc() -> bool:
     return any(path and Path(path).exists() for path in known)
 
 
-def check_kernels(python: str, folder: Path) -> dict[str, bool]:
+def check_contract(python: str, folder: Path, name: str, selection: str, limit: float) -> dict[str, bool]:
+    """The contract on the backends that ``selection`` names; whether it passed."""
+    if not (find_spec("pytest") and find_spec("hypothesis")):
+        print(f"skipped: {name}, which needs pytest and hypothesis")
+        return {}
+    tests = [f"tests/test_{test}.py" for test in TESTS]
+    pytest = [python, "-m", "pytest", "-q", "--maxfail=40", "-p", "no:cacheprovider", *tests, "-k", selection]
+    return {name: step(name, pytest, folder, limit, CI="1")}
+
+
+def check_memory(python: str, folder: Path) -> dict[str, bool]:
+    """Every entry under each tool of compute-sanitizer; whether it passed."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        print(f"skipped: compute-sanitizer, which is not on PATH nor at {sanitizer}")
+        return {}
+    passed = {}
+    for tool in SANITIZERS:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", EVERY_ENTRY]
+        passed[tool] = step(tool, command, folder, 30, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return passed
+
+
+def check_cuda(python: str, folder: Path) -> dict[str, bool]:
     """The steps that need the CUDA kernels; those that were taken, and whether they passed."""
     available = "import csdiv; print(csdiv.backend_status()['cuda']); csdiv.warmup(backend='cuda')"
     passed = {"available": step("available", [python, "-c", available], folder, 60)}
-    if not passed["available"]:
-        return passed
-    if find_spec("pytest") and find_spec("hypothesis"):
-        tests = [f"tests/test_{name}.py" for name in TESTS]
-        pytest = [python, "-m", "pytest", "-q", "-k", "gpu or test_cuda", "--maxfail=40", "-p", "no:cacheprovider"]
-        passed["tests"] = step("tests", [*pytest, *tests], folder, 150, CI="1")
-    else:
-        print("skipped: the contract, which needs pytest and hypothesis")
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    for tool in SANITIZERS if Path(sanitizer).exists() else ():
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", EVERY_ENTRY]
-        passed[tool] = step(tool, command, folder, 30, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    if not Path(sanitizer).exists():
-        print(f"skipped: compute-sanitizer, which is not on PATH nor at {sanitizer}")
+    if passed["available"]:
+        passed |= check_contract(python, folder, "cuda", "(gpu or test_cuda) and not gpu_triton", 150)
+        passed |= check_memory(python, folder)
+        naive = ["build_ext", "--build-lib", "build/naive", "--build-temp", "build/naive/temp"]
+        options = {"CSDIV_CUDA": "on", "CMAKE_ARGS": "-DCSDIV_GROUP=1 -DCSDIV_ISAS=baseline"}
+        step("naive", [python, "setup.py", *naive], folder, 60, **options)  # without it the table lacks a row
     return passed
 
 
@@ -119,13 +134,11 @@ def main() -> None:
     if cuda == "off":
         print("skipped: the CUDA kernels, for there is no nvcc")
     elif passed["build"]:
-        passed |= check_kernels(python, folder)
-        naive = ["build_ext", "--build-lib", "build/naive", "--build-temp", "build/naive/temp"]
-        options = {"CSDIV_CUDA": cuda, "CMAKE_ARGS": "-DCSDIV_GROUP=1 -DCSDIV_ISAS=baseline"}
-        step("naive", [python, "setup.py", *naive], folder, 60, **options)  # without it the table lacks a row
+        passed |= check_cuda(python, folder)
     if passed["build"]:
         bench = [python, "-m", "bench", "gpu", "--rounds", "5", "--output", str(folder / "gpu.json")]
         passed["bench"] = step("bench", bench, folder, 240, lines=150)
+        passed |= check_contract(python, folder, "triton", "gpu_triton", DEADLINE_S)  # last: it compiles every kernel
     (folder / "passed.json").write_text(json.dumps(passed, indent=1) + "\n")
     print("failed:", ", ".join(name for name, good in passed.items() if not good) or "nothing")
     sys.exit(not all(passed.values()))

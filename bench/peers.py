@@ -67,10 +67,12 @@ class ChunkedEager(Provider):
             return super().forward_backward(inputs)
         leaves = [x.detach().requires_grad_() for x in inputs]
         mu, s, *q = leaves
-        size = self._size(inputs)
+        size, total = self._size(inputs), [torch.zeros_like(x) for x in inputs]
         for i in range(0, len(mu), size):
-            rows(mu[i : i + size], s if len(s) == 1 else s[i : i + size], *q).sum().backward()
-        return [x.grad for x in leaves if x.grad is not None]
+            value = rows(mu[i : i + size], s if len(s) == 1 else s[i : i + size], *q).sum()
+            for sums, grad in zip(total, torch.autograd.grad(value, leaves), strict=True):
+                sums += grad
+        return total
 
 
 class Compiled(Provider):

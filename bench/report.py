@@ -117,14 +117,6 @@ def draw_accuracy(dims: Axes, spread: Axes, records: list[Record]) -> None:
     dims.legend(frameon=False, fontsize=7)
 
 
-def save(name: str, size: tuple[float, float], draw: Any, *data: Any) -> str:
-    """Draws two panels; the Markdown that shows them."""
-    figure = Figure(size, layout="constrained")
-    draw(*figure.subplots(1, 2), *data)
-    figure.savefig(DOCS / "images" / f"{name}.png", dpi=130)
-    return f"![{name}](images/{name}.png)"
-
-
 def draw_both_directions(left: Axes, right: Axes, records: list[Record]) -> None:
     draw_speed_ups(left, records, "forward")
     draw_speed_ups(right, records, "forward + backward")
@@ -134,15 +126,28 @@ def draw_both_directions(left: Axes, right: Axes, records: list[Record]) -> None
     right.legend(handles=handles, frameon=False, fontsize=7, loc="lower right")
 
 
+FIGURES: dict[str, tuple[float, Any]] = {
+    "Speed": (4.6, lambda axes: draw_both_directions(*axes, results("cpu")["records"])),
+    "Limits": (4.6, lambda axes: draw_limits(*axes, results("cpu")["bounds"], results("static")["records"])),
+    "Scaling": (4.0, lambda axes: draw_scaling(*axes, results("scaling")["records"])),
+    "Accuracy": (3.6, lambda axes: draw_accuracy(*axes, results("accuracy")["records"])),
+}
+"""Height in inches, and what draws the two panels."""
+
+
+def picture(name: str) -> str:
+    return f"![{name}](images/bench-{name.lower()}.png)"
+
+
 def page() -> str:
-    """docs/benchmarks.md; writes its figures."""
-    cpu, scaling, errors, kernels = (results(name) for name in ("cpu", "scaling", "accuracy", "static"))
+    """docs/benchmarks.md."""
+    cpu, scaling = results("cpu"), results("scaling")
     memory = scaling["memory"][0]
     reasons = {case.name: case.reason for case in CPU_CASES}
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m bench report` from the files in bench/results, each written by one run of the other suites; no",
+        "Made by `python -m bench report` from the files in bench/results, each by one run of another suite; no",
         "number here is from anywhere else. Every provider has to agree with float64 within a relative L2 error of",
         f"{measure.GATE:.0e} before its time is printed. Providers take turns; medians and quartiles of the rounds. An",
         "element is one triple (i, j, d) of the sums as the formula has them.",
@@ -151,7 +156,7 @@ def page() -> str:
         "",
         f"float32, {machine_line(cpu)}.",
         "",
-        save("bench-speed", (11, 4.6), draw_both_directions, cpu["records"]),
+        picture("Speed"),
         "",
         "| case | why |",
         "|---|---|",
@@ -162,10 +167,10 @@ def page() -> str:
         "## How near the limit",
         "",
         f"The bound counts {', '.join(map(str, limits.OPERATIONS.values()))} multiplications of an element, forward",
-        "and with gradients, of a self term of half the elements, at the rate of a matrix product on the same threads, and",
-        "nothing for loads, exponentials, logarithms and calls.",
+        "and with gradients, of a self term of half the elements, at the rate of a matrix product on the same threads,",
+        "and nothing for loads, exponentials, logarithms and calls.",
         "",
-        save("bench-limits", (11, 4.6), draw_limits, cpu["bounds"], kernels["records"]),
+        picture("Limits"),
         "",
         limits.tables(cpu["bounds"], cpu["instruction_sets"], cpu["divergences"]),
         "",
@@ -174,7 +179,7 @@ def page() -> str:
         f"float32, {machine_line(scaling)}. log V(p, p) and all its gradients at K = {memory['components']:,} and",
         f"D = {memory['dim']} took {memory['extra_peak_mib']:.0f} MiB beside the inputs.",
         "",
-        save("bench-scaling", (11, 4.0), draw_scaling, scaling["records"]),
+        picture("Scaling"),
         "",
         measure.markdown(scaling["records"]),
         "",
@@ -182,7 +187,7 @@ def page() -> str:
         "",
         "Tables: [accuracy.md](accuracy.md).",
         "",
-        save("bench-accuracy", (11, 3.6), draw_accuracy, errors["records"]),
+        picture("Accuracy"),
         "",
         "## On a GPU",
         "",
@@ -193,4 +198,9 @@ def page() -> str:
 
 
 def write() -> None:
+    """The page and its figures."""
     (DOCS / "benchmarks.md").write_text(page())
+    for name, (height, draw) in FIGURES.items():
+        figure = Figure((11, height), layout="constrained")
+        draw(figure.subplots(1, 2))
+        figure.savefig(DOCS / "images" / f"bench-{name.lower()}.png", dpi=130)

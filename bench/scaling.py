@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import csdiv
 from csdiv import GaussianMixture, testing
 
@@ -17,9 +19,9 @@ MAX_MS = 6_000.0
 MEMORY_COMPONENTS = 200_000
 
 
-def run(rounds: int) -> list[Record]:
-    """Values and gradients of ROWS rows against each number of components."""
-    records, slow = list[Record](), set[str]()
+def run(rounds: int) -> Iterator[list[Record]]:
+    """Values and gradients of ROWS rows against each number of components in turn."""
+    slow = set[str]()
     everyone: list[Provider] = [Csdiv("cpu"), Eager(), ChunkedEager(), Compiled(), HandDerived()]
     for size in SIZES:
         case = Case(ROWS, size, DIM, "")
@@ -29,8 +31,7 @@ def run(rounds: int) -> list[Record]:
             record["components"] = size
             if "skipped" not in record and record["median_ms"] > MAX_MS:
                 slow.add(record["provider"])
-        records += found
-    return records
+        yield found
 
 
 def memory() -> Record:

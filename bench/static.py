@@ -1,9 +1,9 @@
 """What the built CUDA kernels cost, read from their machine code: no GPU is needed.
 
 The module is taken apart with cuobjdump and nvdisasm, of the CUDA toolkit or of the package triton. A hot loop is an
-innermost loop that takes reciprocals (MUFU.RCP) and does not branch. Elements (i, j, d) are counted from its own
-additions: two of each element, for c = s + t and for the difference of the means; besides these there are two for each
-logarithm, and one for each number that is stored in shared memory, a sum.
+innermost loop that takes reciprocals (MUFU.RCP) and neither branches nor compares. Elements (i, j, d) are counted from
+its own additions: two of each element, for c = s + t and for the difference of the means; besides these there are two
+for each logarithm, and one for each number that is stored in shared memory, a sum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import csdiv
+from csdiv import _C
 
 CLOCK_GHZ, PROCESSORS = 1.98, 132
 """Of an H200, at its highest clock; research figures of the bound assume it."""
@@ -26,6 +26,7 @@ MUFU_LANES = 16
 REGISTERS, SHARED_BYTES, WARPS = 65536, 227 * 1024, 64
 """Of a multiprocessor of compute capability 9.0."""
 BLOCK_THREADS = 256
+"""Of the kernels in csrc."""
 
 
 def issue_lanes(capability: tuple[int, int]) -> int:
@@ -64,12 +65,14 @@ class Kernel(NamedTuple):
     registers: int
     local_bytes: int
     loops: tuple[Loop, ...]
+    threads: int = BLOCK_THREADS
 
     @property
     def resident_warps(self) -> int:
         """Of 64, as registers allow."""
         per_warp = -(-self.registers * 32 // 256) * 256
-        return min(WARPS, REGISTERS // per_warp // (BLOCK_THREADS // 32) * (BLOCK_THREADS // 32))
+        warps = self.threads // 32
+        return min(WARPS, REGISTERS // per_warp // warps * warps)
 
 
 def tool(name: str) -> str:
@@ -107,7 +110,7 @@ def readable(mangled: str) -> str:
 
 
 def hot_loops(sass: str) -> Iterator[Loop]:
-    """The innermost loops of a kernel that take reciprocals and do not branch."""
+    """The innermost loops of a kernel that take reciprocals and neither branch nor compare numbers."""
     lines = sass.splitlines()
     labels = {m[1]: k for k, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
     loops = []
@@ -125,7 +128,7 @@ def hot_loops(sass: str) -> Iterator[Loop]:
             )
             if instruction:
                 counts[instruction[1]] += 1
-        if counts["MUFU.RCP"] and not counts["BSSY"]:
+        if counts["MUFU.RCP"] and not counts["BSSY"] and not counts["FSETP"]:
             yield Loop(counts, (counts["FADD"] - 2 * counts["MUFU.LG2"] - counts["STS"]) // 2)
 
 
@@ -137,25 +140,26 @@ def read(module: Path | None = None) -> list[Kernel]:
         RuntimeError: the module has no CUDA kernels.
     """
     if module is None:
-        module = Path(csdiv._C.__file__)
-    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
-    kernels = []
+        module = Path(_C.__file__)
+    cuobjdump = tool("cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([cuobjdump, "--extract-elf", "all", module.resolve()], cwd=folder, capture_output=True)
         cubins = sorted(Path(folder).glob("*.cubin"))
         if not cubins:
-            raise RuntimeError(f"{module.name} has no CUDA kernels: {csdiv._C.cuda_status}")
-        for cubin in cubins:
-            usage = output(cuobjdump, "-res-usage", cubin)
-            resources = {m[1]: m for m in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
-            architecture = re.search(r"\.(sm_\w+)\.cubin", cubin.name)[1]
-            for section in re.split(r"\.section\s+\.text\.", output(nvdisasm, "-c", cubin))[1:]:
-                name = section.split(",")[0].strip().strip('"')
-                _, registers, stack = resources[name].groups()
-                kernels.append(
-                    Kernel(readable(name), architecture, int(registers), int(stack), tuple(hot_loops(section)))
-                )
+            raise RuntimeError(f"{module.name} has no CUDA kernels: {_C.cuda_status}")
+        architectures = [re.search(r"\.(sm_\w+)\.cubin", cubin.name)[1] for cubin in cubins]
+        kernels = [k for pair in zip(cubins, architectures, strict=True) for k in kernels_of(*pair)]
     return sorted(kernels, key=lambda kernel: (kernel.architecture, kernel.name))
+
+
+def kernels_of(cubin: Path, architecture: str) -> Iterator[Kernel]:
+    """The kernels in a file of machine code."""
+    usage = output(tool("cuobjdump"), "-res-usage", cubin)
+    resources = {m[1]: m for m in re.finditer(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)}
+    for section in re.split(r"\.section\s+\.text\.", output(tool("nvdisasm"), "-c", cubin))[1:]:
+        name = section.split(",")[0].strip().strip('"')
+        _, registers, stack = resources[name].groups()
+        yield Kernel(readable(name), architecture, int(registers), int(stack), tuple(hot_loops(section)))
 
 
 def records(kernels: list[Kernel]) -> list[dict[str, Any]]:

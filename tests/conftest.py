@@ -4,6 +4,7 @@ import os
 
 import emulation
 import gpu
+import interpreter
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +15,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    interpreter.install()  # first: the next line imports triton
     # torch.empty is filled with NaN in this mode, so that an output that was never written shows.
     torch.use_deterministic_algorithms(True)
     emulation.install(emulation.load(emulation.build(emulation.ROOT / "build" / "emulation")))

@@ -10,8 +10,9 @@ from csdiv import GaussianMixture
 
 Entry = Callable[..., Tensor]
 
-BACKENDS = tuple(name for name in csdiv.available_backends() if name not in ("cuda", "triton"))
-"""Those that compute on CPU tensors; where there is a GPU its backend is one of them, see gpu.py."""
+BACKENDS = tuple(name for name in csdiv.available_backends() if name not in ("cuda", "triton", "interpreter"))
+"""Those that compute on CPU tensors; where there is a GPU its backend is one of them, see gpu.py. The interpreter
+is slow, and has tests of its own in test_triton.py."""
 
 
 def sides(*t: Tensor) -> tuple[GaussianMixture, GaussianMixture]:

@@ -1,4 +1,4 @@
-"""The CUDA backend on CPU tensors, as one more backend for tests where there is a GPU: "gpu" copies there and back."""
+"""The GPU's backends on CPU tensors, as more backends for tests where there is a GPU: they copy there and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from csdiv import backends
 
-NAME = "gpu"
+NAME, TRITON_NAME = "gpu", "gpu_triton"
 
 
 def _copied(value: Any, device: str) -> Any:
@@ -26,20 +26,20 @@ def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Registers the backend if "cuda" can run here."""
-    if "cuda" not in backends.available_backends():
-        return
-    register(importlib.import_module("csdiv.backends.cuda"))
+    """Registers those of "cuda" and "triton" that can run here."""
+    for backend, name in (("cuda", NAME), ("triton", TRITON_NAME)):
+        if backend in backends.available_backends():
+            register(importlib.import_module(f"csdiv.backends.{backend}"), name)
 
 
-def register(cuda: ModuleType) -> None:
-    """Makes the functions of the backend ``cuda`` those of the backend "gpu"."""
-    module = ModuleType(f"csdiv.backends.{NAME}")
+def register(cuda: ModuleType, backend: str = NAME) -> None:
+    """Makes the functions of the backend ``cuda`` those of ``backend``."""
+    module = ModuleType(f"csdiv.backends.{backend}")
     for name, value in vars(cuda).items():
         if name.startswith("__"):
             continue
         public = inspect.isfunction(value) and value.__module__ == cuda.__name__ and not name.startswith("_")
         setattr(module, name, on_gpu(value) if public else value)
     sys.modules[module.__name__] = module
-    backends.NAMES = (*backends.NAMES, NAME)
-    backends._STATUS[NAME] = lambda: backends.BackendStatus(True, "")
+    backends.NAMES = (*backends.NAMES, backend)
+    backends._STATUS[backend] = lambda: backends.BackendStatus(True, "")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from test_static import with_kernels
 
-from bench import accuracy, gpu, gpu_check, static
+from bench import accuracy, compare, gpu, gpu_check, measure, report, static
+from bench.cases import CPU_CASES, Case, make_inputs
+from bench.peers import ChunkedEager, Compiled, Csdiv, Eager, HandDerived, Provider, ScikitLearn, Textbook
 from bench.timing import interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,65 @@ def test_committed_errors_are_within_their_bounds() -> None:
 def test_accuracy_page_is_that_of_the_committed_results() -> None:
     committed = json.loads(COMMITTED.read_text())
     assert (ROOT / "docs" / "accuracy.md").read_text() == accuracy.markdown(committed["records"], committed["machine"])
+
+
+KINDS = [Case(17, 13, 3, "", entry) for entry in ("rows", "self", "regularizer", "log_prob")]
+KINDS += [Case(5, 4, 3, "", "divergence", 6), *(Case(9, 8, 5, "", structure=name) for name in ("spherical", "tied"))]
+
+
+@pytest.mark.parametrize("case", KINDS, ids=[case.name for case in KINDS])
+def test_providers_compute_the_same(case: Case) -> None:
+    inputs = make_inputs(case)
+    everyone: list[Provider] = [Csdiv("cpu", case.entry), Eager(case.entry), ChunkedEager(case.entry, chunk_bytes=99)]
+    if case.name == "17x13x3":
+        everyone.append(HandDerived())
+    everyone += {"regularizer": [Textbook()], "log_prob": [ScikitLearn()]}.get(case.entry, [])
+    for backward in (False, True):
+        truth = measure.exact(case, inputs, backward)
+        for provider in everyone:
+            if not backward:
+                assert measure.relative_error([provider.forward(inputs)], truth) <= 1e-6, provider.name
+            elif provider.backward:
+                assert measure.relative_error(provider.forward_backward(inputs), truth) <= 1e-5, provider.name
+
+
+def test_a_wrong_provider_gets_no_time_and_a_large_one_no_memory(monkeypatch) -> None:
+    class Wrong(Eager):
+        name = "wrong"
+
+        def forward(self, inputs: list) -> object:
+            return super().forward(inputs) * 1.001
+
+    case = Case(30, 20, 4, "")
+    monkeypatch.setattr(measure, "free_bytes", lambda device: case.elements)
+    records = measure.run_case(case, [Csdiv("cpu"), Wrong(), Compiled()], 3, directions=("forward + backward",))
+    table = measure.markdown(records).splitlines()
+    assert [("median_ms" in record) for record in records] == [True, False, False]
+    assert "| csdiv cpu |" in table[2]
+    assert "| 1.0 |" in table[2]
+    assert "needs 0 GiB" in table[3]
+    records = measure.run_case(case, [Csdiv("cpu"), Wrong()], 3, directions=("forward",))
+    assert "refused: error 1.0e-03 exceeds 3e-05" in measure.markdown(records).splitlines()[3]
+
+
+def test_names_of_cases_differ() -> None:
+    assert len({case.name for case in CPU_CASES}) == len(CPU_CASES)
+
+
+def test_two_results_side_by_side(tmp_path: Path) -> None:
+    for name, ms in (("before", 2.0), ("after", 3.0)):
+        record = {"case": "1x2x3", "direction": "forward", "provider": "csdiv cpu", "median_ms": ms}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"records": [record, {"case": "of another kind"}]}))
+    table = compare.markdown(tmp_path / "before.json", tmp_path / "after.json").splitlines()
+    assert table[2] == "| 1x2x3 | forward | csdiv cpu | 2 | 3 | 1.50 |"
+    (tmp_path / "suite.json").write_text(json.dumps({"benchmarks": [{"name": "a", "stats": {"median": 0.5}}]}))
+    with pytest.raises(ValueError, match="no measurement in common"):
+        compare.markdown(tmp_path / "before.json", tmp_path / "suite.json")
+
+
+def test_benchmarks_page_is_that_of_the_committed_results() -> None:
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
+    assert all((ROOT / "docs" / "images" / f"bench-{name.lower()}.png").is_file() for name in report.FIGURES)
 
 
 def test_calls_take_turns_and_the_device_is_waited_for() -> None:

@@ -75,7 +75,11 @@ def test_a_gpu_that_has_no_kernels_is_refused_with_the_reason() -> None:
     """Beside one that has them, which "cuda" is available for."""
     device = torch.device("cuda:1")
     with (
-        mock.patch.dict(backends._STATUS, cuda=lambda: backends.BackendStatus(True, "")),
+        mock.patch.dict(
+            backends._STATUS,
+            cuda=lambda: backends.BackendStatus(True, ""),
+            triton=lambda: backends.BackendStatus(False, ""),
+        ),
         mock.patch.object(backends, "_missing_kernels", return_value="built for 90a-real, but not for this one"),
     ):
         with pytest.raises(RuntimeError, match="not available: built for 90a-real, but not for this one"):

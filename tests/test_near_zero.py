@@ -20,7 +20,7 @@ def near_copies(dim: int, size: int, distance: float) -> tuple[GaussianMixture, 
     return p, GaussianMixture(moved[0], moved[1].exp(), moved[2])
 
 
-BOUND = defaultdict(lambda: 2e-6, gpu=6e-6)
+BOUND = defaultdict(lambda: 2e-6, gpu=6e-6, gpu_triton=6e-6)
 """At most this times max(1, D / 64); a GPU's logarithms are approximate."""
 
 

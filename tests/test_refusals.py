@@ -8,6 +8,7 @@ import threading
 
 import emulation
 import gpu
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -133,7 +134,12 @@ def test_auto_takes_the_first_native_backend() -> None:
 
 def test_status_names_every_backend() -> None:
     status = csdiv.backend_status()
-    assert set(status) - {emulation.NAME, gpu.NAME} == {"reference", "cpu", "cuda", "triton"}
+    assert set(status) - {emulation.NAME, gpu.NAME, gpu.TRITON_NAME, interpreter.NAME} == {
+        "reference",
+        "cpu",
+        "cuda",
+        "triton",
+    }
     assert csdiv.available_backends() == tuple(name for name, s in status.items() if s.available)
     assert all(bool(s.reason) != s.available for s in status.values())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -17,6 +18,8 @@ import torch
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 MAX_FULL_DIM = 32
 """The largest D that "cpu" has full covariances for."""
+_NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+"""Of each kind of device the backends that compute on it, the best one first."""
 
 
 class BackendStatus(NamedTuple):
@@ -51,26 +54,28 @@ def check_name(name: str) -> None:
 def resolve(name: str, device: torch.device) -> ModuleType:
     """The module that computes on ``device``.
 
-    "auto" on a CPU is "cpu" and on a GPU "cuda"; where that cannot run it is "reference", on a GPU with one warning.
-    Any other name is that backend or an error.
+    "auto" on a CPU is "cpu", on a GPU "cuda" or, where that cannot run, "triton"; else it is "reference", on a GPU with
+    one warning. Any other name is that backend or an error.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run here, or not on this device.
     """
     check_name(name)
     if name == "auto":
-        usable = device.type in ("cpu", "cuda") and _STATUS[device.type]().available and not _missing_kernels(device)
-        name = device.type if usable else "reference"
+        able = (name for name in _NATIVE.get(device.type, ()) if _STATUS[name]().available)
+        name = next((name for name in able if name != "cuda" or not _missing_kernels(device)), "reference")
         if device.type == "cuda" and name == "reference":
             _warn_slow_cuda()
     if name != "reference":
         status = _STATUS[name]()
         if not status.available:
             raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
-        if name in ("cpu", "cuda") and device.type != name:
-            raise RuntimeError(
-                f'backend "{name}" computes on {name.upper()} tensors, got {device}: move them, or take backend="auto"'
-            )
+        for kind, names in _NATIVE.items():
+            if name in names and device.type != kind:
+                raise RuntimeError(
+                    f'backend "{name}" computes on {kind.upper()} tensors, got {device}: '
+                    'move them, or take backend="auto"'
+                )
         if name == "cuda" and (reason := _missing_kernels(device)):
             raise RuntimeError(f'backend "cuda" is not available: {reason}')
     return importlib.import_module(f"csdiv.backends.{name}")
@@ -80,6 +85,7 @@ def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:
     """Remembers the status: what is installed does not change while a program runs."""
     found: list[BackendStatus] = []
 
+    @functools.wraps(function)
     def status() -> BackendStatus:
         if not found:
             found.append(function())
@@ -133,9 +139,24 @@ def _missing_kernels(device: torch.device) -> str:
 
 @_once
 def _triton_status() -> BackendStatus:
-    import csdiv.kernels as kernels
-
-    return BackendStatus(False, kernels.UNAVAILABLE_REASON)
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, "the package triton is not installed: pip install triton")
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "torch sees no GPU: torch.cuda.is_available() is False")
+    if torch.version.hip:
+        return BackendStatus(False, "its kernels have instructions of NVIDIA GPUs, and this torch is for AMD ones")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return BackendStatus(
+            False, f"compute capability 8.0 or later is needed, {torch.cuda.get_device_name()} has {major}.{minor}"
+        )
+    try:
+        importlib.import_module("csdiv.backends.triton")
+    except ImportError as error:
+        return BackendStatus(
+            False, f"the package triton does not import ({error}): install the one that torch asks for"
+        )
+    return BackendStatus(True, "")
 
 
 @_once

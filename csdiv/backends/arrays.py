@@ -59,11 +59,11 @@ class Pair:
         self.p, self.q = p, q
         self.batch = p.own if p.own == q.own else torch.broadcast_shapes(p.own, q.own)
         self.n, self.m = p.means.shape[-2], q.means.shape[-2]
-        self._indices = [_batch_index(side.own, self.batch, p.means.device) for side in (p, q)]
+        self.indices = [_batch_index(side.own, self.batch, p.means.device) for side in (p, q)]
 
     def arguments(self) -> tuple[object, ...]:
         means = self.p.means
-        sides = map(pointers, (self.p, self.q), self._indices)
+        sides = map(pointers, (self.p, self.q), self.indices)
         return (means.itemsize, self.batch.numel(), means.shape[-1], *sides)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,6 +75,19 @@ def _batch_index(own: torch.Size, batch: torch.Size, device: torch.device) -> Te
     if own == batch or own.numel() == 1 or own.numel() == batch.numel():
         return None
     return torch.arange(own.numel(), device=device).view(own).expand(batch).reshape(-1)
+
+
+def flattened(pair: Pair) -> Pair:
+    """A batch of p against one q as one problem: rows of different problems share tiles; outputs keep their layout."""
+    p, q = pair.p, pair.q
+    if p.own != pair.batch or q.own.numel() != 1 or len(pair.batch) == 0:
+        return pair
+    shape = (p.own.numel() * p.means.shape[-2], p.means.shape[-1])
+    log_weights = None if p.log_weights is None else p.log_weights.reshape(shape[0])
+    flat = Side(p.means.reshape(shape), p.variances.reshape(shape), log_weights, torch.Size())
+    means, variances = (t.reshape(q.means.shape[-2:]) for t in (q.means, q.variances))
+    log_weights = None if q.log_weights is None else q.log_weights.reshape(q.means.shape[-2])
+    return Pair(flat, Side(means, variances, log_weights, torch.Size()))
 
 
 def pointers(side: Side, index: Tensor | None = None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import csdiv._C as _C
-from csdiv.backends.arrays import Gradients, Pair, Side, make_side, pointers
+from csdiv.backends.arrays import Gradients, Pair, flattened, make_side, pointers
 from csdiv.backends.reference import Tensors
 
 native = _C
@@ -51,19 +51,6 @@ def _run(function: Callable[..., int], device: torch.device, *arguments: object)
         function(*arguments, (*where, scratch.data_ptr()))
 
 
-def _flattened(pair: Pair) -> Pair:
-    """A batch of p against one q as one problem: rows of different problems share tiles; outputs keep their layout."""
-    p, q = pair.p, pair.q
-    if p.own != pair.batch or q.own.numel() != 1 or len(pair.batch) == 0:
-        return pair
-    shape = (p.own.numel() * p.means.shape[-2], p.means.shape[-1])
-    log_weights = None if p.log_weights is None else p.log_weights.reshape(shape[0])
-    flat = Side(p.means.reshape(shape), p.variances.reshape(shape), log_weights, torch.Size())
-    means, variances = (t.reshape(q.means.shape[-2:]) for t in (q.means, q.variances))
-    log_weights = None if q.log_weights is None else q.log_weights.reshape(q.means.shape[-2])
-    return Pair(flat, Side(means, variances, log_weights, torch.Size()))
-
-
 def overlap_lse_forward(
     p_means: Tensor,
     p_variances: Tensor,
@@ -73,7 +60,7 @@ def overlap_lse_forward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     pair = Pair(make_side(p_means, p_variances), make_side(q_means, q_variances, q_log_weights))
-    rows, flat = pair.new(pair.n), _flattened(pair)
+    rows, flat = pair.new(pair.n), flattened(pair)
     offset = flat.new(1, dtype=torch.float64)
     _run(native.cuda_overlap_lse_forward, rows.device, *flat.arguments(), rows.data_ptr(), offset.data_ptr())
     saved = (rows, offset.expand(*pair.batch, 1).contiguous())
@@ -89,7 +76,7 @@ def overlap_lse_backward(grad: Tensor, tensors: Tensors, saved: Sequence[Tensor]
     _run(
         native.cuda_overlap_lse_backward,
         rows.device,
-        *_flattened(pair).arguments(),
+        *flattened(pair).arguments(),
         rows.data_ptr(),
         grad.data_ptr(),
         grad_p.pointers(),
@@ -243,5 +230,5 @@ def assign(
 ) -> Tensor:
     pair = Pair(make_side(p_means, p_variances), make_side(q_means, q_variances, q_log_weights))
     out = pair.new(pair.n, dtype=torch.int64)
-    _run(native.cuda_assign, out.device, *_flattened(pair).arguments(), out.data_ptr())
+    _run(native.cuda_assign, out.device, *flattened(pair).arguments(), out.data_ptr())
     return out

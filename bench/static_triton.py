@@ -1,0 +1,122 @@
+"""What the Triton kernels cost, compiled and taken apart like those of the built module: no GPU is needed.
+
+Every operator runs once on tensors of the CPU, where launches are written down in place of running; so what is compiled
+is what would be, with the same options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from . import static
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+SCALARS = {"float": torch.float32, "double": torch.float64}
+ALONE: tuple[tuple[int, ...], ...] = ((), ())
+SHARED = (((3,), ()), ((), (3,)), ((3, 1), (1, 2)))
+"""Batch shapes of p and q. A side that problems share has an index, and kernels a variant for it."""
+
+
+class Launch(NamedTuple):
+    """A kernel as it is launched: the types of its arguments, constants, and options of the compiler."""
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def launch_of(scalar: str, function: Any, values: dict[str, Any]) -> Launch:
+    """What triton makes of the arguments of a launch. Numbers are not specialised, or there would be more variants."""
+    options = {name: value for name, value in values.items() if name not in function.arg_names}
+    constants = {p.name: values[p.name] for p in function.params if p.is_constexpr or values[p.name] is None}
+    signature = {}
+    for parameter in function.params:
+        name, value = parameter.name, values[parameter.name]
+        if isinstance(value, int) and name not in constants and not parameter.do_not_specialize:
+            raise ValueError(f"{function.__name__}: {name} would be specialised")
+        signature[name] = (
+            "constexpr" if name in constants else TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+        )
+    flags = [name for name, value in constants.items() if value is True]
+    absent = [f"no {name}" for name, value in constants.items() if value is None and not name.endswith("index")]
+    name = f"triton {function.__name__}<{', '.join([scalar, *flags, *absent])}>"
+    return Launch(name, function, signature, constants, options)
+
+
+def launches(scalars: tuple[str, ...] = ("float", "double"), batches: tuple[Any, ...] = (ALONE,)) -> list[Launch]:
+    """Every launch of the backend on mixtures of these batch shapes, each variant of a kernel once.
+
+    Raises:
+        ImportError: there is no triton.
+    """
+    triton, backend = importlib.import_module("triton"), importlib.import_module("csdiv.backends.triton")
+    found: dict[str, Launch] = {}
+
+    def record(function: Any, *arguments: Any, grid: object, warmup: bool, **named: Any) -> None:
+        launch = launch_of(scalar, function, dict(zip(function.arg_names, arguments, strict=False)) | named)
+        found.setdefault(repr((launch.name, launch.signature, launch.constants)), launch)
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(triton.JITFunction, "run", record))
+        patches.enter_context(mock.patch.object(backend, "processors", return_value=static.PROCESSORS))
+        patches.enter_context(mock.patch.object(backend, "capturing", return_value=False))
+        patches.enter_context(mock.patch.object(backend, "current", return_value=contextlib.nullcontext()))
+        for scalar in scalars:
+            for p_batch, q_batch in batches:
+                call_every_operator(backend, p_batch, q_batch, SCALARS[scalar])
+    return list(found.values())
+
+
+def call_every_operator(backend: Any, p_batch: tuple[int, ...], q_batch: tuple[int, ...], dtype: torch.dtype) -> None:
+    """With all gradients, and with those of the weights alone."""
+    p, q = ([torch.ones(*b, *s, dtype=dtype) for s in ((2, 3), (2, 3), (2,))] for b in (p_batch, q_batch))
+    for weights in (True, False):
+        a, b = (side if weights else [*side[:2], None] for side in (p, q))
+        needs = [True, True, weights]
+        backend.cs_divergence_forward(*a, *b, needs + needs)
+        backend.log_overlap_forward(*a, *b, needs + needs)
+        backend.self_overlap_forward(*a, needs)
+        backend.overlap_lse_forward(*a[:2], *b, [True, True, *needs])
+    backend.log_overlap_forward(*p, *q, [False, False, True] * 2)
+    densities = backend.pairwise_forward(*p[:2], *q[:2])
+    backend.pairwise_backward(densities, (*p[:2], *q[:2]), [True] * 4)
+    backend.assign(*p[:2], *q)
+
+
+def compiled(launch: Launch, capability: int) -> static.Kernel:
+    """The kernel's machine code for a compute capability such as 90, taken apart."""
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    aligned = {
+        (k,): [["tt.divisibility", 16]] for k, kind in enumerate(launch.signature.values()) if kind.startswith("*")
+    }
+    source = compiler.ASTSource(launch.function, launch.signature, launch.constants, aligned)
+    binary = importlib.import_module("triton").compile(source, target=target, options=launch.options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(binary.asm["cubin"])
+        (kernel,) = static.kernels_of(cubin, f"sm_{capability}")
+    # Additions do not tell the elements where an architecture packs two of them.
+    loops = tuple(
+        loop._replace(elements=loop.counts["MUFU.RCP"] * (4 if loop.counts["MUFU.LG2"] else 1)) for loop in kernel.loops
+    )
+    return kernel._replace(name=launch.name, loops=loops, threads=32 * launch.options["num_warps"])
+
+
+def read(capability: int = 90, scalars: tuple[str, ...] = ("float", "double")) -> list[static.Kernel]:
+    """The kernels of problems without a batch.
+
+    Raises:
+        ImportError: there is no triton.
+    """
+    return [compiled(launch, capability) for launch in launches(scalars)]

@@ -1,0 +1,149 @@
+"""Gradients of sums over pairs, of one side at a time: its components are the columns, the other side's the rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csdiv.kernels.configurations import SWEEP_BLOCK_N, SWEEP_PROGRAMS, TILE_OPTIONS, cut
+from csdiv.kernels.device import (
+    FLAG_DIMS,
+    GROUP,
+    TILE,
+    approximate_exp2,
+    item_of,
+    padded_dim,
+    part_begin,
+    place,
+    tiles_of,
+)
+from csdiv.kernels.pack import Problem
+from csdiv.kernels.pair import delta_and_sum, exact_delta_and_sum, exact_pair_gradient, pair_gradient
+from csdiv.kernels.tile_logits import certified, tile_columns, tile_log2_densities, tile_rows, unit_of
+
+
+class Weights(NamedTuple):
+    """What the pair (i, j) weighs: factor_i 2^(log2_i + log2_j) times its density, or what is given."""
+
+    p_log2: Tensor | None = None  # (batch, padded n); -inf: counts nothing
+    p_factors: Tensor | None = None  # (batch, padded n); None: 1
+    given: Tensor | None = None  # (batch, n, m); pairs too far apart count nothing
+
+
+@triton.jit
+def shares(densities, p_log2, q_log2, factors, p_at, q_at):
+    """Of log2 densities [BLOCK_N, TILE], to which p_at and q_at broadcast. Rounded first as in the sums of rows."""
+    p_term, q_term = tl.load(p_log2 + p_at), tl.load(q_log2 + q_at)
+    weights = approximate_exp2(densities + q_term + p_term)
+    if factors is not None:
+        weights *= tl.load(factors + p_at)
+    infinity = float("inf")
+    return tl.where((densities == -infinity) | (p_term == -infinity) | (q_term == -infinity), 0.0, weights)
+
+
+@triton.jit
+def accumulate(sums, value):
+    tl.store(sums, tl.load(sums) + value)
+
+
+@triton.jit
+def sweep_dimensions(
+    weights, rows, row_flags, columns, column_flags, scales, dim, mean_sums, variance_sums, stride
+):  # fmt: skip
+    """Adds sum_i w u and sum_i w (u^2 - 1/c) of a tile to the sums of its columns, ``stride`` apart by dimensions."""
+    padded = padded_dim(dim)
+    for begin in range(0, dim, FLAG_DIMS):
+        row_flag, column_flag = tl.load(row_flags + begin // FLAG_DIMS), tl.load(column_flags + begin // FLAG_DIMS)
+        first, last = begin // GROUP, tl.minimum(begin + FLAG_DIMS, padded) // GROUP
+        if certified(row_flag, column_flag):
+            for group in range(first, last):
+                at = group * (2 * GROUP * TILE)
+                for k in tl.static_range(GROUP):
+                    d = group * GROUP + k
+                    delta, c = delta_and_sum(rows + at, columns + at, k)
+                    u, v = pair_gradient(delta, c)
+                    unit = tl.load(scales + padded + d).to(tl.float64)  # from the scaled dimension to the caller's
+                    accumulate(mean_sums + d * stride, tl.sum(weights * u, 0).to(tl.float64) * unit)
+                    accumulate(variance_sums + d * stride, tl.sum(weights * v, 0).to(tl.float64) * unit * unit)
+        else:
+            for group in range(first, last):
+                for k in range(GROUP):
+                    d, at = group * GROUP + k, group * (2 * GROUP * TILE) + k * TILE
+                    unit = tl.load(scales + padded + d)
+                    row_unit, column_unit = unit_of(row_flag, unit), unit_of(column_flag, unit)
+                    delta, c = exact_delta_and_sum(rows + at, columns + at, row_unit, column_unit)
+                    u, v = exact_pair_gradient(weights, delta, c)
+                    accumulate(mean_sums + d * stride, tl.sum(u, 0).to(tl.float64))
+                    accumulate(variance_sums + d * stride, tl.sum(v, 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["n", "m", "dim", "scale_stride", "parts"])
+def gradient_sweep_kernel(
+    row_values, row_flags, column_values, column_flags, scales, row_index, column_index,
+    p_log2, q_log2, factors, given, sums, n, m, dim, scale_stride, parts,
+    COLUMNS_OF_P: tl.constexpr, DIMENSIONS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """sums[b, part] = (2 padded dim + 1, padded m): of means, variances and weights of the columns, over a part of
+    the rows; zero before. DIMENSIONS: whether any but those of the weights are wanted."""
+    problem, column_tile, part = place(tiles_of(m), parts)
+    row_item, column_item = item_of(row_index, problem), item_of(column_index, problem)
+
+    row_tiles, padded = (n + BLOCK_N - 1) // BLOCK_N, padded_dim(dim)
+    rows_padded, stride = tiles_of(n).to(tl.int64) * TILE, tiles_of(m).to(tl.int64) * TILE
+    column = tl.arange(0, TILE) + column_tile * TILE
+    columns, flags_of_columns = tile_columns(column_values, column_flags, column_item, m, column_tile, dim)
+    scales += problem * scale_stride
+    sums += (problem * parts + part) * (2 * padded + 1) * stride + column
+    weight_sum = tl.zeros([TILE], tl.float64)
+    for row_tile in range(part_begin(row_tiles, parts, part), part_begin(row_tiles, parts, part + 1)):
+        first_row = row_tile * BLOCK_N
+        row = tl.arange(0, BLOCK_N) + first_row
+        rows, flags_of_rows = tile_rows(row_values, row_flags, row_item, n, first_row, dim, BLOCK_N)
+        densities = tile_log2_densities(rows, flags_of_rows, columns, flags_of_columns, scales, dim, BLOCK_N)
+        if given is not None:
+            at = (problem * n + row)[:, None] * m + column[None, :]
+            counts = (row < n)[:, None] & (column < m)[None, :] & (densities != -float("inf"))
+            weights = tl.load(given + at, mask=counts, other=0.0)
+        elif COLUMNS_OF_P:
+            p_at, q_at = (problem * stride + column)[None, :], (row_item * rows_padded + row)[:, None]
+            weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
+        else:
+            p_at, q_at = (problem * rows_padded + row)[:, None], (column_item * stride + column)[None, :]
+            weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
+        if tl.max((weights != 0).to(tl.int32)) > 0:
+            weight_sum += tl.sum(weights, 0).to(tl.float64)
+            if DIMENSIONS:
+                tile = (rows, flags_of_rows, columns, flags_of_columns)
+                sweep_dimensions(weights, *tile, scales, dim, sums, sums + padded * stride, stride)
+                tl.debug_barrier()  # before the next tile reads the sums
+    tl.store(sums + 2 * padded * stride, weight_sum)
+
+
+def launch_gradient_sweep(
+    problem: Problem, weights: Weights, processors: int, *, of_p: bool, dimensions: bool = True
+) -> Tensor:
+    """Sums over the pairs of each problem for every component of p, or of q: (batch, 2 padded dim + 1, padded).
+
+    Before factors: of means sum w (other mean - own) / c, of variances twice theirs, and of weights.
+    """
+    rows, columns = (problem.q, problem.p) if of_p else (problem.p, problem.q)
+    row_index, column_index = (problem.q_index, problem.p_index) if of_p else (problem.p_index, problem.q_index)
+    q_log2 = None if weights.p_log2 is None else problem.q.log2_weights
+    given = weights.given.mT.contiguous() if of_p and weights.given is not None else weights.given
+    block_n = SWEEP_BLOCK_N[problem.dtype]
+    column_tiles = problem.batch * (columns.padded // 128)
+    parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // block_n))
+    padded = -(-problem.dim // 4) * 4
+    shape = (problem.batch, parts, 2 * padded + 1, columns.padded)
+    sums = columns.values.new_zeros(shape, dtype=torch.float64)
+    if column_tiles:
+        sides = (rows.values, rows.flags, columns.values, columns.flags, problem.scale.scales, row_index, column_index)
+        arguments = (*sides, weights.p_log2, q_log2, weights.p_factors, given, sums)
+        sizes = (rows.n, columns.n, problem.dim, problem.scale.stride, parts)
+        flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "BLOCK_N": block_n}
+        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, *sizes, **flags, **TILE_OPTIONS)
+    return sums.sum(1) if parts > 1 else sums.squeeze(1)

@@ -1,0 +1,26 @@
+"""The rows of a pair: their parts added up."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from csdiv.kernels.configurations import OPTIONS
+from csdiv.kernels.device import LOG_2, place
+from csdiv.kernels.totals import log2_rows
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+def combine_rows_kernel(partials, rows, n, parts, BLOCK: tl.constexpr):
+    problem, block, _ = place((n + BLOCK - 1) // BLOCK, 1)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    row = log2_rows(partials + problem * parts * n, n, parts, i) * LOG_2
+    tl.store(rows + problem * n + i, row.to(rows.dtype.element_ty), mask=i < n)
+
+
+def launch_combine_rows(partials: Tensor, rows: Tensor) -> None:
+    """Sums ``partials`` (batch, parts, n) over the parts, into ``rows`` (batch, n) in nats."""
+    batch, parts, n = partials.shape
+    if rows.numel():
+        combine_rows_kernel[(batch * -(-n // 256),)](partials, rows, n, parts, BLOCK=256, **OPTIONS)

@@ -1,0 +1,345 @@
+"""The Triton backend without a GPU: interpreted, its kernels are held to the contract; compiled, they do not spill.
+
+The interpreter takes milliseconds for each tile, so these are the small ones of the cases that other backends are held
+to. Machine code is made in processes of their own, where kernels are not interpreted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import interpreter
+import pytest
+import test_bad_inputs
+import test_kernels_edges
+import torch
+from test_contract import BATCHES, CASES, DTYPES, INPUTS, SCALES, Case, P, Q, call, check, gradients_later, subsets
+from test_near_zero import near_copies
+from torch import Tensor
+
+import csdiv
+from csdiv import GaussianMixture, backends, testing
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+NAME = interpreter.NAME
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no triton")
+interpreted = pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason="no triton, or a GPU for it")
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of infinities and NaN
+
+
+@interpreted
+def test_the_interpreter_takes_part() -> None:
+    """Without it most of this file would be missing silently."""
+    assert backends.backend_status()[NAME].available
+
+
+# Of the cases of the contract: everything that the kernels see, less of what csdiv.backends.arrays does for all.
+FEW = ("cs_divergence", "component_log_overlap", "pairwise_log_overlap")
+TILES = [(1, 1, 1), (17, 33, 15)]
+
+
+def is_chosen(case: Case) -> bool:
+    plain = Case(case.entry)
+    if case == plain or (case == plain._replace(dtype=torch.float64)) or case.scale in SCALES:
+        return True
+    if (case.n, case.m, case.dim) in TILES:
+        return True
+    if case.entry not in FEW:
+        return False
+    subset = case == plain._replace(needs=case.needs)
+    return subset or case.batch in BATCHES[:6:2] + BATCHES[7:8] or case == plain._replace(structures=("points",) * 2)
+
+
+CHOSEN = [case for case in CASES if is_chosen(case)]
+
+
+@interpreted
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_contract(case: Case) -> None:
+    check(case, NAME)
+
+
+def test_the_chosen_cases_cover_the_kernels() -> None:
+    assert {case.entry for case in CHOSEN} == set(INPUTS)
+    for entry in FEW:
+        cases = [case for case in CHOSEN if case.entry == entry]
+        assert {case.needs for case in cases} >= set(subsets(INPUTS[entry]))
+        assert {case.dtype for case in cases} == set(DTYPES[:2])
+        assert {case.scale for case in cases} == {"plain", *SCALES}
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("entry", ["cs_divergence", "log_overlap", "self_overlap"])
+def test_contract_of_the_backward_pass(entry: str, dtype: torch.dtype) -> None:
+    with gradients_later():
+        check(Case(entry, dtype), NAME)
+
+
+# Tiles have 128 columns and 16 rows (4 of float64); flags are for 32 dimensions, a group has 4.
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case("cs_divergence", n=n, m=m, dim=2) for n, m in ((15, 127), (129, 16), (128, 1))),
+        *(Case("component_log_overlap", torch.float64, n, m, 3) for n, m in ((3, 129), (5, 128))),
+        *(Case("log_overlap", n=3, m=5, dim=dim) for dim in (4, 31, 33, 65)),
+        *(Case("pairwise_log_overlap", n=n, m=m, dim=1) for n, m in ((17, 129), (129, 2))),
+    ],
+    ids=str,
+)
+def test_contract_around_the_sizes_of_tiles(case: Case) -> None:
+    check(case, NAME)
+
+
+@interpreted
+@pytest.mark.parametrize(("entry", "wanted"), [("cs_divergence", ()), ("log_overlap", P + Q)])
+def test_columns_in_parts(entry: str, wanted: tuple[str, ...]) -> None:
+    """Two parts or more of the rows' sums, and of the sweeps; the same bits with gradients and without."""
+    p, q = (testing.random_mixture(k, 1, generator=torch.Generator().manual_seed(k)) for k in (3, 390))
+    cut = importlib.import_module("csdiv.kernels.configurations").cut
+    assert cut(interpreter.PROCESSORS * 16, 1, 390 // 128 + 1) == 2
+    test_kernels_edges.check(entry, NAME, p, q, wanted)
+    if wanted:
+        with_gradients = [side.map(lambda t: t.clone().requires_grad_()) for side in (p, q)]
+        assert torch.equal(call(entry, NAME)(p, q), call(entry, NAME)(*with_gradients))
+        assert torch.equal(q.assign(p, backend=NAME), q.assign(p, backend="reference"))
+
+
+@interpreted
+def test_parts_do_not_change_the_assignment_of_equal_ones() -> None:
+    q = GaussianMixture(torch.ones(520, 1), torch.ones(1, 1))
+    assert q.assign(torch.zeros(2, 1), backend=NAME).tolist() == [0, 0]
+    heavier = torch.zeros(520)
+    heavier[[200, 400]] = 1.0
+    q = GaussianMixture(torch.ones(520, 1), torch.ones(1, 1), heavier)
+    assert q.assign(torch.zeros(2, 1), backend=NAME).tolist() == [200, 200]
+
+
+@interpreted
+@pytest.mark.parametrize("exponents", [(-22, -22), (-21, 19), (19, 19), (20, -20), (21, 20)])
+def test_variances_around_the_limits_of_the_fast_form(exponents: tuple[int, int]) -> None:
+    test_kernels_edges.test_variances_around_the_limits_of_the_fast_form("component_log_overlap", exponents, NAME)
+
+
+@interpreted
+@pytest.mark.parametrize("distance", [2.0**28, 2.0**31, -(2.0**40)])
+def test_means_around_the_limits_of_the_fast_form(distance: float) -> None:
+    test_kernels_edges.test_means_around_the_limits_of_the_fast_form(1.0, distance, NAME)
+
+
+@interpreted
+@pytest.mark.parametrize("exponent", [-600, 600])
+def test_float64_far_from_one(exponent: int) -> None:
+    test_kernels_edges.test_float64_far_from_one(exponent, NAME)
+
+
+@interpreted
+def test_some_dimensions_fast_and_others_exact() -> None:
+    """A tile has flags for 32 dimensions each: these of one variance, those of variances a factor of 1e30 apart."""
+    p, q = test_kernels_edges.pair(5, 6, 40)
+    wild = torch.ones(40)
+    wild[35] = 1e15
+    q = GaussianMixture(q.means, torch.cat([q.variances[:3] * wild, q.variances[3:] / wild]), q.log_weights)
+    test_kernels_edges.check("log_overlap", NAME, p, q)
+
+
+@interpreted
+def test_shares_down_to_the_smallest_numbers() -> None:
+    test_kernels_edges.test_shares_down_to_the_smallest_numbers("component_log_overlap", 95.0, NAME)
+
+
+@pytest.fixture
+def canaries() -> Iterator[list[Tensor]]:
+    """Puts memory that nobody may write before and behind whatever is allocated for kernels; all of it so far."""
+    guards = list[Tensor]()
+
+    def padded(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(t: Tensor, *shape: Any, **options: Any) -> Tensor:
+            size = torch.Size(*shape) if isinstance(shape[0], Sequence) else torch.Size(shape)
+            whole = plain(t, (size.numel() + 128,), **options)
+            guards.extend(guard.fill_(77) for guard in (whole[:64], whole[-64:]))
+            return whole[64:-64].view(size)
+
+        return allocate
+
+    with contextlib.ExitStack() as patches:
+        for name in ("new_empty", "new_zeros"):
+            patches.enter_context(mock.patch.object(Tensor, name, padded(getattr(Tensor, name))))
+        yield guards
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 1), (5, 129, 2)])
+def test_nothing_is_written_beyond_the_outputs(
+    n: int, m: int, dim: int, dtype: torch.dtype, canaries: list[Tensor]
+) -> None:
+    p, q = (testing.random_mixture(k, dim, dtype=dtype).map(lambda t: t.clone().requires_grad_()) for k in (n, m))
+    leaves = [t for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
+    for entry in ("cs_divergence", "component_log_overlap", "pairwise_log_overlap"):
+        value = call(entry, NAME)(p, q)
+        torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+    q.assign(p, backend=NAME)
+    assert len(canaries) > 50
+    assert all(bool((guard == 77).all()) for guard in canaries)
+
+
+@interpreted
+@pytest.mark.parametrize(("item", "n", "tile", "dim"), [(0, 5, 0, 3), (3, 2**20, 8191, 1025), (2**20, 300, 2, 40)])
+def test_offsets_beyond_32_bits(item: int, n: int, tile: int, dim: int) -> None:
+    probe = importlib.import_module("triton_probes").tile_offsets
+    kernel = importlib.import_module("triton.runtime.interpreter").InterpretedFunction(probe)
+    values, flags = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    value_offsets, flag_offset = torch.zeros(128, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    kernel[(1,)](values, flags, value_offsets, flag_offset, item, n, tile, dim)
+    tiles = item * -(-n // 128) + tile
+    first = 4 * tiles * 256 * (-(-dim // 4) * 4)
+    assert value_offsets.tolist() == [first + 4 * k for k in range(128)]
+    assert flag_offset.item() == 4 * tiles * -(-dim // 32)
+
+
+BAD_INPUTS: list[tuple[Callable[..., None], dict[str, Any]]] = [
+    (test_bad_inputs.test_no_points, {}),
+    (test_bad_inputs.test_half_precision_is_computed_in_float32, {"dtype": torch.bfloat16}),
+    (test_bad_inputs.test_infinite_or_undefined_weight, {"value": float("inf")}),
+    *(
+        (test, {"dtype": torch.float32})
+        for test in (
+            test_bad_inputs.test_a_side_without_any_weight,
+            test_bad_inputs.test_negative_variance_gives_nan,
+            test_bad_inputs.test_zero_variance_is_a_point,
+            test_bad_inputs.test_infinite_variance_overlaps_with_nothing,
+            test_bad_inputs.test_means_far_apart,
+            test_bad_inputs.test_duplicated_components_are_one_with_the_merged_weight,
+        )
+    ),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("test", "arguments"), BAD_INPUTS, ids=lambda a: getattr(a, "__name__", ""))
+def test_bad_inputs(test: Callable[..., None], arguments: dict[str, Any]) -> None:
+    test(backend=NAME, **arguments)
+
+
+@interpreted
+@pytest.mark.parametrize("distance", [0.0, 1e-3])
+def test_cs_divergence_near_zero(distance: float) -> None:
+    p, q = near_copies(64, 20, distance)
+    exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
+    assert (csdiv.cs_divergence(p, q, backend=NAME).double() - exact).abs() <= 6e-6
+
+
+@interpreted
+def test_a_cold_capture_is_refused_until_warmup() -> None:
+    module, p = sys.modules[f"csdiv.backends.{NAME}"], testing.random_mixture(3, 2)
+    with mock.patch.object(module, "capturing", return_value=True), mock.patch.object(module, "loaded", set()):
+        with pytest.raises(RuntimeError, match=r"CUDA graph capture on cpu: call csdiv.warmup\('cpu'\) before it"):
+            csdiv.log_overlap(p, backend=NAME)
+        module.loaded.add(torch.device("cpu"))
+        csdiv.log_overlap(p, backend=NAME)
+
+
+# What the backend says where it cannot run
+
+
+def test_a_status_says_what_is_missing() -> None:
+    status = backends._triton_status.__wrapped__
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        assert status() == (False, "the package triton is not installed: pip install triton")
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):
+        assert not status().available
+    with mock.patch("importlib.util.find_spec"), mock.patch.object(torch.cuda, "is_available", return_value=True):
+        with mock.patch.object(torch.version, "hip", "6.0"):
+            assert "NVIDIA" in status().reason
+        capability = {"get_device_capability": lambda: (7, 5), "get_device_name": lambda: "T4"}
+        with mock.patch.multiple(torch.cuda, **capability), mock.patch.object(torch.version, "hip", None):
+            assert "8.0 or later is needed, T4 has 7.5" in status().reason
+
+
+def test_cpu_tensors_are_refused() -> None:
+    with (
+        mock.patch.dict(backends._STATUS, triton=lambda: backends.BackendStatus(True, "")),
+        pytest.raises(RuntimeError, match='backend "triton" computes on CUDA tensors, got cpu'),
+    ):
+        backends.resolve.__wrapped__("triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("available", "chosen"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")])
+def test_auto_on_a_gpu_takes_the_best_one(available: tuple[str, ...], chosen: str) -> None:
+    statuses = {name: (lambda name=name: backends.BackendStatus(name in available, "")) for name in ("cuda", "triton")}
+    with (
+        mock.patch.dict(backends._STATUS, statuses),
+        mock.patch.object(backends, "_missing_kernels", return_value=""),
+        mock.patch("importlib.import_module") as load,
+    ):
+        backends.resolve.__wrapped__("auto", torch.device("cuda"))
+    load.assert_called_once_with(f"csdiv.backends.{chosen}")
+
+
+def test_nothing_of_triton_is_imported_without_need() -> None:
+    code = "import csdiv, csdiv.kernels, sys; csdiv.backend_status(); print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ("False\n" if not torch.cuda.is_available() else done.stdout)
+
+
+# Machine code
+
+
+def compiled(capability: int, scalar: str, batches: str = "(static_triton.ALONE,)") -> list[dict[str, Any]]:
+    code = f"""if True:
+        import json
+        from bench import static, static_triton
+        launches = static_triton.launches(({scalar!r},), {batches})
+        print(json.dumps(static.records([static_triton.compiled(launch, {capability}) for launch in launches])))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+KERNELS = {
+    "scale_kernel", "pack_kernel", "row_sums_kernel", "combine_rows_kernel", "total_kernel", "cs_divergence_kernel",
+    "gradient_sweep_kernel", "pairwise_forward_kernel", "assign_kernel",
+}  # fmt: skip
+
+
+@needs_triton
+def test_what_an_element_costs_in_float32() -> None:
+    rows = compiled(90, "float")
+    assert {row["kernel"].removeprefix("triton ").split("<")[0] for row in rows} == KERNELS
+    assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
+    loops = [row for row in rows if "loop" in row]
+    assert {row["kernel"].removeprefix("triton ").split("<")[0] for row in loops} == {
+        "row_sums_kernel", "gradient_sweep_kernel", "pairwise_forward_kernel", "assign_kernel",
+    }  # fmt: skip
+    for row in loops:
+        limit = {"logits": 7.5, "gradients": 9.5}[row["loop"]]
+        assert row["instructions_per_element"] <= limit, row
+        assert row["special_per_element"] == {"logits": 0.5, "gradients": 1.0}[row["loop"]]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_kernel_compiles_without_local_memory() -> None:
+    """For three architectures, and with the variants of a batch for one of them."""
+    alone = [(80, "float"), (80, "double"), (90, "double"), (100, "float"), (100, "double")]
+    with ThreadPoolExecutor(2) as pool:
+        batches = pool.submit(compiled, 90, "float", "static_triton.SHARED")
+        found = list(pool.map(lambda kind: compiled(*kind), alone))
+    for rows in found:
+        assert {row["kernel"].removeprefix("triton ").split("<")[0] for row in rows} == KERNELS
+    for row in (row for rows in (*found, batches.result()) for row in rows):
+        assert row["local_memory_bytes"] == 0, row
+        assert row["registers"] <= 255, row
