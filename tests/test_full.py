@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import csdiv._C as _C
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 import csdiv
+import csdiv._C as _C
 from csdiv import GaussianMixture, backends, testing
 
 FULL = ("full", "tied full")
