@@ -311,6 +311,33 @@ _pairwise = _entry(
         at_once="none",
     )
 )
+_full_overlap_lse = _entry(
+    _OpPair(
+        lambda backend, needs, *t: (ops.full_overlap_lse_forward(*t, backend), []),
+        lambda backend, needs, grad, t, out: ops.full_overlap_lse_backward(grad, t, out[0], needs, backend),
+        reference.full_overlap_lse,
+        (2, 3, 2, 3, 1),
+        at_once="none",
+    )
+)
+_full_self_overlap = _entry(
+    _OpPair(
+        lambda backend, needs, *t: (*ops.full_self_overlap_forward(*t, backend), []),
+        lambda backend, needs, grad, t, out: ops.full_self_overlap_backward(grad, t, out, needs, backend),
+        reference.full_self_overlap,
+        (2, 3, 1),
+        at_once="none",
+    )
+)
+_full_pairwise = _entry(
+    _OpPair(
+        lambda backend, needs, *t: (ops.full_pairwise_forward(*t, backend), []),
+        lambda backend, needs, grad, t, out: ops.full_pairwise_backward(grad, t, needs, backend),
+        reference.full_pairwise,
+        (2, 3, 2, 3),
+        at_once="none",
+    )
+)
 
 
 def overlap_lse(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -336,6 +363,21 @@ def cs_divergence(backend: str, *tensors: Tensor | None) -> Tensor:
 def pairwise(backend: str, *tensors: Tensor | None) -> Tensor:
     """log N(μ_i; ν_j, S_i + T_j) for p_means, p_variances, q_means, q_variances."""
     return _pairwise(backend, *tensors)[0]
+
+
+def full_overlap_lse(backend: str, *tensors: Tensor) -> Tensor:
+    """ℓ_i for p_means, p_covariances, q_means, q_covariances, q_log_weights."""
+    return _full_overlap_lse(backend, *tensors)[0]
+
+
+def full_self_overlap(backend: str, *tensors: Tensor) -> Tensor:
+    """log V(p, p) for means, covariances, log_weights."""
+    return _full_self_overlap(backend, *tensors)[0]
+
+
+def full_pairwise(backend: str, *tensors: Tensor) -> Tensor:
+    """log N(μ_i; ν_j, S_i + T_j) for p_means, p_covariances, q_means, q_covariances."""
+    return _full_pairwise(backend, *tensors)[0]
 
 
 def _split(outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,8 @@ the promoted dtype; float16 and bfloat16, also under autocast, are computed and 
 the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
-"auto" depends on the device and the structure alone. Full covariances are computed by the reference.
+"auto" depends on the device, the structure and D alone. Full covariances, also against others, are computed in float64
+on CPU tensors with D ≤ 32, and rounded to the dtype at the end; elsewhere by the reference.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     Raises:
         ValueError: dimensions, batch shapes or devices that do not fit, or an unknown backend.
         RuntimeError: a backend asked for by name that cannot run here.
-        NotImplementedError: a native backend asked for by name under jvp, nested derivatives or a full covariance.
+        NotImplementedError: a native backend asked for by name under jvp and nested derivatives, or for a
+            full covariance that it does not have.
 
     Source: Kampa, Hasanbelliu, Principe, "Closed-form Cauchy–Schwarz PDF divergence for mixture of Gaussians",
     IJCNN 2011, with the self terms corrected (docs/math.md, section 5).
@@ -58,6 +60,10 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     p, q = _pair(p, q)
     if _takes_reference(backend, p, q):
         return reference.cs_divergence(_components(p), _components(q))
+    if _has_full(p, q):
+        wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
+        own = _self_overlap(wide_p, backend) + _self_overlap(wide_q, backend)
+        return (0.5 * own - _cross_overlap(wide_p, wide_q, backend)).to(p.dtype)
     return autograd.cs_divergence(backend, *_weighted(p), *_weighted(q))
 
 
@@ -93,10 +99,8 @@ def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "aut
         or a mean, else computed anew. Memory O((N + M) D). Raises: as :func:`cs_divergence`.
     """
     p, q = _pair(p, q)
-    if _takes_reference(backend, p, q):
-        return reference.overlap_lse(_components(p), _components(q))
-    value, offset = autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
-    return value if offset is None else _add_offset(value, offset)
+    value, offset = _rows(p, q, backend)
+    return (value if offset is None else value + offset).to(p.dtype)
 
 
 def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
@@ -109,6 +113,8 @@ def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto
     p, q = _pair(p, q)
     if _takes_reference(backend, p, q):
         return reference.pairwise_log_overlap(_components(p), _components(q))
+    if _has_full(p, q):
+        return autograd.full_pairwise(backend, *_matrices(p)[:2], *_matrices(q)[:2]).to(p.dtype)
     return autograd.pairwise(backend, *_unweighted(p), *_unweighted(q))
 
 
@@ -284,11 +290,8 @@ def cs_regularizer(
     codes, prior = _pair(codes, prior, "means", "prior")
     if prior_self_overlap is None:
         prior_self_overlap = _self_overlap(prior, backend)
-    if _takes_reference(backend, codes, prior):
-        cross = reference.overlap_lse(_components(codes), _components(prior)).double()
-    else:
-        value, offset = autograd.overlap_lse(backend, *_unweighted(codes), *_weighted(prior))
-        cross = value.double() if offset is None else value + offset
+    value, offset = _rows(codes, prior, backend)
+    cross = value.double() if offset is None else value + offset
     # −log V(q, p) + ½ log V(q, q) + ½ log V(p, p) in float64, where the scales that cancel cost no accuracy;
     # log V(q, q) = −½ Σ log 4πs, and −log V(q, p) misses ½ Σ (log s − capped).
     own = 0.25 * log_variances.sum(-1, dtype=torch.float64) - 0.5 * capped.sum(-1, dtype=torch.float64)
@@ -309,6 +312,8 @@ def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "a
     if _takes_reference(backend, codes, p):
         return reference.assign(_components(codes), _components(p))
     with torch.no_grad():
+        if _has_full(codes, p):
+            return ops.full_assign(*_matrices(codes)[:2], *_matrices(p), backend)
         return ops.assign(*_unweighted(codes), *_weighted(p), backend)
 
 
@@ -381,18 +386,39 @@ def _widen(p: GaussianMixture, dtype: torch.dtype | None = None) -> GaussianMixt
 
 
 def _takes_reference(backend: str, *sides: GaussianMixture) -> bool:
-    """Whether plain differentiable torch computes this call: asked for by name, or for a full covariance."""
+    """Whether plain differentiable torch computes this call: asked for by name, or for a full covariance without it."""
     backends.check_name(backend)
-    full = any(side.variances is None for side in sides)
-    if full and backend not in ("auto", "reference"):
-        raise NotImplementedError(f'backend "{backend}" has no full covariances: take backend="auto" or "reference"')
-    return full or backend == "reference"
+    if backend == "reference" or not _has_full(*sides):
+        return backend == "reference"
+    dim, limit = sides[0].dim, backends.MAX_FULL_DIM
+    if backend == "auto":
+        return sides[0].device.type != "cpu" or dim > limit
+    if backend != "cpu" or dim > limit:
+        have = "no full covariances" if backend != "cpu" else f"full covariances up to D = {limit}, got D = {dim}"
+        raise NotImplementedError(f'backend "{backend}" has {have}: take backend="auto" or "reference"')
+    return False
+
+
+def _has_full(*sides: GaussianMixture) -> bool:
+    return any(side.variances is None for side in sides)
+
+
+def _rows(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor | None]:
+    """ℓ_i: value, float64 where a covariance is full, and what is to be added in float64, if anything."""
+    if _takes_reference(backend, p, q):
+        return reference.overlap_lse(_components(p), _components(q)), None
+    if _has_full(p, q):
+        return autograd.full_overlap_lse(backend, *_matrices(p)[:2], *_matrices(q)), None
+    return autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
 
 
 def _cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V(p, q), (*batch,), in float64 where the backend has it."""
     if _takes_reference(backend, p, q):
         return reference.log_overlap(_components(p), _components(q))
+    if _has_full(p, q):
+        rows, _ = _rows(p, q, backend)
+        return reference.logsumexp(_add_log_weights(rows, _matrices(p)[2]), -1)
     value, offset = autograd.log_overlap(backend, *_weighted(p), *_weighted(q))
     return value if offset is None else value + offset
 
@@ -401,6 +427,8 @@ def _self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
     if _takes_reference(backend, p):
         return reference.log_overlap(_components(p), _components(p))
+    if _has_full(p):
+        return autograd.full_self_overlap(backend, *_matrices(p))
     value, offset = autograd.self_overlap(backend, *_weighted(p))
     return value if offset is None else value + offset
 
@@ -458,9 +486,9 @@ def _overlap_by_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -
         components = reference.neutralise(_components(p)._replace(log_weights=absent))
         rows, offset = reference.overlap_lse(components, _components(q)), None
     else:
-        rows, offset = autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
-    value = reference.channel_lse(p.log_weights, rows)
-    return value if offset is None else _add_offset(value, offset.mT)
+        rows, offset = _rows(p, q, backend)
+    value = reference.channel_lse(p.log_weights.to(rows.dtype), rows)
+    return (value if offset is None else value + offset.mT).to(p.dtype)
 
 
 def _components(p: GaussianMixture) -> reference.Components:
@@ -469,6 +497,12 @@ def _components(p: GaussianMixture) -> reference.Components:
         with torch.autocast(p.device.type, enabled=False):
             covariance = p.scale_tril @ p.scale_tril.mT
     return reference.Components(p.means, p.variances, covariance, p.log_weights)
+
+
+def _matrices(p: GaussianMixture) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, covariance matrices and log weights in float64, as the operators for full covariances take them."""
+    wide = _components(p.map(torch.Tensor.double))
+    return wide.means, reference.matrices(wide), reference.log_weights(wide)
 
 
 def _weighted(p: GaussianMixture) -> tuple[Tensor | None, ...]:
@@ -484,10 +518,6 @@ def _add_log_weights(value: Tensor, log_weights: Tensor | None) -> Tensor:
     if log_weights is None:
         return value
     return torch.where(log_weights == -math.inf, -math.inf, value + log_weights)
-
-
-def _add_offset(value: Tensor, offset: Tensor) -> Tensor:
-    return (value + offset).to(value.dtype)
 
 
 def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:

@@ -43,6 +43,7 @@ def _fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> 
 
 _P, _Q = "Tensor p_means, Tensor p_variances", "Tensor q_means, Tensor q_variances"
 _P_WEIGHTS, _Q_WEIGHTS = "Tensor? p_log_weights", "Tensor? q_log_weights"
+_FULL_PAIR = "Tensor p_means, Tensor p_covariances, Tensor q_means, Tensor q_covariances"
 
 
 def _fake_overlap_lse_forward(
@@ -251,3 +252,94 @@ def assign(
 ) -> Tensor:
     module = backends.resolve(backend, p_means.device)
     return module.assign(p_means, p_variances, q_means, q_variances, q_log_weights)
+
+
+def _fake_full_rows(
+    p_means: Tensor,
+    p_covariances: Tensor,
+    q_means: Tensor,
+    q_covariances: Tensor,
+    q_log_weights: Tensor,
+    backend: str,
+) -> Tensor:
+    batch = _batch(p_means, p_covariances[..., 0], q_means, q_covariances[..., 0], weights=[q_log_weights])
+    return p_means.new_empty(*batch, p_means.shape[-2])
+
+
+@_define(f"full_overlap_lse_forward({_FULL_PAIR}, Tensor q_log_weights, str backend) -> Tensor", _fake_full_rows)
+def full_overlap_lse_forward(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor, backend: str
+) -> Tensor:
+    module = backends.resolve(backend, p_means.device)
+    return module.full_overlap_lse_forward(p_means, p_covariances, q_means, q_covariances, q_log_weights)
+
+
+@_define(
+    "full_overlap_lse_backward(Tensor grad, Tensor[] tensors, Tensor rows, bool[] needs, str backend) -> Tensor[]",
+    lambda grad, tensors, rows, needs, backend: _fake_gradients(tensors, needs),
+)
+def full_overlap_lse_backward(
+    grad: Tensor, tensors: list[Tensor], rows: Tensor, needs: list[bool], backend: str
+) -> list[Tensor]:
+    return backends.resolve(backend, grad.device).full_overlap_lse_backward(grad, tensors, rows, needs)
+
+
+def _fake_full_self_overlap_forward(
+    means: Tensor, covariances: Tensor, log_weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    batch = _batch(means, covariances[..., 0], weights=[log_weights])
+    return means.new_empty(batch), means.new_empty(*batch, means.shape[-2])
+
+
+@_define(
+    "full_self_overlap_forward(Tensor means, Tensor covariances, Tensor log_weights, str backend) -> (Tensor, Tensor)",
+    _fake_full_self_overlap_forward,
+)
+def full_self_overlap_forward(
+    means: Tensor, covariances: Tensor, log_weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return backends.resolve(backend, means.device).full_self_overlap_forward(means, covariances, log_weights)
+
+
+@_define(
+    "full_self_overlap_backward(Tensor grad, Tensor[] tensors, Tensor[] saved, bool[] needs, str backend) -> Tensor[]",
+    lambda grad, tensors, saved, needs, backend: _fake_gradients(tensors, needs),
+)
+def full_self_overlap_backward(
+    grad: Tensor, tensors: list[Tensor], saved: list[Tensor], needs: list[bool], backend: str
+) -> list[Tensor]:
+    return backends.resolve(backend, grad.device).full_self_overlap_backward(grad, tensors, saved, needs)
+
+
+def _fake_full_pairwise_forward(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, backend: str
+) -> Tensor:
+    batch = _batch(p_means, p_covariances[..., 0], q_means, q_covariances[..., 0])
+    return p_means.new_empty(*batch, p_means.shape[-2], q_means.shape[-2])
+
+
+@_define(f"full_pairwise_forward({_FULL_PAIR}, str backend) -> Tensor", _fake_full_pairwise_forward)
+def full_pairwise_forward(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, backend: str
+) -> Tensor:
+    module = backends.resolve(backend, p_means.device)
+    return module.full_pairwise_forward(p_means, p_covariances, q_means, q_covariances)
+
+
+@_define(
+    "full_pairwise_backward(Tensor grad, Tensor[] tensors, bool[] needs, str backend) -> Tensor[]",
+    lambda grad, tensors, needs, backend: _fake_gradients(tensors, needs),
+)
+def full_pairwise_backward(grad: Tensor, tensors: list[Tensor], needs: list[bool], backend: str) -> list[Tensor]:
+    return backends.resolve(backend, grad.device).full_pairwise_backward(grad, tensors, needs)
+
+
+@_define(
+    f"full_assign({_FULL_PAIR}, Tensor q_log_weights, str backend) -> Tensor",
+    lambda *arguments: _fake_full_rows(*arguments).to(torch.int64),
+)
+def full_assign(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor, backend: str
+) -> Tensor:
+    module = backends.resolve(backend, p_means.device)
+    return module.full_assign(p_means, p_covariances, q_means, q_covariances, q_log_weights)

@@ -36,7 +36,7 @@ def pairwise_log_overlap(p: Components, q: Components) -> Tensor:
     if p.variances is not None and q.variances is not None:
         s, t = nan_if_negative(p.variances), nan_if_negative(q.variances)
         return _log_normal_diagonal(delta, s.unsqueeze(-2) + t.unsqueeze(-3))
-    return _log_normal_full(delta, _matrix(p).unsqueeze(-3) + _matrix(q).unsqueeze(-4))
+    return _log_normal_full(delta, matrices(p).unsqueeze(-3) + matrices(q).unsqueeze(-4))
 
 
 def overlap_lse(p: Components, q: Components) -> Tensor:
@@ -123,7 +123,7 @@ def nan_if_negative(variances: Tensor) -> Tensor:
     return torch.where(variances < 0, math.nan, variances)
 
 
-def _matrix(p: Components) -> Tensor:
+def matrices(p: Components) -> Tensor:
     """The covariances of p as matrices, (*batch, K or 1, D, D)."""
     if p.covariance is not None:
         return p.covariance

@@ -14,6 +14,11 @@ error of the pair's exponent, 4 eps S_ij, plus that of log V, 4 eps S; w adds a 
 4 eps Σ_ij r_ij |w_ij| (1 + S_ij + S), |w_ij| with δ²/c² + 1/c; it needs no tuning and holds for each element. A share
 below the smallest normal number may be flushed to zero, which adds Σ_ij min(r_ij, tiny) |w_ij|.
 
+With full covariances C = L Lᵀ, the computed factor is that of C + E, |E| ≤ eps F, F = |L||L|ᵀ (Higham, Accuracy and
+Stability of Numerical Algorithms, theorem 10.3), which changes δᵀC⁻¹δ by uᵀEu, u = C⁻¹δ, and log|C| by tr C⁻¹E. So in
+S_ij ½ |u|ᵀF|u| + ½ Σ |C⁻¹|∘F stands for ½ Σ δ²/c, and log L_dd² for log c; in |w| v = |C⁻¹|F|u| stands for |δ|/c, and
+½ (v vᵀ + |C⁻¹|F|C⁻¹|) for ½ (δ²/c² + 1/c). Where C is diagonal this is as above, but for ½ D in S_ij.
+
 An ``entry`` names what is computed: one of :data:`ENTRIES`.
 """
 
@@ -90,8 +95,13 @@ def eager(entry: str, p: GaussianMixture, q: GaussianMixture) -> Tensor:
 
     def pairs(p: GaussianMixture, q: GaussianMixture) -> Tensor:
         delta = p.means.unsqueeze(-2) - q.means.unsqueeze(-3)
-        c = _variances(p).unsqueeze(-2) + _variances(q).unsqueeze(-3)
-        return -0.5 * (delta * delta / c + c.log() + math.log(2.0 * math.pi)).sum(-1)
+        if p.variances is not None and q.variances is not None:
+            c = _variances(p).unsqueeze(-2) + _variances(q).unsqueeze(-3)
+            return -0.5 * (delta * delta / c + c.log() + math.log(2.0 * math.pi)).sum(-1)
+        factor = torch.linalg.cholesky(_covariances(p).unsqueeze(-3) + _covariances(q).unsqueeze(-4))
+        z = torch.linalg.solve_triangular(factor, delta.unsqueeze(-1), upper=False).squeeze(-1)
+        log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * ((z * z).sum(-1) + log_det + p.dim * math.log(2.0 * math.pi))
 
     def rows(p: GaussianMixture, q: GaussianMixture) -> Tensor:
         return torch.logsumexp(pairs(p, q) + _log_weights(q).unsqueeze(-2), -1)
@@ -175,7 +185,7 @@ def gradient_bands(
         total = total + _absolute(term, outer * (errors + term.shares.clamp(max=tiny)))
     if entry == "cs_regularizer":
         total = total + 0.25 * unit * (size.unsqueeze(-1) * _variances(p).log()).sum()
-    return list(torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True))
+    return [g.abs() for g in torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True)]
 
 
 def assert_within_budget(
@@ -255,14 +265,13 @@ def _terms(entry: str, p: GaussianMixture, q: GaussianMixture, scaled: bool) -> 
 
 @torch.no_grad()
 def _term(p: GaussianMixture, q: GaussianMixture, normalised: int, factor: float, log_scale: Tensor | None) -> _Term:
-    delta, c = _delta_and_sum(p, q)
-    squares = 0.5 * (delta * delta / c).sum(-1)
+    pairs = _pairs(p, q)
     if log_scale is None:
         log_scale = torch.tensor(-math.log(2.0 * math.pi), dtype=torch.float64)
     else:
         log_scale = log_scale[..., None, None, :]
-    logits = -squares - 0.5 * c.log().sum(-1)
-    sizes = squares + 0.5 * (c.log() - log_scale).abs().sum(-1)
+    logits = pairs.exponents - 0.5 * pairs.log_scales.sum(-1)
+    sizes = pairs.sizes + 0.5 * (pairs.log_scales - log_scale).abs().sum(-1)
     for count, weights in ((2, _log_weights(p).unsqueeze(-1)), (1, _log_weights(q).unsqueeze(-2))):
         if normalised >= count:
             logits, sizes = logits + weights.double(), sizes + weights.double().abs()
@@ -277,14 +286,16 @@ def _term(p: GaussianMixture, q: GaussianMixture, normalised: int, factor: float
 
 def _absolute(term: _Term, shares: Tensor) -> Tensor:
     """The function whose gradients are Σ shares |w|; see :func:`gradient_bands`."""
-    with torch.no_grad():
-        delta, c = _delta_and_sum(term.p, term.q)
-        shares = torch.where(shares == 0.0, 0.0, shares)
-        means = shares.unsqueeze(-1) * (delta.abs() / c).nan_to_num(posinf=0.0)
-        variances = shares.unsqueeze(-1) * 0.5 * ((delta / c) ** 2 + 1.0 / c).nan_to_num(posinf=0.0)
     p, q = term.p, term.q
+    with torch.no_grad():
+        pairs = _pairs(p, q)
+        shares = torch.where(shares == 0.0, 0.0, shares)
+        means = shares.unsqueeze(-1) * pairs.mean_sizes.nan_to_num(posinf=0.0)
+        event = 1 + pairs.spread_sizes.ndim - pairs.mean_sizes.ndim
+        spreads = _unsqueeze(shares, event) * pairs.spread_sizes.nan_to_num(posinf=0.0)
     value = (means * (p.means.unsqueeze(-2) + q.means.unsqueeze(-3))).sum()
-    value = value + (variances * (_variances(p).unsqueeze(-2) + _variances(q).unsqueeze(-3))).sum()
+    own = _variances if event == 1 else _absolute_covariances
+    value = value + (spreads * (own(p).unsqueeze(-1 - event) + own(q).unsqueeze(-2 - event))).sum()
     for count, side, dim in ((2, p, -1), (1, q, -2)):
         if term.normalised >= count and side.log_weights is not None:
             finite = torch.where(side.log_weights == -math.inf, 0.0, side.log_weights)
@@ -292,9 +303,36 @@ def _absolute(term: _Term, shares: Tensor) -> Tensor:
     return value
 
 
-def _delta_and_sum(p: GaussianMixture, q: GaussianMixture) -> tuple[Tensor, Tensor]:
-    delta = p.means.unsqueeze(-2) - q.means.unsqueeze(-3)
-    return delta.double(), _variances(p).double().unsqueeze(-2) + _variances(q).double().unsqueeze(-3)
+class _Pairs(NamedTuple):
+    """What the budget takes from every pair, float64; the first is of the diagonal formula and the full one alike."""
+
+    exponents: Tensor  # (*batch, N, M) −½ δᵀC⁻¹δ
+    sizes: Tensor  # (*batch, N, M) what S_ij has beside logarithms
+    log_scales: Tensor  # (*batch, N, M, D) log c or log L_dd²
+    mean_sizes: Tensor  # (*batch, N, M, D) |w| for the means
+    spread_sizes: Tensor  # (*batch, N, M, D) for variances, or (*batch, N, M, D, D) for covariances
+
+
+def _pairs(p: GaussianMixture, q: GaussianMixture) -> _Pairs:
+    delta = p.means.double().unsqueeze(-2) - q.means.double().unsqueeze(-3)
+    if p.variances is not None and q.variances is not None:
+        c = _variances(p).double().unsqueeze(-2) + _variances(q).double().unsqueeze(-3)
+        squares = 0.5 * (delta * delta / c).sum(-1)
+        return _Pairs(-squares, squares, c.log(), delta.abs() / c, 0.5 * ((delta / c) ** 2 + 1.0 / c))
+    c = _covariances(p).double().unsqueeze(-3) + _covariances(q).double().unsqueeze(-4)
+    factor = torch.linalg.cholesky(c)
+    inverse = torch.cholesky_inverse(factor)
+    solved = inverse @ delta.unsqueeze(-1)
+    size = factor.abs() @ factor.abs().mT
+    spread = inverse.abs() @ size
+    mean = spread @ solved.abs()
+    return _Pairs(
+        -0.5 * (delta * solved.squeeze(-1)).sum(-1),
+        0.5 * ((solved.abs() * (size @ solved.abs())).sum((-2, -1)) + (inverse.abs() * size).sum((-2, -1))),
+        2.0 * factor.diagonal(dim1=-2, dim2=-1).log(),
+        mean.squeeze(-1),
+        0.5 * (mean @ mean.mT + spread @ inverse.abs()),
+    )
 
 
 def _log_scale(p: GaussianMixture, q: GaussianMixture) -> Tensor:
@@ -305,9 +343,24 @@ def _log_scale(p: GaussianMixture, q: GaussianMixture) -> Tensor:
 
 
 def _variances(p: GaussianMixture) -> Tensor:
-    """(*batch, K, D)."""
-    assert p.variances is not None, "the budget is written for diagonal covariances"
+    """(*batch, K, D); of a full covariance its diagonal."""
+    if p.variances is None:
+        return _covariances(p).diagonal(dim1=-2, dim2=-1)
     return p.variances.expand(*p.variances.shape[:-2], p.num_components, p.dim)
+
+
+def _covariances(p: GaussianMixture) -> Tensor:
+    """(*batch, K, D, D)."""
+    if p.variances is not None:
+        return _variances(p).diag_embed()
+    covariance = p.covariance_matrix if p.scale_tril is None else p.scale_tril @ p.scale_tril.mT
+    assert covariance is not None
+    return covariance.expand(*covariance.shape[:-3], p.num_components, p.dim, p.dim)
+
+
+def _absolute_covariances(p: GaussianMixture) -> Tensor:
+    """Covariances whose gradients are sums of absolute values, up to their signs."""
+    return _covariances(p if p.scale_tril is None else p.map(torch.abs))
 
 
 def _log_weights(p: GaussianMixture) -> Tensor:

@@ -239,6 +239,76 @@ void cpu_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, co
   });
 }
 
+// The variances of both sides are covariances, see cpu.h.
+Problem<double> full_problem(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q) {
+  check(itemsize == sizeof(double), "full covariances are computed in double");
+  check(dim <= cpu::kMaxFullDim, "dim must be at most 32 for full covariances");
+  const auto problem = make_problem<double>(batch, dim, p, q);
+  for (const auto* side : {&problem.p, &problem.q}) check_sizes({side->batch, side->n, dim, dim});
+  return problem;
+}
+
+void cpu_full_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                                  Pointer rows, int threads) {
+  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
+  auto* const out = pointer<double>(rows, problem.rows() > 0);
+  const py::gil_scoped_release unlocked;
+  cpu::full_overlap_lse_forward(problem, out, threads);
+}
+
+void cpu_full_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                                   Pointer rows, Pointer grad_rows, const py::tuple& grad_p, const py::tuple& grad_q,
+                                   int threads) {
+  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
+  const auto* const values = pointer<const double>(rows, problem.rows() > 0);
+  const auto* const grads = pointer<const double>(grad_rows, problem.rows() > 0);
+  const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
+  const py::gil_scoped_release unlocked;
+  cpu::full_overlap_lse_backward(problem, values, grads, to_p, to_q, threads);
+}
+
+void cpu_full_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer rows, int threads) {
+  const Problem<double> problem = full_problem(itemsize, p[4].cast<int64_t>(), dim, p, p);
+  auto* const out = pointer<double>(rows, problem.rows() > 0);
+  const py::gil_scoped_release unlocked;
+  cpu::full_self_overlap_forward(problem, out, threads);
+}
+
+void cpu_full_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Pointer rows, Pointer grad_rows,
+                                    const py::tuple& grad, int threads) {
+  const Problem<double> problem = full_problem(itemsize, p[4].cast<int64_t>(), dim, p, p);
+  const auto* const values = pointer<const double>(rows, problem.rows() > 0);
+  const auto* const grads = pointer<const double>(grad_rows, problem.rows() > 0);
+  const auto to_p = side_gradients<double>(grad);
+  const py::gil_scoped_release unlocked;
+  cpu::full_self_overlap_backward(problem, values, grads, to_p, threads);
+}
+
+void cpu_full_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                               Pointer logits, int threads) {
+  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
+  auto* const out = pointer<double>(logits, problem.rows() > 0);
+  const py::gil_scoped_release unlocked;
+  cpu::full_pairwise_forward(problem, out, threads);
+}
+
+void cpu_full_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                                Pointer grad_logits, const py::tuple& grad_p, const py::tuple& grad_q, int threads) {
+  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
+  const auto* const grads = pointer<const double>(grad_logits, problem.rows() > 0);
+  const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
+  const py::gil_scoped_release unlocked;
+  cpu::full_pairwise_backward(problem, grads, to_p, to_q, threads);
+}
+
+void cpu_full_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                     Pointer assignment, int threads) {
+  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
+  auto* const out = pointer<int64_t>(assignment, problem.rows() > 0);
+  const py::gil_scoped_release unlocked;
+  cpu::full_assign(problem, out, threads);
+}
+
 }   // namespace
 }   // namespace csdiv
 
@@ -264,6 +334,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_pairwise_forward", &cpu_pairwise_forward);
   module.def("cpu_pairwise_backward", &cpu_pairwise_backward);
   module.def("cpu_assign", &cpu_assign);
+  module.attr("cpu_max_full_dim") = cpu::kMaxFullDim;
+  module.def("cpu_full_overlap_lse_forward", &cpu_full_overlap_lse_forward);
+  module.def("cpu_full_overlap_lse_backward", &cpu_full_overlap_lse_backward);
+  module.def("cpu_full_self_overlap_forward", &cpu_full_self_overlap_forward);
+  module.def("cpu_full_self_overlap_backward", &cpu_full_self_overlap_backward);
+  module.def("cpu_full_pairwise_forward", &cpu_full_pairwise_forward);
+  module.def("cpu_full_pairwise_backward", &cpu_full_pairwise_backward);
+  module.def("cpu_full_assign", &cpu_full_assign);
 #ifdef CSDIV_WITH_CUDA
   bind_cuda(module);
 #endif

@@ -27,6 +27,16 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         result.setdefault(name, []).append((*arguments, backend))
         return getattr(ops, name)(*arguments, backend)
 
+    def add_full(*pair: Tensor, q_log_weights: Tensor) -> None:
+        pm, pc, qm, qc, qw = (t.double() for t in (*pair, q_log_weights))
+        rows = add("full_overlap_lse_forward", pm, pc, qm, qc, qw)
+        add("full_overlap_lse_backward", rows.cos(), [pm, pc, qm, qc, qw], rows, [True, False, True, True, True])
+        own, terms = add("full_self_overlap_forward", qm, qc, qw)
+        add("full_self_overlap_backward", own.cos(), [qm, qc, qw], [own, terms], [True, True, False])
+        pairs = add("full_pairwise_forward", pm, pc, qm, qc)
+        add("full_pairwise_backward", pairs.cos(), [pm, pc, qm, qc], [True, True, False, True])
+        add("full_assign", pm, pc, qm, qc, qw)
+
     for t in samples():
         pm, pv, pw, qm, qv, qw = t
         for needs in ([False] * 5, [True, False, True, True, qw is not None]):
@@ -43,6 +53,8 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         pairs = add("pairwise_forward", pm, pv, qm, qv)
         add("pairwise_backward", pairs.cos(), [pm, pv, qm, qv], [True, True, False, True])
         add("assign", pm, pv, qm, qv, qw)
+        if backend in ("auto", "reference", "cpu"):
+            add_full(pm, pv.diag_embed(), qm, qv.diag_embed(), q_log_weights=torch.zeros(qm.shape[:-1]))
     return result
 
 

@@ -36,6 +36,7 @@ SIZES = [
     (5, 1103, 3),
     (277, 331, 1),
 ]
+FULL_SIZES = [(1, 1, 1), (7, 8, 3), (17, 65, 9), (130, 17, 2), (2, 1100, 2), (1100, 3, 2), (300, 280, 3), (5, 9, 32)]
 KINDS = ("plain", "-inf weights", "all -inf", "points", "1e±30", "far apart", "misaligned")
 BATCHES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((3,), ()),
@@ -99,6 +100,23 @@ def call_every_entry(
     q.assign(p, backend=backend)
 
 
+def call_every_entry_of_full_covariances(n: int, m: int, dim: int, needs: str) -> None:
+    for structure, batch in (("full", ()), ("tied full", (2,)), ("diagonal", (0,))):
+        sides = [
+            testing.random_mixture(n, dim, structure=structure, batch_shape=batch),
+            testing.random_mixture(m, dim, structure="full"),
+        ]
+        for name, side in zip("pq", sides, strict=True):
+            for t in side._tensors():
+                t.requires_grad_(name in needs)
+        values = [
+            entry(*sides, backend="cpu")
+            for entry in (csdiv.cs_divergence, csdiv.component_log_overlap, csdiv.pairwise_log_overlap)
+        ]
+        torch.autograd.backward(values, [torch.ones_like(value) for value in values])
+        sides[1].assign(sides[0], backend="cpu")
+
+
 def exercise() -> None:
     """What runs under the sanitizers; the results themselves are the contract's."""
     from csdiv import _C
@@ -119,6 +137,9 @@ def exercise() -> None:
                     call_every_entry(mixture("plain", n, dim, (), dtype), mixture(kind, m, dim, (), dtype), "pq")
             for p_batch, q_batch in BATCHES:
                 call_every_entry(mixture("plain", 5, 3, p_batch, dtype), mixture("plain", 19, 3, q_batch, dtype), "pq")
+        for k, (n, m, dim) in enumerate(FULL_SIZES):
+            torch.set_num_threads(1 + k % 2)
+            call_every_entry_of_full_covariances(n, m, dim, ("pq", "p", "q")[k % 3])
         print(isa)
 
 

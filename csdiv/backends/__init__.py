@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
+MAX_FULL_DIM = 32
+"""The largest D that "cpu" has full covariances for."""
 _NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 """Of each kind of device the backends that compute on it, the best one first."""
 

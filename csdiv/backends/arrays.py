@@ -18,7 +18,7 @@ class Side(NamedTuple):
     """One side as the kernels read it; the tensors are held so that their memory outlives the call."""
 
     means: Tensor  # (*own batch, K, D) contiguous
-    variances: Tensor  # (*own batch, K, D) contiguous
+    variances: Tensor  # (*own batch, K, D) contiguous; of a full side covariances, (*own batch, K, D, D)
     log_weights: Tensor | None  # (*own batch, K) contiguous; None: zeros
     own: torch.Size
 
@@ -29,6 +29,14 @@ def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = Non
     if log_weights is not None:
         log_weights = _filled(log_weights, shape[:-1])
     return Side(_filled(means, shape), _filled(variances, shape), log_weights, own)
+
+
+def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | None = None) -> Side:
+    own = _own_batch(means, covariances[..., 0], log_weights)
+    shape = own + means.shape[-2:]
+    if log_weights is not None:
+        log_weights = _filled(log_weights, shape[:-1])
+    return Side(_filled(means, shape), _filled(covariances, shape + shape[-1:]), log_weights, own)
 
 
 def _filled(t: Tensor, shape: torch.Size) -> Tensor:
@@ -98,7 +106,8 @@ class Gradients:
 
     def __init__(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> None:
         self._tensors = tensors
-        self._arrays = [torch.empty_like(side.means) if need else None for need in needs[:2]]
+        arrays = (side.means, side.variances)
+        self._arrays = [torch.empty_like(a) if need else None for a, need in zip(arrays, needs[:2], strict=True)]
         if len(needs) > 2:
             self._arrays.append(side.means.new_empty(side.means.shape[:-1]) if needs[2] else None)
 

@@ -5,6 +5,7 @@ Offers the functions of :mod:`csdiv.backends.reference`, where they are describe
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 import csdiv
 import csdiv._C as _C
-from csdiv.backends.arrays import Gradients, Pair, make_side, pointers
+from csdiv import reference
+from csdiv.backends.arrays import Gradients, Pair, make_full_side, make_side, pointers
 from csdiv.backends.reference import Tensors
 
 if os.getpid() == csdiv._PROCESS:
@@ -198,4 +200,88 @@ def assign(
     pair = Pair(make_side(p_means, p_variances), make_side(q_means, q_variances, q_log_weights))
     out = pair.new(pair.n, dtype=torch.int64)
     _C.cpu_assign(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def full_overlap_lse_forward(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    rows = pair.new(pair.n)
+    _C.cpu_full_overlap_lse_forward(*pair.arguments(), rows.data_ptr(), torch.get_num_threads())
+    return rows
+
+
+def full_overlap_lse_backward(grad: Tensor, tensors: Tensors, rows: Tensor, needs: list[bool]) -> list[Tensor]:
+    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
+    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    rows, grad = rows.contiguous(), grad.contiguous()
+    _C.cpu_full_overlap_lse_backward(
+        *pair.arguments(),
+        rows.data_ptr(),
+        grad.data_ptr(),
+        grad_p.pointers(),
+        grad_q.pointers(),
+        torch.get_num_threads(),
+    )
+    return grad_p.results() + grad_q.results()
+
+
+def full_self_overlap_forward(means: Tensor, covariances: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    p = make_full_side(means, covariances, log_weights)
+    rows = means.new_empty(p.means.shape[:-1])
+    _C.cpu_full_self_overlap_forward(
+        means.itemsize, means.shape[-1], pointers(p), rows.data_ptr(), torch.get_num_threads()
+    )
+    return reference.logsumexp(_weighted_rows(rows, log_weights), -1), rows
+
+
+def full_self_overlap_backward(
+    grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    p, (value, rows) = make_full_side(*tensors), saved
+    grads = Gradients(p, tensors, needs)
+    value = value.unsqueeze(-1)
+    shares = torch.where(value == -math.inf, 0.0, (_weighted_rows(rows, tensors[2]) - value).exp())
+    rows, grad_rows = rows.contiguous(), (grad.unsqueeze(-1) * shares).contiguous()
+    _C.cpu_full_self_overlap_backward(
+        rows.itemsize,
+        p.means.shape[-1],
+        pointers(p),
+        rows.data_ptr(),
+        grad_rows.data_ptr(),
+        grads.pointers(),
+        torch.get_num_threads(),
+    )
+    return grads.results()
+
+
+def _weighted_rows(rows: Tensor, log_weights: Tensor) -> Tensor:
+    """log a_i + ℓ_i, −inf for a weight of zero, whatever the row."""
+    return torch.where(log_weights == -math.inf, -math.inf, rows + log_weights)
+
+
+def full_pairwise_forward(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances))
+    out = pair.new(pair.n, pair.m)
+    _C.cpu_full_pairwise_forward(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def full_pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
+    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
+    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    grad = grad.contiguous()
+    _C.cpu_full_pairwise_backward(
+        *pair.arguments(), grad.data_ptr(), grad_p.pointers(), grad_q.pointers(), torch.get_num_threads()
+    )
+    return grad_p.results() + grad_q.results()
+
+
+def full_assign(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    out = pair.new(pair.n, dtype=torch.int64)
+    _C.cpu_full_assign(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
     return out

@@ -10,6 +10,10 @@ cancels in D_CS, the scale of log c and constants, to the offset, where it is no
 shape of the tensor. A forward function that takes ``needs`` returns gradients last, those of the sum of its values;
 where the values are scalars, every tensor that wants one must have all batch dimensions. Other gradients, and those
 that it was not asked for, are given by its backward function.
+
+Functions named ``full_…`` take ``*_covariances`` (*batch, K or 1, D, D) instead, symmetric, with D up to
+``csdiv.backends.MAX_FULL_DIM``, and weights that are always given; all is float64, and values are whole. These two have
+them: "reference" and "cpu".
 """
 
 from __future__ import annotations
@@ -127,6 +131,49 @@ def assign(
     return reference.assign(Components(p_means, p_variances), q)
 
 
+def full_overlap_lse_forward(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j), (*batch, N); NaN where a sum is not positive definite."""
+    return full_overlap_lse(p_means, p_covariances, q_means, q_covariances, q_log_weights)
+
+
+def full_overlap_lse_backward(grad: Tensor, tensors: Tensors, rows: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Gradients of Σ_i grad_i ℓ_i; equations (5) and (7). ``rows`` are the forward's values."""
+    return _gradients(full_overlap_lse, tensors, grad, needs)
+
+
+def full_self_overlap_forward(means: Tensor, covariances: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log V(p, p), (*batch,), and (*batch, N) for the backward pass."""
+    p = Components(means, None, covariances, log_weights)
+    return full_self_overlap(means, covariances, log_weights), reference.overlap_lse(p, p)
+
+
+def full_self_overlap_backward(
+    grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of Σ grad · log V(p, p); equation (6). ``saved`` is what the forward gave."""
+    return _gradients(full_self_overlap, tensors, grad, needs)
+
+
+def full_pairwise_forward(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:
+    """log N(μ_i; ν_j, S_i + T_j), (*batch, N, M)."""
+    return full_pairwise(p_means, p_covariances, q_means, q_covariances)
+
+
+def full_pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
+    """Gradients of Σ_ij grad_ij log N(μ_i; ν_j, S_i + T_j)."""
+    return _gradients(full_pairwise, tensors, grad, needs)
+
+
+def full_assign(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    """argmax_j of log b_j + log N(μ_i; ν_j, S_i + T_j), (*batch, N) int64; the lowest j of equal ones."""
+    q = Components(q_means, None, q_covariances, q_log_weights)
+    return reference.assign(Components(p_means, None, p_covariances), q)
+
+
 # The same quantities as one differentiable function of the tensors: for gradients here, for double backward and
 # forward-mode differentiation everywhere.
 
@@ -169,6 +216,23 @@ def cs_divergence(
 
 def pairwise(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor) -> Tensor:
     return reference.pairwise_log_overlap(Components(p_means, p_variances), Components(q_means, q_variances))
+
+
+def full_overlap_lse(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    q = Components(q_means, None, q_covariances, q_log_weights)
+    return reference.overlap_lse(Components(p_means, None, p_covariances), q)
+
+
+def full_self_overlap(means: Tensor, covariances: Tensor, log_weights: Tensor) -> Tensor:
+    p = Components(means, None, covariances, log_weights)
+    return reference.log_overlap(p, p)
+
+
+def full_pairwise(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:
+    p, q = Components(p_means, None, p_covariances), Components(q_means, None, q_covariances)
+    return reference.pairwise_log_overlap(p, q)
 
 
 def _gradients(function: Callable[..., Tensor], tensors: Tensors, grad: Tensor, needs: list[bool]) -> list[Tensor]:

@@ -79,4 +79,26 @@ void pairwise_backward(const Problem<T>& problem, const T* grad_logits, const Si
 template <class T>
 void assign(const Problem<T>& problem, int64_t* assignment, int threads);
 
+// Full covariances, dim at most kMaxFullDim: `variances`, also of gradients, are symmetric matrices (batch, n, dim,
+// dim), whose lower triangles are read. Nothing is left out of the values. A sum of two that is not positive definite
+// makes its pair NaN.
+void full_overlap_lse_forward(const Problem<double>& problem, double* rows, int threads);
+
+void full_overlap_lse_backward(const Problem<double>& problem, const double* rows, const double* grad_rows,
+                               const SideGradients<double>& grad_p, const SideGradients<double>& grad_q, int threads);
+
+// rows[b, i] = LSE over j >= i, where pairs j > i count twice; p and q are the same mixtures. Gradients of
+// sum_bi grad_rows[b, i] (log a_i + rows[b, i]).
+void full_self_overlap_forward(const Problem<double>& problem, double* rows, int threads);
+
+void full_self_overlap_backward(const Problem<double>& problem, const double* rows, const double* grad_rows,
+                                const SideGradients<double>& grad, int threads);
+
+void full_pairwise_forward(const Problem<double>& problem, double* logits, int threads);
+
+void full_pairwise_backward(const Problem<double>& problem, const double* grad_logits,
+                            const SideGradients<double>& grad_p, const SideGradients<double>& grad_q, int threads);
+
+void full_assign(const Problem<double>& problem, int64_t* assignment, int threads);
+
 }   // namespace csdiv::cpu

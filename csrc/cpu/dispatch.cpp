@@ -13,6 +13,7 @@ struct Isa {
   bool supported;
   TileKernels<float> f32;
   TileKernels<double> f64;
+  FullKernels full;
 };
 
 [[maybe_unused]] bool supports_baseline() {
@@ -32,7 +33,8 @@ struct Isa {
 
 // Widest last.
 const std::vector<Isa>& isas() {
-#define CSDIV_ISA_ENTRY(isa) {#isa, supports_##isa(), isa::tile_kernels_f32(), isa::tile_kernels_f64()},
+#define CSDIV_ISA_ENTRY(isa) \
+  {#isa, supports_##isa(), isa::tile_kernels_f32(), isa::tile_kernels_f64(), isa::full_kernels()},
   static const std::vector<Isa> all = {CSDIV_FOR_EACH_ISA(CSDIV_ISA_ENTRY)};
 #undef CSDIV_ISA_ENTRY
   return all;
@@ -60,6 +62,10 @@ const TileKernels<float>& tile_kernels() {
 template <>
 const TileKernels<double>& tile_kernels() {
   return selected().load(std::memory_order_relaxed)->f64;
+}
+
+const FullKernels& full_kernels() {
+  return selected().load(std::memory_order_relaxed)->full;
 }
 
 std::vector<std::string> compiled_isas() {

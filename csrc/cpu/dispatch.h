@@ -1,15 +1,17 @@
-// Picks the tile kernels at run time.
+// Picks the kernels at run time.
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "full_tile.h"
 #include "tile.h"
 
 namespace csdiv::cpu {
 
 template <class T>
 const TileKernels<T>& tile_kernels();
+const FullKernels& full_kernels();
 
 std::vector<std::string> compiled_isas();   // widest last
 std::string current_isa();

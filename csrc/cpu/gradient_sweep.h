@@ -37,10 +37,6 @@ struct SweepTile {
   int64_t diagonal(int64_t r) const { return first_row + r - first_column; }
 };
 
-// Which pairs are swept: all, or those with column >= row, of a mixture with itself, where the tiles on the diagonal
-// are for `fill` to cut.
-enum class Pairs { kAll, kUpperTriangle };
-
 // The weights of a tile. Given ones: fill(tile, weights) writes them and returns the mask of rows that have any. In the
 // only pass Fill is derived from this and offers more:
 //   start(groups): called first, with the number of column groups.

@@ -136,6 +136,14 @@ struct ExactPairSum : PairSum<T> {
   }
 };
 
+// grad exp(logit - log_normalizer), a pair's share of its row's gradient.
+template <class T>
+inline Vec<T> row_weight(Vec<T> logits, T log_normalizer, T grad) {
+  const bool empty = grad == 0 || log_normalizer == -T(__builtin_inf());
+  // No weight exceeds 1: what is above comes from rounding.
+  return empty ? Vec<T>{} : grad * exp<T>(minimum<T>(Vec<T>{}, logits - log_normalizer));
+}
+
 // w u and w (u^2 - 1/c), u = delta / c: the pair's share of the gradients to a mean and (twice) a variance.
 template <class T>
 struct PairGradient {

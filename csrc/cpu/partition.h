@@ -27,12 +27,10 @@ struct Partition {
   int64_t column_copies() const { return phases > 1 ? 1 : row_blocks; }
 };
 
-// Of `tiles` tiles of rows against all columns, for the sums of rows, of columns, or of both.
-template <class T>
-Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& packed, int64_t tiles, bool rows,
-                           bool columns) {
-  const int64_t n = std::min(problem.p.n, tiles * kTileRows), m = problem.q.n, stripes = packed.stripes();
-  const int64_t column_sums = problem.q.batch * stripes * (2 * problem.dim + 1) * packed.stride();
+// Of n rows in tiles against m columns in stripes, for the sums of rows, of columns, or of both. `column_sums`: how
+// many numbers one set of them has.
+inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t stripes, int64_t column_sums, bool rows,
+                                  bool columns) {
   Partition partition;
   if (!columns && tiles >= kCopies) {
     partition.row_blocks = std::min(tiles, kMaxBlocks);
@@ -48,10 +46,23 @@ Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& pa
   return partition;
 }
 
+// Of the first `tiles` tiles of rows against all columns.
+template <class T>
+Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& packed, int64_t tiles, bool rows,
+                           bool columns) {
+  const int64_t column_sums = problem.q.batch * packed.stripes() * (2 * problem.dim + 1) * packed.stride();
+  return choose_partition(std::min(problem.p.n, tiles * kTileRows), problem.q.n, tiles, packed.stripes(), column_sums,
+                          rows, columns);
+}
+
 // Blocks of tiles that a stripe is read for once where values are summed.
 inline int64_t value_blocks(int64_t tiles) {
   return std::max(ceil_div(tiles, kBlockTiles), std::min(tiles, kMaxBlocks));
 }
+
+// Which pairs are swept: all, or those with column >= row, of a mixture with itself, where the tiles on the diagonal
+// are for `fill` to cut.
+enum class Pairs { kAll, kUpperTriangle };
 
 // Part `k` of `parts` of 0 ... size - 1.
 struct Part {

@@ -141,10 +141,7 @@ template <class T>
 uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile, T* column_sums,
                  double* row_sums) {
   return weigh_rows(rows, columns, tile, column_sums, row_sums, [&](int64_t row, Vec<T> logits) {
-    const T grad = scale.grads[row], log_normalizer = scale.log_normalizers[row];
-    const bool empty = grad == 0 || log_normalizer == -T(__builtin_inf());
-    // No weight exceeds 1: what is above comes from rounding.
-    return empty ? Vec<T>{} : grad * exp<T>(minimum<T>(Vec<T>{}, logits - log_normalizer));
+    return row_weight<T>(logits, scale.log_normalizers[row], scale.grads[row]);
   });
 }
 

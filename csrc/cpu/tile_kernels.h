@@ -1,6 +1,7 @@
 // The tile kernels of each instruction set that was compiled in.
 #pragma once
 
+#include "full_tile.h"
 #include "isas.h"   // from CMake
 #include "tile.h"
 
@@ -8,6 +9,7 @@
   namespace csdiv::cpu::isa {             \
   TileKernels<float> tile_kernels_f32();  \
   TileKernels<double> tile_kernels_f64(); \
+  FullKernels full_kernels();             \
   }
 CSDIV_FOR_EACH_ISA(CSDIV_DECLARE_TILE_KERNELS)
 #undef CSDIV_DECLARE_TILE_KERNELS

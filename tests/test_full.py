@@ -1,0 +1,358 @@
+"""Full covariances, alone and against every other structure, on the backends that have them."""
+
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+import csdiv
+import csdiv._C as _C
+from csdiv import GaussianMixture, backends, testing
+
+FULL = ("full", "tied full")
+STRUCTURES = ("diagonal", "spherical", "tied diagonal", "tied spherical", *FULL)
+PAIRS = [pair for pair in itertools.product(STRUCTURES, STRUCTURES) if set(pair) & set(FULL)]
+ENTRIES = ("cs_divergence", "log_overlap", "self_overlap", "component_log_overlap", "pairwise_log_overlap")
+CHECKED = {"cpu": ENTRIES, "reference": ("component_log_overlap", "pairwise_log_overlap")}
+"""The entries of each backend; the reference makes the others of these."""
+NAMES = ("p_means", "p_spreads", "p_log_weights", "q_means", "q_spreads", "q_log_weights")
+UNUSED = {
+    "self_overlap": NAMES[3:],
+    "component_log_overlap": ("p_log_weights",),
+    "pairwise_log_overlap": ("p_log_weights", "q_log_weights"),
+}
+LANES = 8  # of the widest instruction set, in float64
+SIZES = [(1, 1), (2, LANES - 1), (3, LANES), (5, LANES + 1)]
+SEVERAL_TILES = [(31, 67), (2, 131), (131, 2)]  # and chunks of columns
+DIMS = (1, 2, 3, 5, 8, 9, 16, 32)
+BATCHES = [((3,), ()), ((), (3,)), ((2, 1), (1, 3)), ((0,), ()), ((1,), (2,))]
+
+
+class Case(NamedTuple):
+    entry: str
+    structures: tuple[str, str] = ("full", "full")
+    dtype: torch.dtype = torch.float32
+    n: int = 5
+    m: int = 11
+    dim: int = 3
+    batch: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    needs: tuple[str, ...] = NAMES
+    absent: bool = False  # whether every other component has weight zero
+
+    def __str__(self) -> str:
+        changed = [value for value, default in zip(self, Case(""), strict=True) if value != default]
+        return "-".join(str(value).removeprefix("torch.").replace(" ", "") for value in changed)
+
+    @property
+    def wanted(self) -> list[str]:
+        return [name for name in self.needs if name not in UNUSED.get(self.entry, ())]
+
+
+CASES = [
+    *(
+        Case(entry, pair, dtype)
+        for entry in ENTRIES
+        for pair in (PAIRS if entry != "self_overlap" else [("full", "full"), ("tied full", "full")])
+        for dtype in (torch.float32, torch.float64)
+    ),
+    *(Case(entry, dtype=torch.float64, n=n, m=m) for entry in ENTRIES for n, m in SIZES),
+    *(Case("component_log_overlap", dtype=torch.float64, n=n, m=m, dim=2) for n, m in SEVERAL_TILES),
+    Case("self_overlap", dtype=torch.float64, n=67, dim=2),
+    *(
+        Case("component_log_overlap", dtype=dtype, dim=d, n=3, m=9)
+        for d in DIMS
+        for dtype in (torch.float32, torch.float64)
+    ),
+    *(Case("cs_divergence", ("full", "diagonal"), dim=d, n=3, m=9) for d in DIMS),
+    *(Case(entry, ("tied full", "full"), n=3, m=4, batch=batch) for entry in ENTRIES for batch in BATCHES),
+    *(Case("component_log_overlap", needs=(name,)) for name in NAMES if name != "p_log_weights"),
+    *(Case("log_overlap", needs=tuple(n for n in NAMES if n != name)) for name in NAMES),
+    *(Case("pairwise_log_overlap", needs=(name,)) for name in ("p_means", "q_spreads")),
+    *(Case(entry, absent=True, dtype=torch.float64) for entry in ENTRIES),
+]
+
+
+def random_tensors(case: Case) -> list[Tensor]:
+    """Means, variances or factors, and log weights of both sides, float64 but of the dtype's values."""
+    g = torch.Generator().manual_seed(sum(map(ord, str(case))))
+    tensors = []
+    for size, structure, batch in zip((case.n, case.m), case.structures, case.batch, strict=True):
+        made = testing.random_mixture(
+            size, case.dim, batch_shape=batch, structure=structure, dtype=case.dtype, generator=g
+        )
+        spreads = made.variances if made.scale_tril is None else made.scale_tril
+        log_weights = made.log_weights.clone()
+        if case.absent:
+            log_weights[..., 1::2] = -math.inf
+        tensors += [made.means, spreads, log_weights]
+    return tensors
+
+
+def make_sides(case: Case, tensors: list[Tensor]) -> list[GaussianMixture]:
+    return [
+        GaussianMixture(means, scale_tril=spreads.tril(), log_weights=log_weights)
+        if structure in FULL
+        else GaussianMixture(means, spreads, log_weights)
+        for structure, (means, spreads, log_weights) in zip(case.structures, (tensors[:3], tensors[3:]), strict=True)
+    ]
+
+
+def call(entry: str, backend: str) -> Callable[..., Tensor]:
+    if entry == "self_overlap":
+        return lambda p, q: csdiv.log_overlap(p, backend=backend)
+    return lambda p, q: getattr(csdiv, entry)(p, q, backend=backend)
+
+
+def evaluate(case: Case, dtype: torch.dtype, function: Callable[..., Tensor]) -> Any:
+    """The sides, the value, its upstream gradient, and the wanted tensors with their gradients."""
+    named = dict(zip(NAMES, random_tensors(case), strict=True))
+    leaves = {name: t.to(dtype, copy=True).requires_grad_(name in case.wanted) for name, t in named.items()}
+    sides = make_sides(case, list(leaves.values()))
+    value = function(*sides)
+    grad = torch.randn(value.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(case.dtype)
+    wanted = [leaves[name] for name in case.wanted]
+    return sides, value, grad, wanted, torch.autograd.grad(value, wanted, grad.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [(case, backend) for backend, entries in CHECKED.items() for case in CASES if case.entry in entries],
+    ids=str,
+)
+def test_full_contract(case: Case, backend: str) -> None:
+    """Values and gradients are within the budget of csdiv.testing."""
+    formula = call(case.entry, "reference") if backend == "cpu" else lambda p, q: testing.eager(case.entry, p, q)
+    sides, exact, grad, leaves, exact_grads = evaluate(case, torch.float64, formula)
+    _, eager, _, _, eager_grads = evaluate(case, case.dtype, lambda p, q: testing.eager(case.entry, p, q))
+    _, actual, _, _, grads = evaluate(case, case.dtype, call(case.entry, backend))
+    assert actual.dtype == case.dtype
+    options = {"dtype": case.dtype, "scaled": backend == "cpu" and case.dtype == torch.float32}
+    testing.assert_within_budget(actual, eager, exact, testing.band(case.entry, *sides, **options))
+    bands = testing.gradient_bands(case.entry, *sides, grad, leaves, **options)
+    for name, a, e, x, band in zip(case.wanted, grads, eager_grads, exact_grads, bands, strict=True):
+        assert a.dtype == case.dtype
+        try:
+            testing.assert_within_budget(a, e.nan_to_num(), x.nan_to_num(), band)
+        except AssertionError as error:
+            raise AssertionError(f"gradient of {name}: {error}") from None
+
+
+def test_full_cases_cover_the_contract() -> None:
+    for entry in ENTRIES:
+        cases = [case for case in CASES if case.entry == entry]
+        assert {name for case in cases for name in case.wanted} == set(NAMES) - set(UNUSED.get(entry, ()))
+        if entry != "self_overlap":
+            assert {(case.structures, case.dtype) for case in cases} >= set(
+                itertools.product(PAIRS, (torch.float32, torch.float64))
+            )
+
+
+def test_full_limit_is_that_of_the_kernels() -> None:
+    assert _C.cpu_max_full_dim == backends.MAX_FULL_DIM
+
+
+def random_pair(n: int, m: int, dim: int, dtype: torch.dtype = torch.float64) -> list[GaussianMixture]:
+    g = torch.Generator().manual_seed(n)
+    return [testing.random_mixture(k, dim, structure="full", dtype=dtype, generator=g) for k in (n, m)]
+
+
+def test_full_above_the_limit_takes_the_reference_or_is_refused() -> None:
+    p, q = random_pair(3, 4, 33)
+    assert torch.equal(csdiv.cs_divergence(p, q), csdiv.cs_divergence(p, q, backend="reference"))
+    with pytest.raises(NotImplementedError, match=r"full covariances up to D = 32, got D = 33"):
+        csdiv.cs_divergence(p, q, backend="cpu")
+
+
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+@pytest.mark.parametrize("dim", [3, 11])
+def test_full_on_every_instruction_set(isa: str, dim: int) -> None:
+    p, q = random_pair(9, 21, dim)
+    expected = csdiv.pairwise_log_overlap(p, q, backend="reference")
+    before = _C.cpu_isa()
+    try:
+        _C.cpu_set_isa(isa)
+    except ValueError:
+        pytest.skip(f"this machine does not have {isa}")
+    try:
+        leaves = [t.requires_grad_() for t in (p.scale_tril, q.means)]
+        found = csdiv.pairwise_log_overlap(p, q, backend="cpu")
+        grads = torch.autograd.grad(found.cos().sum(), leaves)
+    finally:
+        _C.cpu_set_isa(before)
+    torch.testing.assert_close(found, expected)
+    reference = csdiv.pairwise_log_overlap(p, q, backend="reference").cos().sum()
+    torch.testing.assert_close(grads, torch.autograd.grad(reference, leaves))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("n", "m"), [(1003, 1000), (40, 3000), (3000, 40)])
+@pytest.mark.parametrize("entry", ["cs_divergence", "component_log_overlap", "pairwise_log_overlap"])
+def test_full_results_are_the_same_bits_for_any_number_of_threads(entry: str, n: int, m: int) -> None:
+    if entry != "component_log_overlap":
+        n, m = n // 4, m // 4
+    p, q = random_pair(n, m, 3)
+    leaves = [t.requires_grad_() for t in (p.means, p.scale_tril, q.means, q.scale_tril)]
+    runs = []
+    for count in (1, 2, 1, 2):
+        torch.set_num_threads(count)
+        value = call(entry, "cpu")(p, q)
+        runs.append([value, *torch.autograd.grad(value.sum(), leaves)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 16])
+def test_full_divergence_of_a_mixture_from_itself_is_zero(dim: int, dtype: torch.dtype) -> None:
+    p, _ = random_pair(40, 1, dim, dtype)
+    leaves = [t.requires_grad_() for t in p._tensors()]
+    value = csdiv.cs_divergence(p, p.map(torch.clone), backend="cpu")
+    assert value.abs() <= 1e-14
+    for g in torch.autograd.grad(value, leaves):
+        assert g.abs().max() <= 1e-6 if dtype == torch.float32 else g.abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("points", [True, False])
+def test_full_assign_takes_the_largest(points: bool) -> None:
+    x, q = random_pair(40, 70, 4)
+    logits = csdiv.pairwise_log_overlap(csdiv.functional.points(x.means) if points else x, q, backend="reference")
+    expected = (logits + q.log_weights).argmax(-1)
+    assert torch.equal(q.assign(x.means if points else x, backend="cpu"), expected)
+
+
+def test_full_log_prob_is_that_of_torch() -> None:
+    p, _ = random_pair(7, 1, 5)
+    x = torch.randn(30, 5, dtype=torch.float64)
+    components = MultivariateNormal(p.means, scale_tril=p.scale_tril).log_prob(x.unsqueeze(-2))
+    torch.testing.assert_close(p.log_prob(x, backend="cpu"), (components + p.log_weights).logsumexp(-1))
+
+
+@pytest.mark.parametrize("dim", [3, 9])
+def test_full_pair_that_is_not_positive_definite_is_nan(dim: int) -> None:
+    """Only that pair; and a component of weight zero spoils nothing."""
+    p, q = random_pair(5, 19, dim)
+    covariance = q.scale_tril @ q.scale_tril.mT
+    covariance[4] = -100.0 * torch.eye(dim)
+    covariance[9, 1, 0] = math.nan
+    bad = GaussianMixture._unchecked(means=q.means, covariance_matrix=covariance, log_weights=q.log_weights)
+    pairs = csdiv.pairwise_log_overlap(p, bad, backend="cpu")
+    spoilt = torch.zeros(19, dtype=torch.bool)
+    spoilt[[4, 9]] = True
+    assert bool(pairs[:, spoilt].isnan().all())
+    assert torch.equal(pairs[:, ~spoilt], csdiv.pairwise_log_overlap(p, q, backend="cpu")[:, ~spoilt])
+    assert bool(csdiv.component_log_overlap(p, bad, backend="cpu").isnan().all())
+    assert bool(csdiv.log_overlap(bad, p, backend="cpu").isnan())
+
+    without = bad.log_weights.masked_fill(spoilt, -math.inf)
+    absent = GaussianMixture._unchecked(means=q.means, covariance_matrix=covariance, log_weights=without)
+    leaves = [t.requires_grad_() for t in (absent.covariance_matrix, absent.means)]
+    value = csdiv.component_log_overlap(p, absent, backend="cpu").sum()
+    grads = torch.autograd.grad(value + csdiv.log_overlap(absent, p, backend="cpu"), leaves)
+    assert value.isfinite()
+    for g in grads:
+        assert bool(g.isfinite().all())
+        assert not g[spoilt].any()
+
+
+def test_negative_variance_against_a_full_covariance_is_nan() -> None:
+    p, q = random_pair(4, 5, 3)
+    negative = GaussianMixture(p.means, torch.tensor([[1.0, -1e-3, 1.0]]))
+    for value in (csdiv.cs_divergence(negative, q), csdiv.log_overlap(q, negative)):
+        assert bool(value.isnan())
+
+
+def test_full_without_any_weight_is_minus_infinity_with_zero_gradients() -> None:
+    p, q = random_pair(4, 5, 3)
+    nothing = GaussianMixture(q.means, scale_tril=q.scale_tril, log_weights=torch.full((5,), -math.inf))
+    leaves = [t.requires_grad_() for t in (p.means, p.scale_tril, q.means, q.scale_tril)]
+    value = csdiv.log_overlap(p, nothing)
+    assert value == -math.inf
+    assert not any(g.any() for g in torch.autograd.grad(value, leaves))
+
+
+LARGE = """
+import resource, torch, csdiv
+from csdiv import testing
+def measure(n):
+    p, q = (testing.random_mixture(n, 8, structure="full").map(lambda t: t.requires_grad_()) for _ in range(2))
+    csdiv.component_log_overlap(p, q, backend="cpu").sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = measure(10)
+print(measure(3000) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in KiB is Linux's")
+def test_full_covariances_take_memory_for_components_alone() -> None:
+    """16 times the inputs in float64 at most; one matrix of pairs would be 69 MiB, their covariances 4.3 GiB."""
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) <= 16 * 2 * 3000 * (8 * 8 + 8 + 1) * 8 / 1024
+
+
+def entry_of_tensors(backend: str = "auto") -> Callable[..., Tensor]:
+    def divergence(pm: Tensor, pr: Tensor, qm: Tensor, qr: Tensor, qw: Tensor) -> Tensor:
+        p = GaussianMixture(pm, scale_tril=pr.tril())
+        return csdiv.cs_divergence(p, GaussianMixture(qm, scale_tril=qr.tril(), log_weights=qw), backend=backend)
+
+    return divergence
+
+
+def leaves_of_pair(*batch: int) -> list[Tensor]:
+    p, q = (side.map(lambda t: t.expand(*batch, *t.shape).clone()) for side in random_pair(2, 3, 2))
+    return [t.requires_grad_() for t in (p.means, p.scale_tril, q.means, q.scale_tril, q.log_weights)]
+
+
+def test_full_pairs_pass_gradcheck() -> None:
+    p, q = random_pair(2, 3, 2)
+    leaves = [t.requires_grad_() for t in (p.means, p.scale_tril, q.means, q.scale_tril)]
+
+    def pairs(pm: Tensor, pr: Tensor, qm: Tensor, qr: Tensor) -> Tensor:
+        sides = GaussianMixture(pm, scale_tril=pr.tril()), GaussianMixture(qm, covariance_matrix=qr @ qr.mT)
+        return csdiv.pairwise_log_overlap(*sides, backend="cpu")
+
+    assert torch.autograd.gradcheck(pairs, leaves)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_full_compiles_without_a_graph_break(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(entry_of_tensors(), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    leaves = leaves_of_pair()
+    value, expected = compiled(*leaves), entry_of_tensors("reference")(*leaves)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_full_under_vmap_and_jvp() -> None:
+    batched, one = leaves_of_pair(4), leaves_of_pair()
+    with torch.no_grad():
+        batched[0] += torch.randn(4, 2, 2, dtype=torch.float64)
+    arguments = (batched[0].detach(), *(t.detach() for t in one[1:]))
+    in_dims = (0, None, None, None, None)
+    function = entry_of_tensors("cpu")
+    expected = [function(row, *arguments[1:]) for row in arguments[0]]
+    torch.testing.assert_close(torch.vmap(function, in_dims)(*arguments), torch.stack(expected))
+    grads = torch.vmap(torch.func.grad(function, (0, 3)), in_dims)(*arguments)
+    for k, row in enumerate(arguments[0]):
+        expected = torch.func.grad(function, (0, 3))(row, *arguments[1:])
+        torch.testing.assert_close(tuple(g[k] for g in grads), expected)
+    single = (arguments[0][0], *arguments[1:])
+    _, tangent = torch.func.jvp(entry_of_tensors(), single, tuple(map(torch.ones_like, single)))
+    gradient = torch.func.grad(function, tuple(range(5)))(*single)
+    torch.testing.assert_close(tangent, sum(g.sum() for g in gradient))
+    with pytest.raises(NotImplementedError, match='backend "cpu" has no forward-mode'):
+        torch.func.jvp(function, single, tuple(map(torch.ones_like, single)))
