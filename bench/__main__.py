@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         for found in scaling.run(options.rounds):
             print(measure.markdown(found), flush=True)
             records += found
-            write(options.output, info, records)
+            write(options.output, info, records, memory=[])
         more = {"memory": [scaling.memory()]}
         print(more["memory"])
     else:
