@@ -123,7 +123,7 @@ def draw_both_directions(left: Axes, right: Axes, records: list[Record]) -> None
     right.set_yticks([])
     names = [name for name in COLOURS if any(r["provider"] == name for r in records) and not name.startswith("csdiv")]
     handles = [right.plot([], [], "o", color=COLOURS[name], label=name)[0] for name in names]
-    right.legend(handles=handles, frameon=False, fontsize=7, loc="lower right")
+    right.figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=len(names))
 
 
 FIGURES: dict[str, tuple[float, Any]] = {
