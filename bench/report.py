@@ -54,7 +54,7 @@ def draw_scaling(time: Axes, memory: Axes, records: list[Record]) -> None:
                 memory.plot(r["components"], memory.get_ylim()[1], "x", color=COLOURS[name], markersize=8)
     time.set(xscale="log", yscale="log", xlabel="components K", ylabel="ms, forward + backward")
     memory.set(xscale="log", yscale="log", xlabel="components K", ylabel="extra memory, MiB")
-    time.set_title("256 rows against K components, D = 16", fontsize=9)
+    time.set_title("256 rows against K components, D = 16; ×: not enough memory", fontsize=9)
     memory.set_title("beside inputs and gradients", fontsize=9)
     time.legend(frameon=False, fontsize=7)
 
