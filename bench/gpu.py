@@ -85,7 +85,7 @@ def cases(names: list[str] | None) -> list[Case]:
 
 
 def providers(case: Case) -> list[Provider]:
-    """csdiv's backends that can run here, and every peer that is installed and has the memory for the case."""
+    """csdiv's backends that can run here, and every peer that is installed."""
     everyone: list[Provider] = [Csdiv(name) for name in ("cuda", "triton") if name in csdiv.available_backends()]
     everyone += [Naive(module) for module in sorted(NAIVE.glob("_C.*"))[:1]]
     everyone.append(ChunkedEager(chunk_bytes=2**28))
