@@ -18,7 +18,7 @@ struct FullRows {
 
 // A warp for some rows and a part of their columns.
 template <int kWidth>
-__global__ void __launch_bounds__(kThreads, kWidth <= 8 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kWidth < 32 ? 2 : 1)
     full_forward_kernel(const __grid_constant__ FullRows rows) {
   CSDIV_SHARED(FullShared<kWidth>, shared);
   using Pair = FullPair<kWidth>;
@@ -26,17 +26,19 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 8 ? 2 : 1)
   const Side<double>&p = rows.problem.p, &q = rows.problem.q;
   const int64_t dim = rows.problem.dim, tiles = ceil_div(p.n, kRows);
   const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  const int64_t its_part = warp % rows.parts, tile = warp / rows.parts % tiles, b = warp / rows.parts / tiles;
+  const int its_part = int(warp % rows.parts), tile = int(warp / rows.parts % tiles),
+            b = int(warp / rows.parts / tiles);
   if (b >= rows.problem.batch) return;
-  const int64_t row = tile * kRows + threadIdx.x % kWarp / Pair::kLanes;
+  const int row = tile * kRows + int(threadIdx.x) % kWarp / Pair::kLanes;
   const int64_t i = p.item(b) * p.n + (row < p.n ? row : p.n - 1), item = q.item(b);
   Pair pair(int(dim), p.means + i * dim, p.variances + i * dim * dim, shared.own());
   const bool writes = row < p.n && threadIdx.x % Pair::kLanes == 0;
-  const int64_t first = rows.self ? tile * kRows : 0;
+  const int first = rows.self ? tile * kRows : 0;
   const Part columns = part(q.n - first, rows.parts, its_part);
   LogSum<double, double> sum;
   Best<double> best;
-  for (int64_t j = first + columns.begin; j < first + columns.end; ++j) {
+#pragma unroll 1
+  for (int j = first + columns.begin; j < first + columns.end; ++j) {
     const int64_t k = item * q.n + j;
     double logit = log2_weight(q, item, j);
     if (logit != -INFINITY) logit += pair.log2_density(q.means + k * dim, q.variances + k * dim * dim, false);

@@ -168,11 +168,13 @@ class GroupPair {
   // All lanes of the warp call it together. Without `invert` columns are dropped once they have been eliminated.
   CSDIV_DEVICE double log2_density(const double* mean, const double* covariance, bool invert) {
     const bool has_row = lane_ < dim_;
+    int dim = dim_;
+    forget(dim);   // or both components would stay in registers
     right_ = has_row ? mean_[lane_] - mean[lane_] : 0;
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) {   // symmetric: column c is row c
-      const int at = c * dim_ + lane_;
-      row_[c] = has_row && c < dim_ ? covariance_[at] + covariance[at] : 0;
+      const int at = c * dim + lane_;
+      row_[c] = has_row && c < dim ? covariance_[at] + covariance[at] : 0;
     }
     Determinant determinant;
     double quadratic = 0;
@@ -195,7 +197,7 @@ class GroupPair {
       const int live = invert ? kWidth : dim_ - k;
 #pragma unroll
       for (int c = 0; c < kWidth; c += 2) {
-        if (c / 8 * 8 >= live) continue;
+        if (c % 8 == 0 && c >= live) break;
         double pivots[2];
         load(pivot_row + c, pivots);
         if (c > 0) row_[c - 1] = row_[c] - factor * pivots[0];
