@@ -346,8 +346,8 @@ def _add_log_weights(value: Tensor, log_weights: Tensor | None) -> Tensor:
 def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:
     """Loads the kernels onto a device, so that no later call waits for it and CUDA graphs can be captured.
 
-    Every operator and its gradients are called once on tiny mixtures, in float32 and float64, and with full covariances. The time of the first
-    call goes from milliseconds to microseconds; results do not change.
+    Every operator and its gradients are called once on tiny mixtures, in float32 and float64, and with full
+    covariances. The time of the first call goes from milliseconds to microseconds; results do not change.
 
     Args:
         device: for example "cuda" or "cuda:1"; by default the current CUDA device if there is any, else the CPU.

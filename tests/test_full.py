@@ -34,7 +34,7 @@ UNUSED = {
 LANES = 8  # of the widest instruction set, in float64
 SIZES = [(1, 1), (2, LANES - 1), (3, LANES), (5, LANES + 1)]
 SEVERAL_TILES = [(31, 67), (2, 131), (131, 2)]  # and chunks of columns
-DIMS = (1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 31, 32)
+DIMS = (1, 2, 3, 4, 5, 6, 8, 9, 16, 31, 32)
 BATCHES = [((3,), ()), ((), (3,)), ((2, 1), (1, 3)), ((0,), ()), ((1,), (2,))]
 
 
@@ -124,9 +124,18 @@ def evaluate(case: Case, dtype: torch.dtype, function: Callable[..., Tensor]) ->
     return sides, value, grad, wanted, torch.autograd.grad(value, wanted, grad.to(dtype))
 
 
+def is_checked(case: Case, backend: str) -> bool:
+    """Whether a backend is held to the case: the emulation to as many as tell it anything new, as it is slow."""
+    if backend == emulation.NAME:
+        repeated = case.dtype == torch.float32 and case.dim > 9
+        if repeated or not set(case.structures) <= {*FULL, "diagonal"}:
+            return False
+    return case.entry in CHECKED[backend]
+
+
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [(case, backend) for backend, entries in CHECKED.items() for case in CASES if case.entry in entries],
+    [(case, backend) for backend in CHECKED for case in CASES if is_checked(case, backend)],
     ids=str,
 )
 def test_full_contract(case: Case, backend: str) -> None:
