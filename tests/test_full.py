@@ -72,6 +72,20 @@ CASES = [
     ),
     *(Case("cs_divergence", ("full", "diagonal"), dim=d, n=3, m=9) for d in DIMS),
     *(Case(entry, ("tied full", "full"), n=3, m=4, batch=batch) for entry in ENTRIES for batch in BATCHES),
+    *(
+        Case("component_log_overlap", pair, torch.float64, n=3, m=4, batch=batch)
+        for pair in (("points", "full"), ("tied full", "tied full"))
+        for batch in BATCHES
+    ),
+    *(Case("component_log_overlap", ("points", "full"), torch.float64, dim=d, n=6, m=9) for d in DIMS),
+    *(Case("component_log_overlap", ("tied diagonal", "full"), torch.float64, n, m, 2) for n, m in SEVERAL_TILES),
+    *(Case(entry, ("points", t)) for entry in ("component_log_overlap", "pairwise_log_overlap") for t in FULL),
+    *(Case("log_overlap", (s, "points"), torch.float64) for s in FULL),
+    *(Case("component_log_overlap", ("points", "full"), needs=(n,)) for n in NAMES if n != "p_log_weights"),
+    *(
+        Case("pairwise_log_overlap", ("tied full", "full"), torch.float64, needs=(n,))
+        for n in ("p_spreads", "q_spreads")
+    ),
     *(Case("component_log_overlap", needs=(name,)) for name in NAMES if name != "p_log_weights"),
     *(Case("log_overlap", needs=tuple(n for n in NAMES if n != name)) for name in NAMES),
     *(Case("pairwise_log_overlap", needs=(name,)) for name in ("p_means", "q_spreads")),
@@ -200,11 +214,26 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("n", "m"), [(1003, 1000), (40, 3000), (3000, 40)])
-@pytest.mark.parametrize("entry", ["cs_divergence", "component_log_overlap", "pairwise_log_overlap"])
-def test_full_results_are_the_same_bits_for_any_number_of_threads(entry: str, n: int, m: int) -> None:
+@pytest.mark.parametrize(
+    ("entry", "structures"),
+    [
+        ("cs_divergence", ("full", "full")),
+        ("component_log_overlap", ("full", "full")),
+        ("pairwise_log_overlap", ("full", "full")),
+        ("component_log_overlap", ("tied full", "full")),
+        ("component_log_overlap", ("tied full", "tied full")),
+    ],
+)
+def test_full_results_are_the_same_bits_for_any_number_of_threads(
+    entry: str, structures: tuple[str, str], n: int, m: int
+) -> None:
     if entry != "component_log_overlap":
         n, m = n // 4, m // 4
-    p, q = random_pair(n, m, 3)
+    g = torch.Generator().manual_seed(n)
+    p, q = (
+        testing.random_mixture(k, 3, structure=s, dtype=torch.float64, generator=g)
+        for k, s in zip((n, m), structures, strict=True)
+    )
     leaves = [t.requires_grad_() for t in (p.means, p.scale_tril, q.means, q.scale_tril)]
     runs = []
     for count in (1, 2, 1, 2):
@@ -266,6 +295,51 @@ def test_full_pair_that_is_not_positive_definite_is_nan(dim: int) -> None:
     for g in grads:
         assert bool(g.isfinite().all())
         assert not g[spoilt].any()
+
+
+@pytest.mark.parametrize("structure", ["full", "tied full"])
+def test_full_against_points_and_weightless_components_spoil_nothing(structure: str) -> None:
+    """In q and in p, in values and in gradients."""
+    p, q = (testing.random_mixture(k, 3, structure=s, dtype=torch.float64) for k, s in ((5, "points"), (19, structure)))
+    for mixture, other, backend in ((q, p, "cpu"), (p, q, "cpu")):
+        bad = mixture.map(torch.clone)
+        bad.log_weights[2] = -math.inf
+        good = bad.map(torch.clone)
+        bad.means[2] = math.nan
+        leaves = [
+            t.requires_grad_() for t in (other.means, bad.means, q.scale_tril if mixture is p else bad.scale_tril)
+        ]
+        value = csdiv.log_overlap(bad, other, backend=backend)
+        torch.testing.assert_close(value, csdiv.log_overlap(good, other, backend="reference"))
+        assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(value, leaves))
+    rows = csdiv.component_log_overlap(bad, q, backend="cpu")
+    assert rows.isnan().nonzero().tolist() == [[2]]
+
+
+@pytest.mark.parametrize("structure", ["full", "tied full"])
+def test_full_batch_of_single_components_does_not_copy_what_it_shares(structure: str) -> None:
+    """The sums of (200, 1, 4, 4) and (300, 4, 4) covariances, or the means whitened by each, would take 4 to 7 MiB."""
+    p = testing.random_mixture(1, 4, structure="full", batch_shape=(200,), dtype=torch.float64)
+    q = testing.random_mixture(300, 4, structure=structure, dtype=torch.float64)
+    wide_p, wide_q = (csdiv.functional._matrices(side) for side in (p, q))
+    full = csdiv.backends.cpu._FullPair((*wide_p[:2], *wide_q)).pair  # type: ignore[attr-defined]
+    assert full.q.variances.shape == (300, 4, 4)
+    assert csdiv.functional._whitened(p, q) is None
+    found = csdiv.component_log_overlap(p, q, backend="cpu")
+    torch.testing.assert_close(found, csdiv.component_log_overlap(p, q, backend="reference"))
+
+
+def test_full_tied_far_from_the_origin() -> None:
+    """Whitened coordinates are taken from a centre, so that what all means share is not rounded."""
+    p, q = (testing.random_mixture(9, 4, structure="tied full", dtype=torch.float64) for _ in range(2))
+    far_p, far_q = (GaussianMixture._unchecked(**_moved(side, 2.0**20)) for side in (p, q))
+    near_p, near_q = (GaussianMixture._unchecked(**_moved(side, -(2.0**20))) for side in (far_p, far_q))
+    found = csdiv.cs_divergence(far_p, far_q, backend="cpu")
+    torch.testing.assert_close(found, csdiv.cs_divergence(near_p, near_q, backend="cpu"), rtol=1e-13, atol=1e-14)
+
+
+def _moved(p: GaussianMixture, distance: float) -> dict[str, Tensor | None]:
+    return {"means": p.means + distance, "scale_tril": p.scale_tril, "log_weights": p.log_weights}
 
 
 def test_negative_variance_against_a_full_covariance_is_nan() -> None:
