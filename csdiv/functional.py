@@ -8,7 +8,8 @@ the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
 "auto" depends on the device, the structure and D alone. Full covariances, also against others, are computed in float64
-on CPU tensors with D ≤ 32, and rounded to the dtype at the end; elsewhere by the reference.
+on CPU tensors with D ≤ 32, and rounded to the dtype at the end; elsewhere by the reference. Where p has one covariance,
+or points, each component of q is factored once; where both have one, they are whitened and cost what spherical ones do.
 """
 
 from __future__ import annotations

@@ -232,7 +232,8 @@ class _FullPair:
         p_means, p_covariances, q_means, q_covariances, *q_log_weights = self._needs
         wanted = (p_means, False, q_means, p_covariances or q_covariances, *q_log_weights)
         found = dict(zip((k for k, need in enumerate(wanted) if need), grads, strict=True))
-        found[1] = found.get(3)  # each covariance has the gradient of the sum
+        if 3 in found:
+            found[1] = found[3]  # each covariance has the gradient of the sum
         shapes = [t.shape for t in self._tensors]
         return [found[k].sum_to_size(shapes[k]) for k, need in enumerate(self._needs) if need]
 
