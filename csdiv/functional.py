@@ -369,7 +369,8 @@ def _whitened(p: GaussianMixture, q: GaussianMixture) -> _Whitened | None:
         white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
         means = torch.where(finite, white, side.means)
         variances = means.new_full((1, 1), 0.5)
-        return GaussianMixture._unchecked(means=means, variances=variances, log_weights=side.log_weights)
+        log_weights = reference.log_weights(components(side))
+        return GaussianMixture._unchecked(means=means, variances=variances, log_weights=log_weights)
 
     log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     white = whiten(p)

@@ -342,11 +342,21 @@ def _moved(p: GaussianMixture, distance: float) -> dict[str, Tensor | None]:
     return {"means": p.means + distance, "scale_tril": p.scale_tril, "log_weights": p.log_weights}
 
 
-def test_negative_variance_against_a_full_covariance_is_nan() -> None:
-    p, q = random_pair(4, 5, 3)
-    negative = GaussianMixture(p.means, torch.tensor([[1.0, -1e-3, 1.0]]))
-    for value in (csdiv.cs_divergence(negative, q), csdiv.log_overlap(q, negative)):
-        assert bool(value.isnan())
+@pytest.mark.parametrize("structure", FULL)
+def test_negative_variance_against_a_full_covariance_is_nan(structure: str) -> None:
+    p, q = (testing.random_mixture(k, 3, structure=structure) for k in (4, 5))
+    for variances in (torch.tensor([[1.0, -1e-3, 1.0]]), torch.full((4, 1), -1e-3)):
+        negative = GaussianMixture(p.means, variances)
+        for value in (csdiv.cs_divergence(negative, q), csdiv.log_overlap(q, negative)):
+            assert bool(value.isnan())
+
+
+@pytest.mark.parametrize("structure", FULL)
+def test_infinite_weight_of_a_full_covariance_is_nan(structure: str) -> None:
+    p, q = (testing.random_mixture(k, 3, structure=structure) for k in (4, 5))
+    q.log_weights[1] = math.inf
+    for value in (csdiv.log_overlap(p, q), csdiv.log_overlap(q, p), csdiv.log_overlap(q), q.log_prob(p.means)):
+        assert bool(value.isnan().all())
 
 
 def test_full_without_any_weight_is_minus_infinity_with_zero_gradients() -> None:
