@@ -30,7 +30,7 @@ class Launch(NamedTuple):
 
     name: str
     function: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any]
 
@@ -39,14 +39,17 @@ def launch_of(scalar: str, function: Any, values: dict[str, Any]) -> Launch:
     """What triton makes of the arguments of a launch. Numbers are not specialised, or there would be more variants."""
     options = {name: value for name, value in values.items() if name not in function.arg_names}
     constants = {p.name: values[p.name] for p in function.params if p.is_constexpr or values[p.name] is None}
-    signature = {}
+    signature: dict[str, Any] = {}
     for parameter in function.params:
         name, value = parameter.name, values[parameter.name]
-        if isinstance(value, int) and name not in constants and not parameter.do_not_specialize:
+        if isinstance(value, int | tuple) and name not in constants and not parameter.do_not_specialize:
             raise ValueError(f"{function.__name__}: {name} would be specialised")
-        signature[name] = (
-            "constexpr" if name in constants else TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        )
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, tuple):
+            signature[name] = ("i32",) * len(value)
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
     flags = [name for name, value in constants.items() if value is True]
     absent = [f"no {name}" for name, value in constants.items() if value is None and not name.endswith("index")]
     name = f"triton {function.__name__}<{', '.join([scalar, *flags, *absent])}>"
@@ -97,9 +100,7 @@ def compiled(launch: Launch, capability: int) -> static.Kernel:
     """The kernel's machine code for a compute capability such as 90, taken apart."""
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    aligned = {
-        (k,): [["tt.divisibility", 16]] for k, kind in enumerate(launch.signature.values()) if kind.startswith("*")
-    }
+    aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(launch.signature.values()) if kind[0] == "*"}
     source = compiler.ASTSource(launch.function, launch.signature, launch.constants, aligned)
     binary = importlib.import_module("triton").compile(source, target=target, options=launch.options)
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,21 @@ import pytest
 import test_bad_inputs
 import test_kernels_edges
 import torch
-from test_contract import BATCHES, CASES, DTYPES, INPUTS, SCALES, Case, P, Q, call, check, gradients_later, subsets
+from test_contract import (
+    BATCHES,
+    CASES,
+    DIAGONAL,
+    DTYPES,
+    INPUTS,
+    SCALES,
+    Case,
+    P,
+    Q,
+    call,
+    check,
+    gradients_later,
+    subsets,
+)
 from test_near_zero import near_copies
 from torch import Tensor
 
@@ -101,6 +115,49 @@ def test_contract_of_the_backward_pass(entry: str, dtype: torch.dtype) -> None:
 )
 def test_contract_around_the_sizes_of_tiles(case: Case) -> None:
     check(case, NAME)
+
+
+# One variance for each component: the direct form, and from 16 dimensions on in float32 that by matrix products.
+SPHERICAL = Case("component_log_overlap", n=3, m=4, dim=17, structures=("spherical", "spherical"))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case("cs_divergence", n=3, m=4, dim=2, structures=(s, t)) for s in DIAGONAL for t in DIAGONAL),
+        *(SPHERICAL._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+        *(SPHERICAL._replace(dtype=dtype) for dtype in DTYPES[1:]),
+        *(SPHERICAL._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
+        *(SPHERICAL._replace(entry="log_overlap", scale=scale) for scale in SCALES),
+        *(SPHERICAL._replace(entry="log_overlap", batch=BATCHES[k]) for k in (0, 2)),
+        *(SPHERICAL._replace(n=n, m=m, dim=dim) for n, m, dim in ((1, 1, 16), (33, 2, 33), (2, 129, 65))),
+        SPHERICAL._replace(structures=("points", "tied spherical")),
+        SPHERICAL._replace(entry="cs_divergence", structures=("tied spherical", "tied spherical"), dim=64),
+    ],
+    ids=str,
+)
+def test_contract_of_spherical_components(case: Case) -> None:
+    check(case, NAME)
+
+
+@interpreted
+@pytest.mark.parametrize("shift", [0.0, 3.0, 30.0, 300.0])
+@pytest.mark.parametrize("spread", [1.0, 3.0, 10.0, 30.0, 100.0])
+def test_the_matrix_form_does_not_cancel(spread: float, shift: float) -> None:
+    """It is taken where pairs are as far apart as from the tile's mean, and the direct one where they are not."""
+    g = torch.Generator().manual_seed(int(spread + shift))
+    p, q = (testing.random_mixture(k, 64, structure="spherical", spread=spread, generator=g) for k in (4, 5))
+    p, q = (GaussianMixture(side.means + shift, side.variances, side.log_weights) for side in (p, q))
+    pairs = ((q.means, p.means + 0.1), (q.variances, p.variances), (q.log_weights, p.log_weights))
+    near = GaussianMixture(*(torch.cat(pair) for pair in pairs))
+    spherical, direct = importlib.import_module("csdiv.kernels.spherical"), []
+    plain = spherical.direct_squares
+    with mock.patch.object(spherical, "direct_squares", lambda *a: direct.append(1) or plain(*a)):
+        test_kernels_edges.check("component_log_overlap", NAME, p, q)
+        assert not direct
+        test_kernels_edges.check("component_log_overlap", NAME, p, near)
+        assert direct
 
 
 @interpreted

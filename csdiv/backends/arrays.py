@@ -21,6 +21,7 @@ class Side(NamedTuple):
     variances: Tensor  # (*own batch, K, D) contiguous; of a full side covariances, (*own batch, K, D, D)
     log_weights: Tensor | None  # (*own batch, K) contiguous; None: zeros
     own: torch.Size
+    spherical: bool = False  # each component has one variance
 
 
 def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -28,7 +29,7 @@ def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = Non
     shape = own + means.shape[-2:]
     if log_weights is not None:
         log_weights = _filled(log_weights, shape[:-1])
-    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own)
+    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own, variances.shape[-1] == 1)
 
 
 def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -84,10 +85,10 @@ def flattened(pair: Pair) -> Pair:
         return pair
     shape = (p.own.numel() * p.means.shape[-2], p.means.shape[-1])
     log_weights = None if p.log_weights is None else p.log_weights.reshape(shape[0])
-    flat = Side(p.means.reshape(shape), p.variances.reshape(shape), log_weights, torch.Size())
+    flat = Side(p.means.reshape(shape), p.variances.reshape(shape), log_weights, torch.Size(), p.spherical)
     means, variances = (t.reshape(q.means.shape[-2:]) for t in (q.means, q.variances))
     log_weights = None if q.log_weights is None else q.log_weights.reshape(q.means.shape[-2])
-    return Pair(flat, Side(means, variances, log_weights, torch.Size()))
+    return Pair(flat, Side(means, variances, log_weights, torch.Size(), q.spherical))
 
 
 def pointers(side: Side, index: Tensor | None = None) -> tuple[int, ...]:
