@@ -17,7 +17,7 @@ MATRIX_DIM = 16
 
 
 class Tile(NamedTuple):
-    """Rows of a tile of pairs, and the compiler's options. A thread has block_n pairs of it in registers, by 4 warps."""
+    """Rows of a tile of pairs, and the compiler's options."""
 
     block_n: int
     options: dict[str, Any]

@@ -141,23 +141,34 @@ def test_contract_of_spherical_components(case: Case) -> None:
     check(case, NAME)
 
 
+@pytest.fixture
+def direct_sums() -> Iterator[list[int]]:
+    """Grows where the direct form is taken."""
+    spherical, taken = importlib.import_module("csdiv.kernels.spherical"), list[int]()
+    plain = spherical.direct_squares
+    with mock.patch.object(spherical, "direct_squares", lambda *a: taken.append(1) or plain(*a)):
+        yield taken
+
+
 @interpreted
 @pytest.mark.parametrize("shift", [0.0, 3.0, 30.0, 300.0])
 @pytest.mark.parametrize("spread", [1.0, 3.0, 10.0, 30.0, 100.0])
-def test_the_matrix_form_does_not_cancel(spread: float, shift: float) -> None:
-    """It is taken where pairs are as far apart as from the tile's mean, and the direct one where they are not."""
+def test_the_matrix_form_does_not_cancel(spread: float, shift: float, direct_sums: list[int]) -> None:
+    """It is taken where pairs are as far apart as from the tile's mean."""
     g = torch.Generator().manual_seed(int(spread + shift))
-    p, q = (testing.random_mixture(k, 64, structure="spherical", spread=spread, generator=g) for k in (4, 5))
+    p, q = (testing.random_mixture(k, 32, structure="spherical", spread=spread, generator=g) for k in (4, 5))
     p, q = (GaussianMixture(side.means + shift, side.variances, side.log_weights) for side in (p, q))
-    pairs = ((q.means, p.means + 0.1), (q.variances, p.variances), (q.log_weights, p.log_weights))
-    near = GaussianMixture(*(torch.cat(pair) for pair in pairs))
-    spherical, direct = importlib.import_module("csdiv.kernels.spherical"), []
-    plain = spherical.direct_squares
-    with mock.patch.object(spherical, "direct_squares", lambda *a: direct.append(1) or plain(*a)):
-        test_kernels_edges.check("component_log_overlap", NAME, p, q)
-        assert not direct
-        test_kernels_edges.check("component_log_overlap", NAME, p, near)
-        assert direct
+    test_kernels_edges.check("component_log_overlap", NAME, p, q)
+    assert not direct_sums
+
+
+@interpreted
+@pytest.mark.parametrize("spread", [10.0, 100.0])
+def test_near_pairs_take_the_direct_form(spread: float, direct_sums: list[int]) -> None:
+    q = testing.random_mixture(5, 32, structure="spherical", spread=spread)
+    p = GaussianMixture(q.means[:4] + 0.1, q.variances[:4], q.log_weights[:4])
+    test_kernels_edges.check("component_log_overlap", NAME, p, q)
+    assert direct_sums
 
 
 @interpreted
@@ -331,7 +342,7 @@ def test_cpu_tensors_are_refused() -> None:
         mock.patch.dict(backends._STATUS, triton=lambda: backends.BackendStatus(True, "")),
         pytest.raises(RuntimeError, match='backend "triton" computes on CUDA tensors, got cpu'),
     ):
-        backends.resolve.__wrapped__("triton", torch.device("cpu"))
+        backends._resolve.__wrapped__("triton", torch.device("cpu"), ())
 
 
 @pytest.mark.parametrize(("available", "chosen"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")])
@@ -342,8 +353,41 @@ def test_auto_on_a_gpu_takes_the_best_one(available: tuple[str, ...], chosen: st
         mock.patch.object(backends, "_missing_kernels", return_value=""),
         mock.patch("importlib.import_module") as load,
     ):
-        backends.resolve.__wrapped__("auto", torch.device("cuda"))
+        backends._resolve.__wrapped__("auto", torch.device("cuda"), ("cuda", "triton"))
     load.assert_called_once_with(f"csdiv.backends.{chosen}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "order"),
+    [
+        (backends.Shape(2048, 512, 16, True), "cuda", ("triton", "cuda")),
+        (backends.Shape(2048, 512, 15, True), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 511, 16, True), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, False), "cuda", ("cuda", "triton")),
+        (backends.Shape(), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, True), "cpu", ("cpu",)),
+        (backends.Shape(2048, 512, 16, True), "mps", ()),
+    ],
+)
+def test_auto_takes_the_first_line_of_the_table_that_applies(
+    shape: backends.Shape, device: str, order: tuple[str, ...]
+) -> None:
+    assert backends.order_of(device, shape) == order
+    with mock.patch.object(backends, "_resolve") as taken:
+        backends.resolve("auto", torch.device(device), shape)
+    taken.assert_called_once_with("auto", torch.device(device), order)
+
+
+@pytest.mark.parametrize("entry", ["cs_divergence", "log_overlap", "self_overlap", "component_log_overlap"])
+def test_both_directions_ask_for_the_same_shape(entry: str) -> None:
+    """What the forward pass saves is read by the same backend."""
+    p, q = (testing.random_mixture(k, 3, structure="spherical").map(lambda t: t.requires_grad_()) for k in (4, 5))
+    with mock.patch.object(backends, "resolve", wraps=backends.resolve) as asked, gradients_later():
+        value = call(entry, "auto")(p, q)
+        value.backward(torch.arange(float(value.numel())).view(value.shape))
+    shapes = {arguments.args[2] for arguments in asked.call_args_list}
+    assert len(asked.call_args_list) > 1
+    assert shapes == {backends.Shape(4, 4 if entry == "self_overlap" else 5, 3, True)}
 
 
 def test_nothing_of_triton_is_imported_without_need() -> None:
