@@ -3,7 +3,7 @@
 log2 of the density, constants left out = -(log2(e) sum_d (x - y)^2 / c + D log2 c) / 2
 Direct: the sum of squares as it stands, 2 instructions for an element.
 Matrix: |x - m|^2 + |y - m|^2 - 2 (x - m)(y - m), the last by tensor cores; m is the mean of the tile's rows. It errs by
-eps (|x - m|^2 + |y - m|^2) where the budget is 4 eps max(2 c, |x - y|^2) (docs/math.md, section 6): tiles in which a
+eps (|x - m|^2 + |y - m|^2) where the budget is 4 eps max(2 c, |x - y|^2) (docs/kernels.md): tiles in which a
 pair does not fit take the direct form. A tile that is not regular takes the one of tile_logits.py.
 """
 

@@ -111,7 +111,7 @@ def _form(backend: str, shape: Shape) -> str:
     forms = {dtype: form_of(True, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
     reasons = {
         "matrix": "matrix products, in tiles whose error bound fits the budget, else the sum of squares",
-        "spherical": f"the sum of squares, as D < {MATRIX_DIM} or for float64",
+        "spherical": "the sum of squares" + (f", as D < {MATRIX_DIM}" if shape.dim < MATRIX_DIM else ""),
     }
     return "; ".join(f"{form} in {str(dtype).removeprefix('torch.')}: {reasons[form]}" for dtype, form in forms.items())
 
