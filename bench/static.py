@@ -23,6 +23,8 @@ CLOCK_GHZ, PROCESSORS = 1.98, 132
 """Of an H200, at its highest clock; research figures of the bound assume it."""
 MUFU_LANES = 16
 """Special functions of single threads per clock and multiprocessor."""
+TF32_PRODUCTS = 512
+"""Multiplications and additions of tensor cores per clock and multiprocessor; assumed, and to overlap with nothing."""
 REGISTERS, SHARED_BYTES, WARPS = 65536, 227 * 1024, 64
 """Of a multiprocessor of compute capability 9.0."""
 BLOCK_THREADS = 256
@@ -39,6 +41,8 @@ class Loop(NamedTuple):
 
     counts: Counter[str]
     elements: int
+    kind: str = ""  # "": to be told from the counts
+    products: int = 0  # of an element, by tensor cores
 
     @property
     def instructions(self) -> float:
@@ -53,7 +57,7 @@ class Loop(NamedTuple):
     @property
     def bound_tel_per_s(self) -> float:
         """Of an H200, if nothing but this loop took time."""
-        clocks = max(self.instructions / issue_lanes((9, 0)), self.special / MUFU_LANES)
+        clocks = max(self.instructions / issue_lanes((9, 0)), self.special / MUFU_LANES) + self.products / TF32_PRODUCTS
         return PROCESSORS * CLOCK_GHZ / clocks / 1e3
 
 
@@ -113,6 +117,13 @@ def readable(mangled: str) -> str:
 
 def hot_loops(sass: str) -> Iterator[Loop]:
     """The innermost loops of a kernel that take reciprocals and neither branch nor compare numbers."""
+    for counts in innermost_loops(sass):
+        if counts["MUFU.RCP"] and not counts["BSSY"] and not counts["FSETP"]:
+            yield Loop(counts, (counts["FADD"] - 2 * counts["MUFU.LG2"] - counts["STS"]) // 2)
+
+
+def innermost_loops(sass: str) -> Iterator[Counter[str]]:
+    """Their instructions by name."""
     lines = sass.splitlines()
     labels = {m[1]: k for k, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
     loops = []
@@ -130,8 +141,7 @@ def hot_loops(sass: str) -> Iterator[Loop]:
             )
             if instruction:
                 counts[instruction[1]] += 1
-        if counts["MUFU.RCP"] and not counts["BSSY"] and not counts["FSETP"]:
-            yield Loop(counts, (counts["FADD"] - 2 * counts["MUFU.LG2"] - counts["STS"]) // 2)
+        yield counts
 
 
 def read(module: Path | None = None) -> list[Kernel]:
@@ -178,7 +188,7 @@ def records(kernels: list[Kernel]) -> list[dict[str, Any]]:
         rows += [
             row
             | {
-                "loop": "logits" if loop.counts["MUFU.LG2"] else "gradients",
+                "loop": loop.kind or ("logits" if loop.counts["MUFU.LG2"] else "gradients"),
                 "elements": loop.elements,
                 "instructions_per_element": loop.instructions,
                 "special_per_element": loop.special,

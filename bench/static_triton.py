@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -19,10 +20,15 @@ from torch import Tensor
 from . import static
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Of a program at most, by compute capability."""
 SCALARS = {"float": torch.float32, "double": torch.float64}
 ALONE: tuple[tuple[int, ...], ...] = ((), ())
 SHARED = (((3,), ()), ((), (3,)), ((3, 1), (1, 2)))
 """Batch shapes of p and q. A side that problems share has an index, and kernels a variant for it."""
+
+FORMS = ((3, False), (3, True), (64, True))
+"""D, and whether components are spherical, so that every form of the pair term is taken."""
 
 
 class Launch(NamedTuple):
@@ -30,7 +36,7 @@ class Launch(NamedTuple):
 
     name: str
     function: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, Any]
 
@@ -39,21 +45,29 @@ def launch_of(scalar: str, function: Any, values: dict[str, Any]) -> Launch:
     """What triton makes of the arguments of a launch. Numbers are not specialised, or there would be more variants."""
     options = {name: value for name, value in values.items() if name not in function.arg_names}
     constants = {p.name: values[p.name] for p in function.params if p.is_constexpr or values[p.name] is None}
-    signature = {}
+    signature: dict[str, Any] = {}
     for parameter in function.params:
         name, value = parameter.name, values[parameter.name]
-        if isinstance(value, int) and name not in constants and not parameter.do_not_specialize:
+        if isinstance(value, int | tuple) and name not in constants and not parameter.do_not_specialize:
             raise ValueError(f"{function.__name__}: {name} would be specialised")
-        signature[name] = (
-            "constexpr" if name in constants else TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        )
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, tuple):
+            signature[name] = ("i32",) * len(value)
+        else:
+            signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
     flags = [name for name, value in constants.items() if value is True]
+    form = [values["FORM"]] if values.get("FORM", "diagonal") != "diagonal" else []
     absent = [f"no {name}" for name, value in constants.items() if value is None and not name.endswith("index")]
-    name = f"triton {function.__name__}<{', '.join([scalar, *flags, *absent])}>"
+    name = f"triton {function.__name__}<{', '.join([scalar, *form, *flags, *absent])}>"
     return Launch(name, function, signature, constants, options)
 
 
-def launches(scalars: tuple[str, ...] = ("float", "double"), batches: tuple[Any, ...] = (ALONE,)) -> list[Launch]:
+def launches(
+    scalars: tuple[str, ...] = ("float", "double"),
+    batches: tuple[Any, ...] = (ALONE,),
+    forms: tuple[tuple[int, bool], ...] = FORMS,
+) -> list[Launch]:
     """Every launch of the backend on mixtures of these batch shapes, each variant of a kernel once.
 
     Raises:
@@ -73,13 +87,17 @@ def launches(scalars: tuple[str, ...] = ("float", "double"), batches: tuple[Any,
         patches.enter_context(mock.patch.object(backend, "current", return_value=contextlib.nullcontext()))
         for scalar in scalars:
             for p_batch, q_batch in batches:
-                call_every_operator(backend, p_batch, q_batch, SCALARS[scalar])
+                for dim, spherical in forms:
+                    call_every_operator(backend, p_batch, q_batch, SCALARS[scalar], dim, spherical)
     return list(found.values())
 
 
-def call_every_operator(backend: Any, p_batch: tuple[int, ...], q_batch: tuple[int, ...], dtype: torch.dtype) -> None:
+def call_every_operator(
+    backend: Any, p_batch: tuple[int, ...], q_batch: tuple[int, ...], dtype: torch.dtype, dim: int, spherical: bool
+) -> None:
     """With all gradients, and with those of the weights alone."""
-    p, q = ([torch.ones(*b, *s, dtype=dtype) for s in ((2, 3), (2, 3), (2,))] for b in (p_batch, q_batch))
+    shapes = ((2, dim), (2, 1 if spherical else dim), (2,))
+    p, q = ([torch.ones(*b, *s, dtype=dtype) for s in shapes] for b in (p_batch, q_batch))
     for weights in (True, False):
         a, b = (side if weights else [*side[:2], None] for side in (p, q))
         needs = [True, True, weights]
@@ -97,20 +115,36 @@ def compiled(launch: Launch, capability: int) -> static.Kernel:
     """The kernel's machine code for a compute capability such as 90, taken apart."""
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    aligned = {
-        (k,): [["tt.divisibility", 16]] for k, kind in enumerate(launch.signature.values()) if kind.startswith("*")
-    }
+    aligned = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(launch.signature.values()) if kind[0] == "*"}
     source = compiler.ASTSource(launch.function, launch.signature, launch.constants, aligned)
     binary = importlib.import_module("triton").compile(source, target=target, options=launch.options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
         (kernel,) = static.kernels_of(cubin, f"sm_{capability}")
+        sass = static.output(static.tool("nvdisasm"), "-c", cubin)
+    if binary.metadata.shared > SHARED_BYTES[capability]:
+        raise ValueError(f"{launch.name}: {binary.metadata.shared} bytes of shared memory for {capability}")
     # Additions do not tell the elements where an architecture packs two of them.
     loops = tuple(
         loop._replace(elements=loop.counts["MUFU.RCP"] * (4 if loop.counts["MUFU.LG2"] else 1)) for loop in kernel.loops
     )
-    return kernel._replace(name=launch.name, loops=loops, threads=32 * launch.options["num_warps"])
+    threads = 32 * launch.options["num_warps"]
+    form = launch.constants.get("FORM", "diagonal")
+    if form != "diagonal":
+        loops = tuple(spherical_loops(sass, launch.constants["BLOCK_N"] * 128 * 32 // threads))
+    return kernel._replace(name=launch.name, loops=loops, threads=threads)
+
+
+def spherical_loops(sass: str, elements: int) -> Iterator[static.Loop]:
+    """The hot loops of spherical components; ``elements``: of a thread in an iteration of matrix products."""
+    for counts in static.innermost_loops(sass):
+        if any("MMA" in name for name in counts):
+            yield static.Loop(counts, elements, "matrix logits", 3)
+        elif counts["FFMA"] + counts["DFMA"] > 8 and not any(name.startswith(("MUFU", "FSETP")) for name in counts):
+            sweep = counts["STG"] > 0
+            differences = counts["FADD"] or counts["DADD"]
+            yield static.Loop(counts, differences, "spherical gradients" if sweep else "spherical logits")
 
 
 def read(capability: int = 90, scalars: tuple[str, ...] = ("float", "double")) -> list[static.Kernel]:

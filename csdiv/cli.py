@@ -173,8 +173,12 @@ def interpolate(
         interpolate_run(directory, pairs, steps, output, seed)
 
 
-def info() -> None:
-    """Say which backends can run here and, of the others, why not."""
+def info(shape: tuple[int, int, int] | None = None, structure: str = "diagonal", device: str = "cuda") -> None:
+    """Say which backends can run here and, of the others, why not.
+
+    With SHAPE, which is N M D, also what backend="auto" takes for mixtures of these sizes on DEVICE, and why; STRUCTURE
+    is that of both sides: diagonal, spherical, "tied diagonal" or "tied spherical".
+    """
     import platform
 
     import torch
@@ -186,6 +190,21 @@ def info() -> None:
     print(f"{platform.platform()}, {torch.get_num_threads()} threads, torch's vectors: {vectors}")
     for name, status in csdiv.backend_status().items():
         print(f"{name:10} {'available' if status.available else f'not available: {status.reason}'}")
+    if shape is not None:
+        with _errors():
+            _explain(shape, structure, device)
+
+
+def _explain(sizes: tuple[int, int, int], structure: str, device: str) -> None:
+    from csdiv import backends
+
+    structures = ("diagonal", "spherical", "tied diagonal", "tied spherical")
+    if structure not in structures or min(sizes) < 1:
+        raise ValueError(f"a structure of {', '.join(structures)} and sizes from 1 on expected")
+    shape = backends.Shape(*sizes, structure.endswith("spherical"))
+    print(f"N = {shape.n}, M = {shape.m}, D = {shape.dim}, {structure}, on {device}:")
+    for line in backends.explain(device, shape):
+        print(f"  {line}")
 
 
 def _bench_command() -> Callable[..., None]:

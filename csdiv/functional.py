@@ -7,7 +7,8 @@ the promoted dtype; float16 and bfloat16, also under autocast, are computed and 
 the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
-"auto" depends on the device, the structure and D alone. Full covariances, also against others, are computed in float64
+"auto" depends on the device, the structure, N, M and D alone, by the table in :mod:`csdiv.backends.dispatch`; the
+command ``csdiv info --shape N M D`` tells its choice. Full covariances, also against others, are computed in float64
 with D ≤ 32, by "cpu" and "cuda", and rounded to the dtype at the end; above that, and where there are no CUDA kernels,
 by the reference. Where p has one covariance, or points, "cpu" factors each component of q once; where both have one,
 they are whitened and cost what spherical ones do.

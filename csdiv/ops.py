@@ -7,6 +7,7 @@ Tensors are described in :mod:`csdiv.backends.reference`, whose functions these 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,6 +40,18 @@ def _batch(*means: Tensor, weights: Sequence[Tensor | None] = ()) -> torch.Size:
 
 def _fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+
+
+def _module(backend: str, tensors: Sequence[Tensor | None], own: int = 2) -> ModuleType:
+    """The backend of a pair, or of one side; ``tensors``: means and variances of p, and those of q from ``own`` on."""
+    p_means, p_variances, q_means, q_variances = (*tensors[:2], *(tensors[own : own + 2] or tensors[:2]))
+    assert p_means is not None
+    assert p_variances is not None
+    assert q_means is not None
+    assert q_variances is not None
+    spherical = p_variances.shape[-1] == q_variances.shape[-1] == 1
+    shape = backends.Shape(p_means.shape[-2], q_means.shape[-2], p_means.shape[-1], spherical)
+    return backends.resolve(backend, p_means.device, shape)
 
 
 _P, _Q = "Tensor p_means, Tensor p_variances", "Tensor q_means, Tensor q_variances"
@@ -74,7 +87,7 @@ def overlap_lse_forward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    module = backends.resolve(backend, p_means.device)
+    module = _module(backend, (p_means, p_variances, q_means, q_variances))
     return module.overlap_lse_forward(p_means, p_variances, q_means, q_variances, q_log_weights, needs)
 
 
@@ -85,7 +98,7 @@ def overlap_lse_forward(
 def overlap_lse_backward(
     grad: Tensor, tensors: list[Tensor | None], saved: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).overlap_lse_backward(grad, tensors, saved, needs)
+    return _module(backend, tensors).overlap_lse_backward(grad, tensors, saved, needs)
 
 
 def _fake_log_overlap_forward(
@@ -120,7 +133,7 @@ def log_overlap_forward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    module = backends.resolve(backend, p_means.device)
+    module = _module(backend, (p_means, p_variances, q_means, q_variances))
     return module.log_overlap_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights, needs)
 
 
@@ -131,7 +144,7 @@ def log_overlap_forward(
 def log_overlap_backward(
     grad: Tensor, tensors: list[Tensor | None], saved: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).log_overlap_backward(grad, tensors, saved, needs)
+    return _module(backend, tensors, 3).log_overlap_backward(grad, tensors, saved, needs)
 
 
 def _fake_self_overlap_forward(
@@ -149,7 +162,7 @@ def _fake_self_overlap_forward(
 def self_overlap_forward(
     means: Tensor, variances: Tensor, log_weights: Tensor | None, needs: list[bool], backend: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return backends.resolve(backend, means.device).self_overlap_forward(means, variances, log_weights, needs)
+    return _module(backend, (means, variances)).self_overlap_forward(means, variances, log_weights, needs)
 
 
 @_define(
@@ -159,7 +172,7 @@ def self_overlap_forward(
 def self_overlap_backward(
     grad: Tensor, tensors: list[Tensor | None], value: Tensor, needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).self_overlap_backward(grad, tensors, value, needs)
+    return _module(backend, tensors[:2]).self_overlap_backward(grad, tensors, value, needs)
 
 
 def _fake_cs_divergence_forward(
@@ -193,7 +206,7 @@ def cs_divergence_forward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    module = backends.resolve(backend, p_means.device)
+    module = _module(backend, (p_means, p_variances, q_means, q_variances))
     return module.cs_divergence_forward(p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights, needs)
 
 
@@ -204,7 +217,7 @@ def cs_divergence_forward(
 def cs_divergence_backward(
     grad: Tensor, tensors: list[Tensor | None], saved: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).cs_divergence_backward(grad, tensors, saved, needs)
+    return _module(backend, tensors, 3).cs_divergence_backward(grad, tensors, saved, needs)
 
 
 def _fake_pairwise_forward(
@@ -218,7 +231,8 @@ def _fake_pairwise_forward(
 def pairwise_forward(
     p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances: Tensor, backend: str
 ) -> Tensor:
-    return backends.resolve(backend, p_means.device).pairwise_forward(p_means, p_variances, q_means, q_variances)
+    module = _module(backend, (p_means, p_variances, q_means, q_variances))
+    return module.pairwise_forward(p_means, p_variances, q_means, q_variances)
 
 
 @_define(
@@ -226,7 +240,7 @@ def pairwise_forward(
     lambda grad, tensors, needs, backend: _fake_gradients(tensors, needs),
 )
 def pairwise_backward(grad: Tensor, tensors: list[Tensor | None], needs: list[bool], backend: str) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).pairwise_backward(grad, tensors, needs)
+    return _module(backend, tensors).pairwise_backward(grad, tensors, needs)
 
 
 def _fake_assign(
@@ -250,7 +264,7 @@ def assign(
     q_log_weights: Tensor | None,
     backend: str,
 ) -> Tensor:
-    module = backends.resolve(backend, p_means.device)
+    module = _module(backend, (p_means, p_variances, q_means, q_variances))
     return module.assign(p_means, p_variances, q_means, q_variances, q_log_weights)
 
 

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import BLOCK_N, ROW_PROGRAMS, TILE_OPTIONS, cut
+from csdiv.kernels.configurations import ROW_PROGRAMS, ROW_TILES, cut
 from csdiv.kernels.device import TILE, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
-from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
+from csdiv.kernels.spherical import tile_densities
+from csdiv.kernels.tile_logits import tile_columns, tile_rows
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def lowest_of_largest(logits, indices):
 @triton.jit(do_not_specialize=["n", "m", "dim", "scale_stride", "parts"])
 def assign_kernel(
     p_values, p_flags, q_values, q_flags, q_log2_weights, scales, p_index, q_index, best_logits, best_indices,
-    n, m, dim, scale_stride, parts, BLOCK_N: tl.constexpr,
+    n, m, dim, scale_stride, parts, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of a part of the columns and its index, (b, part, i)."""
     problem, row_tile, part = place((n + BLOCK_N - 1) // BLOCK_N, parts)
@@ -42,7 +43,7 @@ def assign_kernel(
     for tile in range(begin, end):
         j = tl.arange(0, TILE) + tile * TILE
         columns, column_flags = tile_columns(q_values, q_flags, q_item, m, tile, dim)
-        logits = tile_log2_densities(rows, row_flags, columns, column_flags, scales, dim, BLOCK_N)
+        logits, _ = tile_densities(rows, row_flags, columns, column_flags, scales, dim, FORM, BLOCK_N)
         logits += tl.load(q_log2_weights + q_item * tiles_of(m) * TILE + j)[None, :]
         better = (logits > best) | ((logits != logits) & (best == best))
         best = tl.where(better, logits, best)
@@ -56,7 +57,8 @@ def assign_kernel(
 
 def launch_assign(problem: Problem, processors: int) -> Tensor:
     """The column of the largest logit of every row, (batch, n) int64."""
-    p, q, block_n = problem.p, problem.q, BLOCK_N[problem.dtype]
+    p, q, form = problem.p, problem.q, problem.form(exact=True)
+    block_n, options = ROW_TILES[form, problem.dtype]
     row_tiles = problem.batch * -(-p.n // block_n)
     parts = cut(processors * ROW_PROGRAMS, row_tiles, q.padded // 128)
     logits = p.values.new_empty(problem.batch, parts, p.n)
@@ -65,7 +67,7 @@ def launch_assign(problem: Problem, processors: int) -> Tensor:
         sides = (p.values, p.flags, q.values, q.flags, q.log2_weights, problem.scale.scales)
         sizes = (p.n, q.n, problem.dim, problem.scale.stride, parts)
         arguments = (*sides, problem.p_index, problem.q_index, logits, indices, *sizes)
-        assign_kernel[(row_tiles * parts,)](*arguments, BLOCK_N=block_n, **TILE_OPTIONS)
+        assign_kernel[(row_tiles * parts,)](*arguments, FORM=form, BLOCK_N=block_n, **options)
     if parts == 1:
         return indices.squeeze(1)
     return indices.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import SWEEP_BLOCK_N, SWEEP_PROGRAMS, TILE_OPTIONS, cut
+from csdiv.kernels.configurations import SWEEP_PROGRAMS, SWEEP_TILES, cut
 from csdiv.kernels.device import (
     FLAG_DIMS,
     GROUP,
     TILE,
     approximate_exp2,
+    approximate_reciprocal,
     item_of,
     padded_dim,
     part_begin,
@@ -23,7 +24,8 @@ from csdiv.kernels.device import (
 )
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.pair import delta_and_sum, exact_delta_and_sum, exact_pair_gradient, pair_gradient
-from csdiv.kernels.tile_logits import certified, tile_columns, tile_log2_densities, tile_rows, unit_of
+from csdiv.kernels.spherical import pair_sum, regular, tile_densities
+from csdiv.kernels.tile_logits import certified, tile_columns, tile_rows, unit_of
 
 
 class Weights(NamedTuple):
@@ -81,14 +83,30 @@ def sweep_dimensions(
                     accumulate(variance_sums + d * stride, tl.sum(v, 0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["n", "m", "dim", "scale_stride", "parts"])
+@triton.jit
+def sweep_spherical(weights, quadratic, rows, columns, scales, dim, mean_sums, variance_sums, stride):
+    """The same of a regular tile of spherical components; sum_d (u^2 - 1/c) goes to the first dimension."""
+    padded = padded_dim(dim)
+    unit = tl.load(scales + padded).to(tl.float64)
+    ratios = weights * approximate_reciprocal(pair_sum(rows, columns))
+    accumulate(variance_sums, tl.sum(ratios * (quadratic - dim), 0).to(tl.float64) * unit * unit)
+    for group in range(padded // GROUP):
+        for k in tl.static_range(GROUP):
+            at = group * (2 * GROUP * TILE) + k * TILE
+            delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
+            accumulate(mean_sums, tl.sum(ratios * delta, 0).to(tl.float64) * unit)
+            mean_sums += stride
+
+
+@triton.jit(do_not_specialize=["sizes"])
 def gradient_sweep_kernel(
     row_values, row_flags, column_values, column_flags, scales, row_index, column_index,
-    p_log2, q_log2, factors, given, sums, n, m, dim, scale_stride, parts,
-    COLUMNS_OF_P: tl.constexpr, DIMENSIONS: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_log2, q_log2, factors, given, sums, sizes,
+    COLUMNS_OF_P: tl.constexpr, DIMENSIONS: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums[b, part] = (2 padded dim + 1, padded m): of means, variances and weights of the columns, over a part of
     the rows; zero before. DIMENSIONS: whether any but those of the weights are wanted."""
+    n, m, dim, scale_stride, parts = sizes
     problem, column_tile, part = place(tiles_of(m), parts)
     row_item, column_item = item_of(row_index, problem), item_of(column_index, problem)
 
@@ -103,7 +121,8 @@ def gradient_sweep_kernel(
         first_row = row_tile * BLOCK_N
         row = tl.arange(0, BLOCK_N) + first_row
         rows, flags_of_rows = tile_rows(row_values, row_flags, row_item, n, first_row, dim, BLOCK_N)
-        densities = tile_log2_densities(rows, flags_of_rows, columns, flags_of_columns, scales, dim, BLOCK_N)
+        tile = (rows, flags_of_rows, columns, flags_of_columns)
+        densities, quadratic = tile_densities(*tile, scales, dim, FORM, BLOCK_N)
         if given is not None:
             at = (problem * n + row)[:, None] * m + column[None, :]
             counts = (row < n)[:, None] & (column < m)[None, :] & (densities != -float("inf"))
@@ -117,8 +136,13 @@ def gradient_sweep_kernel(
         if tl.max((weights != 0).to(tl.int32)) > 0:
             weight_sum += tl.sum(weights, 0).to(tl.float64)
             if DIMENSIONS:
-                tile = (rows, flags_of_rows, columns, flags_of_columns)
-                sweep_dimensions(weights, *tile, scales, dim, sums, sums + padded * stride, stride)
+                variance_sums = sums + padded * stride
+                if FORM == "diagonal":
+                    sweep_dimensions(weights, *tile, scales, dim, sums, variance_sums, stride)
+                elif regular(flags_of_rows, flags_of_columns, dim):
+                    sweep_spherical(weights, quadratic, rows, columns, scales, dim, sums, variance_sums, stride)
+                else:
+                    sweep_dimensions(weights, *tile, scales, dim, sums, variance_sums, stride)
                 tl.debug_barrier()  # before the next tile reads the sums
     tl.store(sums + 2 * padded * stride, weight_sum)
 
@@ -134,7 +158,8 @@ def launch_gradient_sweep(
     row_index, column_index = (problem.q_index, problem.p_index) if of_p else (problem.p_index, problem.q_index)
     q_log2 = None if weights.p_log2 is None else problem.q.log2_weights
     given = weights.given.mT.contiguous() if of_p and weights.given is not None else weights.given
-    block_n = SWEEP_BLOCK_N[problem.dtype]
+    form = problem.form()
+    block_n, options = SWEEP_TILES[form, problem.dtype]
     column_tiles = problem.batch * (columns.padded // 128)
     parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // block_n))
     padded = -(-problem.dim // 4) * 4
@@ -144,6 +169,6 @@ def launch_gradient_sweep(
         sides = (rows.values, rows.flags, columns.values, columns.flags, problem.scale.scales, row_index, column_index)
         arguments = (*sides, weights.p_log2, q_log2, weights.p_factors, given, sums)
         sizes = (rows.n, columns.n, problem.dim, problem.scale.stride, parts)
-        flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "BLOCK_N": block_n}
-        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, *sizes, **flags, **TILE_OPTIONS)
+        flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "FORM": form, "BLOCK_N": block_n}
+        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, sizes, **flags, **options)
     return sums.sum(1) if parts > 1 else sums.squeeze(1)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import OPTIONS, PACK_OPTIONS
+from csdiv.kernels.configurations import OPTIONS, PACK_OPTIONS, form_of
 from csdiv.kernels.device import FLAG_DIMS, GROUP, LOG2_E, LOG_2, LOG_2_PI, TILE, padded_dim, tiles_of
 
 SAMPLES = tl.constexpr(8)  # of each side, for the scale of a dimension
@@ -61,14 +61,19 @@ class Problem(NamedTuple):
     scale: Scale
     batch: int
     dim: int
+    spherical: bool  # every component of both sides has one variance
 
     @property
     def dtype(self) -> torch.dtype:
         return self.p.values.dtype
 
+    def form(self, *, exact: bool = False) -> str:
+        """How kernels compute the pair term, see configurations.py."""
+        return form_of(self.spherical, self.dtype, self.dim, exact=exact)
+
     def with_itself(self, side: Packed) -> Problem:
         """A side with itself, one problem for each of its items, on the scale of the pair."""
-        return Problem(side, side, None, None, self.scale, side.items, self.dim)
+        return Problem(side, side, None, None, self.scale, side.items, self.dim, self.spherical)
 
 
 @triton.jit
@@ -127,8 +132,9 @@ def scale_kernel(p_variances, q_variances, scales, offsets, p_count, q_count, di
 
 @triton.jit(do_not_specialize=["scale_stride", "n", "dim"])
 def pack_kernel(
-    means, variances, log_weights, scales, values, log2_weights, flags, scale_stride, n, dim, BLOCK_D: tl.constexpr
-):
+    means, variances, log_weights, scales, values, log2_weights, flags, scale_stride, n, dim,
+    SPHERICAL: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """One program for a tile. A negative variance becomes NaN, and what counts nothing is regular."""
     dtype: tl.constexpr = values.dtype.element_ty
     smallest: tl.constexpr = 2.0**-20 if dtype == tl.float32 else 2.0**-200
@@ -160,6 +166,10 @@ def pack_kernel(
         regular &= (scaled_variance >= vanishing) | (variance == 0)
         all_regular = tl.min(regular.to(tl.int32)) > 0
         all_wide = tl.min((scaled_variance >= smallest).to(tl.int32)) > 0
+        if SPHERICAL:  # what is no component is put among them, where it does no harm to the tile's norms
+            count = tl.maximum(tl.sum(real.to(tl.int32), 0), 1)
+            center = tl.sum(scaled_mean, 0) / count
+            scaled_mean = tl.where(real, scaled_mean, center[None, :])
         flag = tl.where(all_regular, tl.where(all_wide, 3, 1), 0)
         tl.store(flags + program * ((dim + FLAG_DIMS - 1) // FLAG_DIMS) + begin // FLAG_DIMS, flag)
         to = values + (program * padded + d // GROUP * GROUP)[None, :] * (2 * TILE)
@@ -180,7 +190,7 @@ def launch_scale(p_variances: Tensor, q_variances: Tensor, items: int) -> Scale:
     return scale
 
 
-def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, scale: Scale) -> Packed:
+def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, scale: Scale, spherical: bool) -> Packed:
     """Means and variances (items, n, dim), log weights (items, n) or None (uniform), all contiguous."""
     items, n, dim = means.shape
     tiles, padded = -(-n // 128), -(-dim // 4) * 4
@@ -192,5 +202,5 @@ def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, sc
     )
     if items * tiles:
         arguments = (means, variances, log_weights, scale.scales, *packed[:3], scale.stride, n, dim)
-        pack_kernel[(items * tiles,)](*arguments, BLOCK_D=32, **PACK_OPTIONS)
+        pack_kernel[(items * tiles,)](*arguments, SPHERICAL=spherical, BLOCK_D=32, **PACK_OPTIONS)
     return packed

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import BLOCK_N, PART_TILES, ROW_PROGRAMS, TILE_OPTIONS, cut
+from csdiv.kernels.configurations import PART_TILES, ROW_PROGRAMS, ROW_TILES, cut
 from csdiv.kernels.device import TILE, approximate_exp2, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
-from csdiv.kernels.tile_logits import tile_columns, tile_log2_densities, tile_rows
+from csdiv.kernels.spherical import tile_densities
+from csdiv.kernels.tile_logits import tile_columns, tile_rows
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def lse_merge(maximum, total, axis: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "m", "dim", "scale_stride", "parts"])
 def row_sums_kernel(
     p_values, p_flags, q_values, q_flags, q_log2_weights, scales, p_index, q_index, partials,
-    n, m, dim, scale_stride, parts, SELF: tl.constexpr, BLOCK_N: tl.constexpr,
+    n, m, dim, scale_stride, parts, SELF: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """partials[b, part, i] = log2 of the sum over a part of the columns, float64.
 
@@ -61,7 +62,7 @@ def row_sums_kernel(
     for tile in range(first + part_begin(tiles, parts, part), first + part_begin(tiles, parts, part + 1)):
         j = tl.arange(0, TILE) + tile * TILE
         columns, column_flags = tile_columns(q_values, q_flags, q_item, m, tile, dim)
-        logits = tile_log2_densities(rows, row_flags, columns, column_flags, scales, dim, BLOCK_N)
+        logits, _ = tile_densities(rows, row_flags, columns, column_flags, scales, dim, FORM, BLOCK_N)
         logits += tl.load(q_log2_weights + q_item * tiles_of(m) * TILE + j)[None, :]
         if SELF:
             above = j[None, :] - i[:, None]
@@ -73,7 +74,8 @@ def row_sums_kernel(
 def launch_row_sums(problem: Problem, processors: int, *, self_overlap: bool = False) -> Tensor:
     """log2 of the sums of the rows over parts of their columns, (batch, parts, n) float64."""
     p, q = problem.p, problem.q
-    block_n = BLOCK_N[problem.dtype]
+    form = problem.form()
+    block_n, options = ROW_TILES[form, problem.dtype]
     row_tiles = problem.batch * -(-p.n // block_n)
     tiles = q.padded // 128
     parts = max(cut(processors * ROW_PROGRAMS, row_tiles, tiles), -(-tiles // PART_TILES))
@@ -82,5 +84,6 @@ def launch_row_sums(problem: Problem, processors: int, *, self_overlap: bool = F
         sides = (p.values, p.flags, q.values, q.flags, q.log2_weights)
         arguments = (*sides, problem.scale.scales, problem.p_index, problem.q_index, partials)
         sizes = (p.n, q.n, problem.dim, problem.scale.stride, parts)
-        row_sums_kernel[(row_tiles * parts,)](*arguments, *sizes, SELF=self_overlap, BLOCK_N=block_n, **TILE_OPTIONS)
+        flags = {"SELF": self_overlap, "FORM": form, "BLOCK_N": block_n}
+        row_sums_kernel[(row_tiles * parts,)](*arguments, *sizes, **flags, **options)
     return partials

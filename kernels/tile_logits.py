@@ -40,11 +40,13 @@ def unit_of(flag, unit):
 
 
 @triton.jit
-def tile_log2_densities(rows, row_flags, columns, column_flags, scales, dim, BLOCK_N: tl.constexpr):
+def tile_log2_densities(
+    rows, row_flags, columns, column_flags, scales, dim, BLOCK_N: tl.constexpr, FAST: tl.constexpr = True
+):  # fmt: skip
     """log2 of the densities of all pairs, [BLOCK_N, TILE], the references of the dimensions left out.
 
     ``rows`` and ``columns`` are pointers to the first mean of each component, ``scales`` to the references, units and
-    centers of the problem.
+    centers of the problem. FAST: False takes the exact form alone, with fewer registers.
     """
     padded = padded_dim(dim)
     quadratic = tl.zeros([BLOCK_N, TILE], rows.dtype.element_ty)
@@ -52,7 +54,7 @@ def tile_log2_densities(rows, row_flags, columns, column_flags, scales, dim, BLO
     for begin in range(0, dim, FLAG_DIMS):
         row_flag, column_flag = tl.load(row_flags + begin // FLAG_DIMS), tl.load(column_flags + begin // FLAG_DIMS)
         first, last = begin // GROUP, tl.minimum(begin + FLAG_DIMS, padded) // GROUP
-        if certified(row_flag, column_flag):
+        if FAST & certified(row_flag, column_flag):
             for group in range(first, last):
                 at = group * (2 * GROUP * TILE)
                 center = tl.load(scales + 2 * padded + group)

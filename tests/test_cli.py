@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("lightning")
 pytest.importorskip("typer")
@@ -106,6 +107,21 @@ def test_info_names_every_backend() -> None:
     assert code == 0
     for name in ("reference", "cpu", "cuda", "triton"):
         assert re.search(rf"^{name} +(available|not available: \w+)", output, re.MULTILINE)
+
+
+def test_info_explains_the_choice_for_a_shape() -> None:
+    shape = ("info", "--shape", "4096", "512", "64")
+    assert "preferred: cuda, then triton: " in invoke(*shape)[1]
+    spherical = invoke(*shape, "--structure", "spherical")[1]
+    assert "preferred: triton, then cuda: " in spherical
+    if not torch.cuda.is_available():
+        assert "taken here: none, torch sees no GPU" in spherical
+    assert "form: matrix in float32" in spherical or not torch.cuda.is_available()
+    assert "taken here: cpu" in invoke(*shape, "--device", "cpu")[1]
+    assert "reference: csdiv has no kernels for mps" in invoke(*shape, "--device", "mps")[1]
+    code, output = invoke(*shape, "--structure", "full")
+    assert code == 1
+    assert "a structure of diagonal, spherical" in output
 
 
 def test_bench_passes_its_flags_on() -> None:

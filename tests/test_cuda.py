@@ -83,10 +83,12 @@ def test_a_gpu_that_has_no_kernels_is_refused_with_the_reason() -> None:
         mock.patch.object(backends, "_missing_kernels", return_value="built for 90a-real, but not for this one"),
     ):
         with pytest.raises(RuntimeError, match="not available: built for 90a-real, but not for this one"):
-            backends.resolve.__wrapped__("cuda", device)
+            backends._resolve.__wrapped__("cuda", device, ())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            assert backends.resolve.__wrapped__("auto", device).__name__ == "csdiv.backends.reference"
+            assert (
+                backends._resolve.__wrapped__("auto", device, ("cuda", "triton")).__name__ == "csdiv.backends.reference"
+            )
 
 
 @needs_gpu

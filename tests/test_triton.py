@@ -23,7 +23,21 @@ import pytest
 import test_bad_inputs
 import test_kernels_edges
 import torch
-from test_contract import BATCHES, CASES, DTYPES, INPUTS, SCALES, Case, P, Q, call, check, gradients_later, subsets
+from test_contract import (
+    BATCHES,
+    CASES,
+    DIAGONAL,
+    DTYPES,
+    INPUTS,
+    SCALES,
+    Case,
+    P,
+    Q,
+    call,
+    check,
+    gradients_later,
+    subsets,
+)
 from test_near_zero import near_copies
 from torch import Tensor
 
@@ -101,6 +115,60 @@ def test_contract_of_the_backward_pass(entry: str, dtype: torch.dtype) -> None:
 )
 def test_contract_around_the_sizes_of_tiles(case: Case) -> None:
     check(case, NAME)
+
+
+# One variance for each component: the direct form, and from 16 dimensions on in float32 that by matrix products.
+SPHERICAL = Case("component_log_overlap", n=3, m=4, dim=17, structures=("spherical", "spherical"))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case("cs_divergence", n=3, m=4, dim=2, structures=(s, t)) for s in DIAGONAL for t in DIAGONAL),
+        *(SPHERICAL._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+        *(SPHERICAL._replace(dtype=dtype) for dtype in DTYPES[1:]),
+        *(SPHERICAL._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
+        *(SPHERICAL._replace(entry="log_overlap", scale=scale) for scale in SCALES),
+        *(SPHERICAL._replace(entry="log_overlap", batch=BATCHES[k]) for k in (0, 2)),
+        *(SPHERICAL._replace(n=n, m=m, dim=dim) for n, m, dim in ((1, 1, 16), (33, 2, 33), (2, 129, 65))),
+        SPHERICAL._replace(structures=("points", "tied spherical")),
+        SPHERICAL._replace(entry="cs_divergence", structures=("tied spherical", "tied spherical"), dim=64),
+    ],
+    ids=str,
+)
+def test_contract_of_spherical_components(case: Case) -> None:
+    check(case, NAME)
+
+
+@pytest.fixture
+def direct_sums() -> Iterator[list[int]]:
+    """Grows where the direct form is taken."""
+    spherical, taken = importlib.import_module("csdiv.kernels.spherical"), list[int]()
+    plain = spherical.direct_squares
+    with mock.patch.object(spherical, "direct_squares", lambda *a: taken.append(1) or plain(*a)):
+        yield taken
+
+
+@interpreted
+@pytest.mark.parametrize("shift", [0.0, 3.0, 30.0, 300.0])
+@pytest.mark.parametrize("spread", [1.0, 3.0, 10.0, 30.0, 100.0])
+def test_the_matrix_form_does_not_cancel(spread: float, shift: float, direct_sums: list[int]) -> None:
+    """It is taken where pairs are as far apart as from the tile's mean."""
+    g = torch.Generator().manual_seed(int(spread + shift))
+    p, q = (testing.random_mixture(k, 32, structure="spherical", spread=spread, generator=g) for k in (4, 5))
+    p, q = (GaussianMixture(side.means + shift, side.variances, side.log_weights) for side in (p, q))
+    test_kernels_edges.check("component_log_overlap", NAME, p, q)
+    assert not direct_sums
+
+
+@interpreted
+@pytest.mark.parametrize("spread", [10.0, 100.0])
+def test_near_pairs_take_the_direct_form(spread: float, direct_sums: list[int]) -> None:
+    q = testing.random_mixture(5, 32, structure="spherical", spread=spread)
+    p = GaussianMixture(q.means[:4] + 0.1, q.variances[:4], q.log_weights[:4])
+    test_kernels_edges.check("component_log_overlap", NAME, p, q)
+    assert direct_sums
 
 
 @interpreted
@@ -274,7 +342,7 @@ def test_cpu_tensors_are_refused() -> None:
         mock.patch.dict(backends._STATUS, triton=lambda: backends.BackendStatus(True, "")),
         pytest.raises(RuntimeError, match='backend "triton" computes on CUDA tensors, got cpu'),
     ):
-        backends.resolve.__wrapped__("triton", torch.device("cpu"))
+        backends._resolve.__wrapped__("triton", torch.device("cpu"), ())
 
 
 @pytest.mark.parametrize(("available", "chosen"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")])
@@ -285,8 +353,41 @@ def test_auto_on_a_gpu_takes_the_best_one(available: tuple[str, ...], chosen: st
         mock.patch.object(backends, "_missing_kernels", return_value=""),
         mock.patch("importlib.import_module") as load,
     ):
-        backends.resolve.__wrapped__("auto", torch.device("cuda"))
+        backends._resolve.__wrapped__("auto", torch.device("cuda"), ("cuda", "triton"))
     load.assert_called_once_with(f"csdiv.backends.{chosen}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "order"),
+    [
+        (backends.Shape(2048, 512, 16, True), "cuda", ("triton", "cuda")),
+        (backends.Shape(2048, 512, 15, True), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 511, 16, True), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, False), "cuda", ("cuda", "triton")),
+        (backends.Shape(), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, True), "cpu", ("cpu",)),
+        (backends.Shape(2048, 512, 16, True), "mps", ()),
+    ],
+)
+def test_auto_takes_the_first_line_of_the_table_that_applies(
+    shape: backends.Shape, device: str, order: tuple[str, ...]
+) -> None:
+    assert backends.order_of(device, shape) == order
+    with mock.patch.object(backends, "_resolve") as taken:
+        backends.resolve("auto", torch.device(device), shape)
+    taken.assert_called_once_with("auto", torch.device(device), order)
+
+
+@pytest.mark.parametrize("entry", ["cs_divergence", "log_overlap", "self_overlap", "component_log_overlap"])
+def test_both_directions_ask_for_the_same_shape(entry: str) -> None:
+    """What the forward pass saves is read by the same backend."""
+    p, q = (testing.random_mixture(k, 3, structure="spherical").map(lambda t: t.requires_grad_()) for k in (4, 5))
+    with mock.patch.object(backends, "resolve", wraps=backends.resolve) as asked, gradients_later():
+        value = call(entry, "auto")(p, q)
+        value.backward(torch.arange(float(value.numel())).view(value.shape))
+    shapes = {arguments.args[2] for arguments in asked.call_args_list}
+    assert len(asked.call_args_list) > 1
+    assert shapes == {backends.Shape(4, 4 if entry == "self_overlap" else 5, 3, True)}
 
 
 def test_nothing_of_triton_is_imported_without_need() -> None:
@@ -298,11 +399,13 @@ def test_nothing_of_triton_is_imported_without_need() -> None:
 # Machine code
 
 
-def compiled(capability: int, scalar: str, batches: str = "(static_triton.ALONE,)") -> list[dict[str, Any]]:
+def compiled(
+    capability: int, scalar: str, forms: str = "[:1]", batches: str = "(static_triton.ALONE,)"
+) -> list[dict[str, Any]]:
     code = f"""if True:
         import json
         from bench import static, static_triton
-        launches = static_triton.launches(({scalar!r},), {batches})
+        launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms})
         print(json.dumps(static.records([static_triton.compiled(launch, {capability}) for launch in launches])))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -332,11 +435,25 @@ def test_what_an_element_costs_in_float32() -> None:
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize(("capability", "scalar"), [(80, "float"), (90, "float"), (100, "float"), (90, "double")])
+def test_kernels_of_spherical_components(capability: int, scalar: str) -> None:
+    """No local memory; on 9.0 far fewer instructions for an element than the 7.3 of the diagonal form."""
+    rows = compiled(capability, scalar, "[1:]")
+    assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
+    limits = {"spherical logits": 2.6, "spherical gradients": 3.0, "matrix logits": 1.3}
+    if (capability, scalar) == (90, "float"):
+        assert {row["loop"] for row in rows if "loop" in row} >= set(limits)
+        for row in (row for row in rows if row.get("loop") in limits):
+            assert row["instructions_per_element"] <= limits[row["loop"]], row
+
+
+@needs_triton
+@pytest.mark.slow
 def test_every_kernel_compiles_without_local_memory() -> None:
     """For three architectures, and with the variants of a batch for one of them."""
     alone = [(80, "float"), (80, "double"), (90, "double"), (100, "float"), (100, "double")]
     with ThreadPoolExecutor(2) as pool:
-        batches = pool.submit(compiled, 90, "float", "static_triton.SHARED")
+        batches = pool.submit(compiled, 90, "float", "[:1]", "static_triton.SHARED")
         found = list(pool.map(lambda kind: compiled(*kind), alone))
     for rows in found:
         assert {row["kernel"].removeprefix("triton ").split("<")[0] for row in rows} == KERNELS

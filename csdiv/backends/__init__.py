@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from csdiv.backends.dispatch import Shape, order_of, rule_of
+
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 FULL, MAX_FULL_DIM = ("cpu", "cuda"), 32
 """The native backends that have full covariances, and the largest D that they have them for."""
 _NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-"""Of each kind of device the backends that compute on it, the best one first."""
+"""Of each kind of device the backends that compute on it."""
 
 
 class BackendStatus(NamedTuple):
@@ -50,20 +52,23 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend: one of {', '.join(map(repr, NAMES))} expected, got {name!r}")
 
 
-@functools.cache
-def resolve(name: str, device: torch.device) -> ModuleType:
+def resolve(name: str, device: torch.device, shape: Shape = Shape()) -> ModuleType:  # noqa: B008
     """The module that computes on ``device``.
 
-    "auto" on a CPU is "cpu", on a GPU "cuda" or, where that cannot run, "triton"; else it is "reference", on a GPU with
-    one warning. Any other name is that backend or an error.
+    "auto" is the first backend of its line in :mod:`csdiv.backends.dispatch` that can run, else "reference", on a GPU
+    with one warning. Any other name is that backend or an error.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run here, or not on this device.
     """
+    return _resolve(name, device, order_of(device.type, shape) if name == "auto" else ())
+
+
+@functools.cache
+def _resolve(name: str, device: torch.device, order: tuple[str, ...]) -> ModuleType:
     check_name(name)
     if name == "auto":
-        able = (name for name in _NATIVE.get(device.type, ()) if _STATUS[name]().available)
-        name = next((name for name in able if name != "cuda" or not _missing_kernels(device)), "reference")
+        name = _first_able(order, device)
         if device.type == "cuda" and name == "reference":
             _warn_slow_cuda()
     if name != "reference":
@@ -87,6 +92,36 @@ def resolve_full(name: str, device: torch.device) -> ModuleType:
     if name == "auto" and module.__name__.rpartition(".")[2] not in FULL:
         return importlib.import_module("csdiv.backends.reference")
     return module
+
+
+def _first_able(order: tuple[str, ...], device: torch.device) -> str:
+    able = (name for name in order if _STATUS[name]().available)
+    return next((name for name in able if name != "cuda" or not _missing_kernels(device)), "reference")
+
+
+def explain(device: str, shape: Shape) -> list[str]:
+    """Which backend "auto" prefers for a problem and why, which it takes here, and the form of the pair term."""
+    rule = rule_of(device, shape)
+    if rule is None:
+        return [f"reference: csdiv has no kernels for {device}"]
+    present = device == "cpu" or torch.cuda.is_available()
+    taken = _first_able(rule.order, torch.device(device)) if present else ""
+    lines = [f"preferred: {', then '.join(rule.order)}: {rule.why}"]
+    lines += [f"taken here: {taken}" if present else "taken here: none, torch sees no GPU"]
+    return [*lines, f"form: {_form(taken or rule.order[0], shape)}"]
+
+
+def _form(backend: str, shape: Shape) -> str:
+    if backend != "triton" or not shape.spherical:
+        return "diagonal, a variance for each component and dimension"
+    from csdiv.kernels.configurations import MATRIX_DIM, form_of
+
+    forms = {dtype: form_of(True, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
+    reasons = {
+        "matrix": "matrix products, in tiles whose error bound fits the budget, else the sum of squares",
+        "spherical": "the sum of squares" + (f", as D < {MATRIX_DIM}" if shape.dim < MATRIX_DIM else ""),
+    }
+    return "; ".join(f"{form} in {str(dtype).removeprefix('torch.')}: {reasons[form]}" for dtype, form in forms.items())
 
 
 def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:

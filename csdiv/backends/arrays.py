@@ -21,6 +21,7 @@ class Side(NamedTuple):
     variances: Tensor  # (*own batch, K, D) contiguous; of a full side covariances, (*own batch, K, D, D)
     log_weights: Tensor | None  # (*own batch, K) contiguous; None: zeros
     own: torch.Size
+    spherical: bool = False  # each component has one variance
 
 
 def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -28,7 +29,7 @@ def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = Non
     shape = own + means.shape[-2:]
     if log_weights is not None:
         log_weights = _filled(log_weights, shape[:-1])
-    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own)
+    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own, variances.shape[-1] == 1)
 
 
 def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -95,7 +96,7 @@ def _one_item(side: Side, n: int) -> Side:
     batch = len(side.own)
     means, variances = (t.reshape(n, *t.shape[batch + 1 :]) for t in (side.means, side.variances))
     log_weights = None if side.log_weights is None else side.log_weights.reshape(n)
-    return Side(means, variances, log_weights, torch.Size())
+    return Side(means, variances, log_weights, torch.Size(), *side[4:])
 
 
 def pointers(side: Side, index: Tensor | None = None) -> tuple[int, ...]:

@@ -62,11 +62,11 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _pack(side: Side, scale: Scale) -> Packed:
+def _pack(side: Side, scale: Scale, spherical: bool) -> Packed:
     shape = (side.own.numel(), *side.means.shape[-2:])
     means, variances = (t.view(shape) for t in (side.means, side.variances))
     log_weights = None if side.log_weights is None else side.log_weights.view(shape[:-1])
-    return launch_pack(means, variances, log_weights, scale)
+    return launch_pack(means, variances, log_weights, scale, spherical)
 
 
 def _problem(pair: Pair) -> Problem:
@@ -75,9 +75,10 @@ def _problem(pair: Pair) -> Problem:
     variances = [side.variances.view(side.own.numel(), *side.means.shape[-2:]) for side in (pair.p, pair.q)]
     own = pair.p.own.numel() == batch == pair.q.own.numel()
     scale = launch_scale(*variances, batch if own else 1)
-    p = _pack(pair.p, scale)
-    q = p if pair.q is pair.p else _pack(pair.q, scale)
-    return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, pair.p.means.shape[-1])
+    spherical = pair.p.spherical and pair.q.spherical
+    p = _pack(pair.p, scale, spherical)
+    q = p if pair.q is pair.p else _pack(pair.q, scale, spherical)
+    return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, pair.p.means.shape[-1], spherical)
 
 
 def _index(pair: Pair, k: int) -> Tensor | None:
