@@ -11,6 +11,7 @@ namespace csdiv::cpu {
 namespace {
 
 constexpr int64_t kTransposeColumns = 16;
+constexpr int64_t kMaxSharedDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
@@ -48,6 +49,15 @@ double log2_of_product(const T* variances, int64_t dim) {
 }   // namespace
 
 template <class T>
+Form form_of(const Problem<T>& problem) {
+  const Mixture<T>&p = problem.p, &q = problem.q;
+  if (problem.dim > kMaxSharedDim || problem.rows() == 0 || p.batch == 0 || q.batch == 0) return Form::kDiagonal;
+  if (p.same_dims && q.same_dims) return Form::kSpherical;
+  if (p.same_components) return Form::kTiedRows;
+  return q.same_components ? Form::kTiedColumns : Form::kDiagonal;
+}
+
+template <class T>
 RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
   const int64_t item = problem.p.item(b), first = tile * kTileRows, dim = problem.dim;
   RowTile<T> rows{};
@@ -63,18 +73,26 @@ RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
     if (rows.range.variance_min < 0 && std::any_of(variances, variances + dim, [](T s) { return s < 0; }))
       rows.invalid |= uint32_t(1) << r;
   }
+  if (problem.p.precisions) {
+    rows.precisions = problem.p.precisions + (item * problem.p.n + first) * dim;
+    rows.log_determinants = problem.p.log_determinants + item * problem.p.n + first;
+  }
   return rows;
 }
 
 template <class T>
 PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads)
-    : width_(stripe_width(problem.q.n)),
+    : form_(form_of(problem)),
+      width_(stripe_width(problem.q.n)),
       stride_(stripe_stride<T>(problem.q.n, width_, tile_kernels<T>().lanes)),
       stripes_(ceil_div(problem.q.n, width_)),
       memory_(problem.q.batch * stripes_ * (2 * problem.dim + 1) * stride_),
+      precisions_(form_ == Form::kTiedRows ? problem.q.batch * stripes_ * (problem.dim + 1) * stride_ : 0),
       all_(problem.q.batch * stripes_) {
-  parallel_for(all_.size(), threads,
-               [&](int64_t task) { pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_); });
+  parallel_for(all_.size(), threads, [&](int64_t task) {
+    pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_);
+    if (form_ == Form::kTiedRows) pack_precisions(problem, task / stripes_, task % stripes_);
+  });
 }
 
 template <class T>
@@ -106,7 +124,19 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
   }
   const int64_t padded = ceil_div(count, kernels.lanes) * kernels.lanes;
   all_[item * stripes_ + s] = {
-      means, variances, packed_weights, count, padded, stride_, kernels.range(means, variances, dim * stride_)};
+      means, variances, packed_weights, count, padded, stride_, kernels.range(means, variances, dim * stride_),
+      form_, nullptr,   nullptr};
+}
+
+template <class T>
+void PackedColumns<T>::pack_precisions(const Problem<T>& problem, int64_t item, int64_t s) {
+  Stripe<T>& columns = all_[item * stripes_ + s];
+  T* const precisions = precisions_.get() + (item * stripes_ + s) * (problem.dim + 1) * stride_;
+  T* const log_scales = precisions + problem.dim * stride_;
+  const int64_t exponent = (problem.p.scale_exponent(0, 0) + problem.q.scale_exponent(item, 0)) / 2;
+  tile_kernels<T>().column_precisions(problem.p.variances, problem.dim, exponent, columns, precisions, log_scales);
+  columns.precisions = precisions;
+  columns.log_scales = log_scales;
 }
 
 template <class T>
@@ -125,6 +155,31 @@ ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(si
   side.scale_exponents = exponents_.get();
 }
 
+template <class T>
+RowPrecisions<T>::RowPrecisions(Problem<T>& problem) {
+  if (form_of(problem) != Form::kTiedColumns) return;
+  Mixture<T>& p = problem.p;
+  precisions_ = AlignedArray<T>(p.batch * p.n * problem.dim);
+  log_determinants_ = AlignedArray<T>(p.batch * p.n);
+  Problem<T> own = problem;   // each item of p once: the items of q have the same variances
+  own.p.index = nullptr;
+  own.q.index = nullptr;
+  own.q.batch = 1;
+  for (int64_t item = 0; item < p.batch; ++item) {
+    for (int64_t tile = 0; tile < num_row_tiles(own); ++tile) {
+      const int64_t first = item * p.n + tile * kTileRows;
+      tile_kernels<T>().row_precisions(row_tile(own, item, tile), own.q.variances,
+                                       precisions_.get() + first * problem.dim, log_determinants_.get() + first);
+    }
+  }
+  p.precisions = precisions_.get();
+  p.log_determinants = log_determinants_.get();
+}
+
+template Form form_of(const Problem<float>&);
+template Form form_of(const Problem<double>&);
+template class RowPrecisions<float>;
+template class RowPrecisions<double>;
 template RowTile<float> row_tile(const Problem<float>&, int64_t, int64_t);
 template RowTile<double> row_tile(const Problem<double>&, int64_t, int64_t);
 template class PackedColumns<float>;
