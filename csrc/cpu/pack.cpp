@@ -11,6 +11,7 @@ namespace csdiv::cpu {
 namespace {
 
 constexpr int64_t kTransposeColumns = 16;
+constexpr int64_t kMinSphericalDim = 9;      // below, the logarithm of each pair costs more than its dimensions save
 constexpr int64_t kMaxSharedDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
@@ -52,8 +53,9 @@ template <class T>
 Form form_of(const Problem<T>& problem) {
   const Mixture<T>&p = problem.p, &q = problem.q;
   if (problem.dim > kMaxSharedDim || problem.rows() == 0 || p.batch == 0 || q.batch == 0) return Form::kDiagonal;
-  if (p.same_dims && q.same_dims) return Form::kSpherical;
-  if (p.same_components) return Form::kTiedRows;
+  const bool spherical = p.same_dims && q.same_dims;
+  if (p.same_components) return spherical ? Form::kSphericalTiedRows : Form::kTiedRows;
+  if (spherical && problem.dim >= kMinSphericalDim) return Form::kSpherical;
   return q.same_components ? Form::kTiedColumns : Form::kDiagonal;
 }
 
@@ -87,11 +89,14 @@ PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weight
       stride_(stripe_stride<T>(problem.q.n, width_, tile_kernels<T>().lanes)),
       stripes_(ceil_div(problem.q.n, width_)),
       memory_(problem.q.batch * stripes_ * (2 * problem.dim + 1) * stride_),
-      precisions_(form_ == Form::kTiedRows ? problem.q.batch * stripes_ * (problem.dim + 1) * stride_ : 0),
+      precision_dims_(form_ == Form::kTiedRows            ? problem.dim
+                      : form_ == Form::kSphericalTiedRows ? 1
+                                                          : 0),
+      precisions_(precision_dims_ ? problem.q.batch * stripes_ * (precision_dims_ + 1) * stride_ : 0),
       all_(problem.q.batch * stripes_) {
   parallel_for(all_.size(), threads, [&](int64_t task) {
     pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_);
-    if (form_ == Form::kTiedRows) pack_precisions(problem, task / stripes_, task % stripes_);
+    if (precision_dims_) pack_precisions(problem, task / stripes_, task % stripes_);
   });
 }
 
@@ -131,8 +136,8 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
 template <class T>
 void PackedColumns<T>::pack_precisions(const Problem<T>& problem, int64_t item, int64_t s) {
   Stripe<T>& columns = all_[item * stripes_ + s];
-  T* const precisions = precisions_.get() + (item * stripes_ + s) * (problem.dim + 1) * stride_;
-  T* const log_scales = precisions + problem.dim * stride_;
+  T* const precisions = precisions_.get() + (item * stripes_ + s) * (precision_dims_ + 1) * stride_;
+  T* const log_scales = precisions + precision_dims_ * stride_;
   const int64_t exponent = (problem.p.scale_exponent(0, 0) + problem.q.scale_exponent(item, 0)) / 2;
   tile_kernels<T>().column_precisions(problem.p.variances, problem.dim, exponent, columns, precisions, log_scales);
   columns.precisions = precisions;

@@ -46,7 +46,8 @@ class PackedColumns {
   const Form form_;
   int64_t width_, stride_, stripes_;
   AlignedArray<T> memory_;
-  AlignedArray<T> precisions_;   // of kTiedRows
+  const int64_t precision_dims_;   // of tied rows, else 0
+  AlignedArray<T> precisions_;
   std::vector<Stripe<T>> all_;
 };
 

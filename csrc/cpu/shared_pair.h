@@ -1,6 +1,7 @@
 // The pair term where variances are shared (tile.h, Form). Tiles are certified as for the fast form of pair.h.
 //   kSpherical: one c for all dimensions, so that log|c| = D log c; a reciprocal and a logarithm for a pair.
 //   kTiedRows, kTiedColumns: 1 / c and log|c| were found beforehand, for every column or for every row.
+//   kSphericalTiedRows: both.
 // Distances are sums of delta^2, nowhere |x|^2 - 2 xy + |y|^2: nothing cancels, however far the means are.
 #pragma once
 
@@ -11,6 +12,10 @@ namespace csdiv::cpu::CSDIV_ISA {
 // Columns of a register tile, in vectors: a delta takes two or three instructions, so loads are shared, and eight sums
 // hide what an addition waits for.
 constexpr int kRegisterVectors = kVectorBytes == 64 ? 2 : 4;
+
+constexpr bool is_spherical(Form form) {
+  return form == Form::kSpherical || form == Form::kSphericalTiedRows;
+}
 
 // sum_d delta^2, times 1 / c unless spherical, of kRows rows against kVectors vectors of columns.
 template <Form kForm, int kRows, int kVectors, class T>
@@ -36,7 +41,7 @@ CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Str
         const Vec<T> mean = broadcast<T>(row_means[r * dim + d]);
         for (int v = 0; v < kVectors; ++v) {
           const Vec<T> delta = mean - means[v];
-          if constexpr (kForm == Form::kSpherical) sums[r][v] += delta * delta;
+          if constexpr (is_spherical(kForm)) sums[r][v] += delta * delta;
           if constexpr (kForm == Form::kTiedRows) sums[r][v] += delta * delta * precisions[v];
           if constexpr (kForm == Form::kTiedColumns) sums[r][v] += delta * delta * row_precisions[r * dim + d];
         }
@@ -104,6 +109,8 @@ CSDIV_INLINE void shared_logits_block(const RowTile<T>& rows, int64_t row, const
         const SharedVariance<T> shared(rows.variances[(row + r) * rows.dim], load(columns.variances + j));
         logits = load(columns.log_weights + j) -
                  T(0.5) * (shared.divide(quadratic[r][v]) + shared.log_determinant(rows.dim, rows.exponents[row + r]));
+      } else if constexpr (kForm == Form::kSphericalTiedRows) {
+        logits = load(columns.log_scales + j) - T(0.5) * quadratic[r][v] * load(columns.precisions + j);
       } else if constexpr (kForm == Form::kTiedRows) {
         logits = load(columns.log_scales + j) - T(0.5) * quadratic[r][v];
       } else {
@@ -209,6 +216,12 @@ template <class T>
 void column_precisions(const T* row_variances, int64_t dim, int64_t exponent, const Stripe<T>& columns, T* to,
                        T* log_scales) {
   for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+    if (columns.form == Form::kSphericalTiedRows) {
+      const SharedVariance<T> shared(row_variances[0], load(columns.variances + j));
+      store(to + j, shared.divide(broadcast<T>(1)));
+      store(log_scales + j, load(columns.log_weights + j) - T(0.5) * shared.log_determinant(dim, exponent));
+      continue;
+    }
     const Vec<T> log_determinant = precisions<T>(
         dim, exponent, [&](int64_t d) { return row_variances[d] + load(columns.variances + d * columns.stride + j); },
         [&](int64_t d, Vec<T> precision) { store(to + d * columns.stride + j, precision); });

@@ -14,9 +14,10 @@ constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it
 // How the variances of a problem are shared, which decides what its pairs cost: shared_pair.h.
 enum class Form {
   kDiagonal,
-  kSpherical,     // those of one component are the same in all dimensions, on both sides
-  kTiedRows,      // all rows have the same: 1 / c belongs to a column
-  kTiedColumns,   // all columns have the same: 1 / c belongs to a row
+  kSpherical,           // those of one component are the same in all dimensions, on both sides
+  kSphericalTiedRows,   // as well, and all rows have the same: 1 / c belongs to a column
+  kTiedRows,            // all rows have the same, which differ between dimensions
+  kTiedColumns,         // all columns have the same: 1 / c belongs to a row
 };
 
 // What a block of components spans; decides whether a tile may take the fast form.
@@ -53,8 +54,8 @@ struct Stripe {
   int64_t stride;
   Range<T> range;
   Form form;
-  const T* precisions;   // (dim, stride) 1 / c, of kTiedRows; right where the tile is certified
-  const T* log_scales;   // (stride) log_weights - (log|c| - E ln 2) / 2, of kTiedRows
+  const T* precisions;   // (dim, stride) 1 / c, of tied rows; if spherical (stride); right where the tile is certified
+  const T* log_scales;   // (stride) log_weights - (log|c| - E ln 2) / 2, of tied rows
 };
 
 // sum of exp(logit) = exp(max) * sum where max is finite, and sum itself otherwise: 0, infinite or NaN.
@@ -102,7 +103,7 @@ struct TileKernels {
   // Leaves the weights in no particular state.
   void (*gradients)(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads);
-  // What kTiedRows and kTiedColumns have beside the variances, for the padded columns and for the rows of a tile.
+  // What tied rows and tied columns have beside the variances, for the padded columns and for the rows of a tile.
   void (*column_precisions)(const T* row_variances, int64_t dim, int64_t exponent, const Stripe<T>& columns, T* to,
                             T* log_scales);
   void (*row_precisions)(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants);

@@ -92,6 +92,8 @@ void logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_colu
         return logits_tile<true>(rows, columns, first_column, tile);
       case Form::kSpherical:
         return shared_logits<Form::kSpherical>(rows, columns, first_column, tile);
+      case Form::kSphericalTiedRows:
+        return shared_logits<Form::kSphericalTiedRows>(rows, columns, first_column, tile);
       case Form::kTiedRows:
         return shared_logits<Form::kTiedRows>(rows, columns, first_column, tile);
       case Form::kTiedColumns:
@@ -236,6 +238,7 @@ void gradients_form(const RowTile<T>& rows, const Stripe<T>& columns, T* weights
     case Form::kDiagonal:
       return gradients_tile<Gradient::kFast, kRowGrads, kColumnGrads>(rows, columns, weights, active_rows, grads);
     case Form::kSpherical:
+    case Form::kSphericalTiedRows:
       return spherical_gradients<kRowGrads, kColumnGrads>(rows, columns, weights, active_rows, grads);
     case Form::kTiedRows:
       return gradients_tile<Gradient::kColumnPrecisions, kRowGrads, kColumnGrads>(rows, columns, weights, active_rows,
