@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace csdiv::cpu {
 
 constexpr int64_t kTileRows = 16;           // rows whose logits or weights stay in cache together
@@ -109,6 +111,7 @@ struct TileKernels {
   void (*column_precisions)(const T* row_variances, int64_t dim, int64_t exponent, const Stripe<T>& columns, T* to,
                             T* log_scales);
   void (*row_precisions)(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants);
+  void (*lane_overlap)(const LaneProblem<T>& problem);
 };
 
 }   // namespace csdiv::cpu

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "lane_overlap.h"
 #include "pair.h"
 #include "shared_pair.h"
 #include "simd.h"
@@ -277,9 +278,9 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uin
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,    certified<T>,         transpose<T>,     range<T>,
-                                     logits<T>,    partial_sum<T>,       weights<T>,       scale<T>,
-                                     gradients<T>, column_precisions<T>, row_precisions<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>,    certified<T>,         transpose<T>,      range<T>,
+                                     logits<T>,    partial_sum<T>,       weights<T>,        scale<T>,
+                                     gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>};
 
 }   // namespace
 
