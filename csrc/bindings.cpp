@@ -1,7 +1,7 @@
 // The module csdiv._C: raw pointers, sizes and a number of threads; no torch. csdiv/backends/cpu.py is its only caller.
 //
-// A side is the tuple (means, variances, log_weights, index, batch, n), see mixture.h; pointers are
-// integers, 0 where an array is not given. `itemsize` is 4 (float) or 8 (double).
+// A side is the tuple (means, variances, log_weights, index, batch, n, same_dims, same_components), see mixture.h;
+// pointers are integers, 0 where an array is not given. `itemsize` is 4 (float) or 8 (double).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,7 +25,7 @@ using cpu::SideGradients;
 
 template <class T>
 Mixture<T> mixture(const py::tuple& side, int64_t dim, bool with_variances = true) {
-  check(side.size() == 6, "a side has 6 fields");
+  check(side.size() == 8, "a side has 8 fields");
   const auto address = [&](int k) { return side[k].cast<Pointer>(); };
   const auto batch = side[4].cast<int64_t>(), n = side[5].cast<int64_t>();
   check_sizes({batch, n, dim});
@@ -37,7 +37,9 @@ Mixture<T> mixture(const py::tuple& side, int64_t dim, bool with_variances = tru
           nullptr,
           pointer<const int64_t>(address(3), false),
           batch,
-          n};
+          n,
+          side[6].cast<bool>(),
+          side[7].cast<bool>()};
 }
 
 template <class T>
@@ -57,6 +59,7 @@ struct Scaled {
 
   Problem<T> problem;
   cpu::ScaleExponents<T> p{problem.dim, problem.p}, q{problem.dim, problem.q};
+  cpu::RowPrecisions<T> precisions{problem};
 };
 
 // (means, variances, log_weights)

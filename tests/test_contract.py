@@ -159,7 +159,8 @@ def make_bases(case: Case) -> dict[str, Tensor]:
     """The tensors that a user holds, one for each input, in the case's dtype; ``lay_out`` makes views of them."""
     g = torch.Generator().manual_seed(sum(map(ord, str(case))))
     decades = 30.0 if case.scale == "variances 1e±30" else 0.3
-    spread = {"spread 30": 30.0, "variances 1e±30": 1e3}.get(case.scale, 1.0)
+    kind, _, amount = case.scale.partition(" ")
+    spread = float(amount) if kind == "spread" else 1e3 if kind == "variances" else 1.0
     bases = {}
     for side, size, structure, batch in zip(
         "pq", (case.n, case.m), case.structures, (case.batch[:3], case.batch[3:]), strict=True
@@ -183,8 +184,8 @@ def make_bases(case: Case) -> dict[str, Tensor]:
             values["log_weights"][..., torch.arange(0, size - 1, 2)] = -math.inf
         if case.scale == "unnormalised":
             values["log_weights"] += 7.0
-        if case.scale == "shifted 1e4":
-            values["means"] += 1e4
+        if kind == "shifted":
+            values["means"] += float(amount)
         if case.entry == "cs_regularizer" and side == "p":
             values["variances"] = values["variances"].log()
         bases |= {f"{side}_{name}": spread_out(t, case.layout).to(case.dtype) for name, t in values.items()}
@@ -305,7 +306,7 @@ def conditioned(case: Case, name: str) -> bool:
     component eps S, the relative error of a share, exceeds the bound.
     """
     lone = name.endswith("log_weights") and (case.layout == "expanded" or plain_shape(case, name)[-1] == 1)
-    return not lone and case.scale != "spread 30"
+    return not lone and not case.scale.startswith("spread")
 
 
 def check(case: Case, backend: str, common_grad: float | None = None) -> None:

@@ -140,16 +140,16 @@ def test_concurrent_callers_get_their_own_results():
 
 
 def test_bad_arguments_are_refused_before_anything_is_read():
-    side, none = (8, 8, 0, 0, 1, 1), (0, 0, 0)
+    side, none = (8, 8, 0, 0, 1, 1, False, False), (0, 0, 0)
     with pytest.raises(ValueError, match="itemsize must be 4 or 8"):
         _C.cpu_overlap_lse_forward(2, 1, 1, side, side, 8, 8, none, none, 1)
     with pytest.raises(ValueError, match="null"):
         _C.cpu_overlap_lse_forward(4, 1, 1, (0, *side[1:]), side, 8, 8, none, none, 1)
     with pytest.raises(ValueError, match="too large"):
-        _C.cpu_overlap_lse_forward(4, 1, 2**21, (8, 8, 0, 0, 1, 2**50), side, 8, 8, none, none, 1)
+        _C.cpu_overlap_lse_forward(4, 1, 2**21, (8, 8, 0, 0, 1, 2**50, False, False), side, 8, 8, none, none, 1)
     with pytest.raises(ValueError, match="must be positive"):
         _C.cpu_overlap_lse_forward(4, 1, 0, side, side, 8, 8, none, none, 1)
-    with pytest.raises(ValueError, match="6 fields"):
+    with pytest.raises(ValueError, match="8 fields"):
         _C.cpu_overlap_lse_forward(4, 1, 1, side[:5], side, 8, 8, none, none, 1)
     with pytest.raises(ValueError, match="index is missing"):
-        _C.cpu_overlap_lse_forward(4, 3, 1, (8, 8, 0, 0, 2, 1), side, 8, 8, none, none, 1)
+        _C.cpu_overlap_lse_forward(4, 3, 1, (8, 8, 0, 0, 2, 1, False, False), side, 8, 8, none, none, 1)

@@ -12,10 +12,12 @@ from csdiv import GaussianMixture, testing
 NATIVE = tuple(name for name in BACKENDS if name != "reference")
 
 
-def near_copies(dim: int, size: int, distance: float) -> tuple[GaussianMixture, GaussianMixture]:
+def near_copies(
+    dim: int, size: int, distance: float, structure: str = "diagonal"
+) -> tuple[GaussianMixture, GaussianMixture]:
     """p at unit scale, and q the same with ``distance`` · N(0, 1) added to every parameter."""
     g = torch.Generator().manual_seed(dim)
-    p = testing.random_mixture(size, dim, generator=g)
+    p = testing.random_mixture(size, dim, structure=structure, generator=g)
     moved = [t + distance * torch.randn(t.shape, generator=g) for t in (p.means, p.variances.log(), p.log_weights)]
     return p, GaussianMixture(moved[0], moved[1].exp(), moved[2])
 
@@ -31,6 +33,20 @@ def test_cs_divergence_near_zero_stays_within_the_stated_bound(
     backend: str, dim: int, size: int, distance: float
 ) -> None:
     p, q = near_copies(dim, size, distance)
+    exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
+    error = (csdiv.cs_divergence(p, q, backend=backend).double() - exact).abs()
+    assert error <= BOUND[backend] * max(1.0, dim / 64)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("structure", ["spherical", "tied diagonal", "tied spherical"])
+@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize(("dim", "size"), [(1, 5), (8, 400), (50, 100), (64, 30), (256, 100)])
+def test_the_bound_near_zero_holds_where_variances_are_shared(
+    backend: str, structure: str, dim: int, size: int, distance: float
+) -> None:
+    """One variance in D dimensions: its rounding, and its logarithm's, count D times."""
+    p, q = near_copies(dim, size, distance, structure)
     exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
     error = (csdiv.cs_divergence(p, q, backend=backend).double() - exact).abs()
     assert error <= BOUND[backend] * max(1.0, dim / 64)

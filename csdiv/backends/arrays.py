@@ -21,7 +21,8 @@ class Side(NamedTuple):
     variances: Tensor  # (*own batch, K, D) contiguous; of a full side covariances, (*own batch, K, D, D)
     log_weights: Tensor | None  # (*own batch, K) contiguous; None: zeros
     own: torch.Size
-    spherical: bool = False  # each component has one variance
+    same_dims: bool = False  # a variance for each component, whatever the dimension
+    same_components: bool = False  # variances that all components of all items have
 
 
 def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -29,7 +30,8 @@ def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = Non
     shape = own + means.shape[-2:]
     if log_weights is not None:
         log_weights = _filled(log_weights, shape[:-1])
-    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own, variances.shape[-1] == 1)
+    same_dims, same_components = variances.shape[-1] == 1, variances.shape[:-1].numel() == 1
+    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own, same_dims, same_components)
 
 
 def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -107,6 +109,8 @@ def pointers(side: Side, index: Tensor | None = None) -> tuple[int, ...]:
         0 if index is None else index.data_ptr(),
         side.own.numel(),
         side.means.shape[-2],
+        side.same_dims,
+        side.same_components,
     )
 
 

@@ -75,7 +75,7 @@ def _problem(pair: Pair) -> Problem:
     variances = [side.variances.view(side.own.numel(), *side.means.shape[-2:]) for side in (pair.p, pair.q)]
     own = pair.p.own.numel() == batch == pair.q.own.numel()
     scale = launch_scale(*variances, batch if own else 1)
-    spherical = pair.p.spherical and pair.q.spherical
+    spherical = pair.p.same_dims and pair.q.same_dims
     p = _pack(pair.p, scale, spherical)
     q = p if pair.q is pair.p else _pack(pair.q, scale, spherical)
     return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, pair.p.means.shape[-1], spherical)

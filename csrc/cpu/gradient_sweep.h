@@ -266,6 +266,7 @@ class GradientSweep {
     const Stripe<T>& columns = packed_.stripe(item, s);
     SweepTile<T> place{b, first, s * packed_.width(), rows, columns, nullptr, nullptr};
     TileGradients<T> grads{};
+    grads.variances_wanted = grad_p_.variances || grad_q_.variances;
     if (rows_wanted_) {
       const RowGradientSums sums =
           slab.row_copies.size() > 0 ? rows_of_copy(slab, group, tile) : sums_.rows(problem_.p.item(b), first);

@@ -79,6 +79,8 @@ Problem<T> slice(Problem<T> problem, int64_t first, int64_t count) {
     side->variances += first * side->n * problem.dim;
     if (side->log_weights) side->log_weights += first * side->n;
     side->scale_exponents += first;
+    if (side->precisions) side->precisions += first * side->n * problem.dim;
+    if (side->log_determinants) side->log_determinants += first * side->n;
     side->batch = count;
   }
   return problem;

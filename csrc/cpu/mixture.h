@@ -15,7 +15,11 @@ struct Mixture {
   const int64_t* index;             // the item that each problem uses; null: its own, or the only one
   int64_t batch;
   int64_t n;
-  int64_t exponent_period = 0;   // components of the only item per scale exponent; 0: one exponent for each item
+  bool same_dims = false;          // each component has one variance, in all dimensions
+  bool same_components = false;    // all components of all items have the same variances
+  int64_t exponent_period = 0;     // components of the only item per scale exponent; 0: one exponent for each item
+  const T* precisions = nullptr;   // (batch, n, dim) and
+  const T* log_determinants = nullptr;   // (batch, n): of rows in the form kTiedColumns, see tile.h
 
   int64_t item(int64_t problem) const { return index ? index[problem] : batch == 1 ? 0 : problem; }
 

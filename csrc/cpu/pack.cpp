@@ -10,7 +10,9 @@
 namespace csdiv::cpu {
 namespace {
 
-constexpr int64_t kScaleSample = 4096;   // components, of an item, that its scale exponent is taken from
+constexpr int64_t kMinSphericalDim = 9;      // below, the logarithm of each pair costs more than its dimensions save
+constexpr int64_t kMaxSharedDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
+constexpr int64_t kScaleSample = 4096;       // components, of an item, that its scale exponent is taken from
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
@@ -55,6 +57,16 @@ class LogProduct {
 }   // namespace
 
 template <class T>
+Form form_of(const Problem<T>& problem) {
+  const Mixture<T>&p = problem.p, &q = problem.q;
+  if (problem.dim > kMaxSharedDim || problem.rows() == 0 || p.batch == 0 || q.batch == 0) return Form::kDiagonal;
+  const bool spherical = p.same_dims && q.same_dims;
+  if (p.same_components) return spherical ? Form::kSphericalTiedRows : Form::kTiedRows;
+  if (spherical && problem.dim >= kMinSphericalDim) return Form::kSpherical;
+  return q.same_components ? Form::kTiedColumns : Form::kDiagonal;
+}
+
+template <class T>
 RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
   const int64_t item = problem.p.item(b), first = tile * kTileRows, dim = problem.dim;
   RowTile<T> rows{};
@@ -70,18 +82,29 @@ RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
     if (rows.range.variance_min < 0 && std::any_of(variances, variances + dim, [](T s) { return s < 0; }))
       rows.invalid |= uint32_t(1) << r;
   }
+  if (problem.p.precisions) {
+    rows.precisions = problem.p.precisions + (item * problem.p.n + first) * dim;
+    rows.log_determinants = problem.p.log_determinants + item * problem.p.n + first;
+  }
   return rows;
 }
 
 template <class T>
 PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads)
-    : width_(stripe_width(problem.q.n)),
+    : form_(form_of(problem)),
+      width_(stripe_width(problem.q.n)),
       stride_(stripe_stride<T>(problem.q.n, width_, tile_kernels<T>().lanes)),
       stripes_(ceil_div(problem.q.n, width_)),
       memory_(problem.q.batch * stripes_ * (2 * problem.dim + 1) * stride_),
+      precision_dims_(form_ == Form::kTiedRows            ? problem.dim
+                      : form_ == Form::kSphericalTiedRows ? 1
+                                                          : 0),
+      precisions_(precision_dims_ ? problem.q.batch * stripes_ * (precision_dims_ + 1) * stride_ : 0),
       all_(problem.q.batch * stripes_) {
-  parallel_for(all_.size(), threads,
-               [&](int64_t task) { pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_); });
+  parallel_for(all_.size(), threads, [&](int64_t task) {
+    pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_);
+    if (precision_dims_) pack_precisions(problem, task / stripes_, task % stripes_);
+  });
 }
 
 template <class T>
@@ -119,7 +142,19 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
     range.finite = false;
   }
   const int64_t padded = ceil_div(count, kernels.lanes) * kernels.lanes;
-  all_[item * stripes_ + s] = {means, variances, packed_weights, count, padded, stride_, range};
+  all_[item * stripes_ + s] = {means,   variances, packed_weights, count,   padded,
+                               stride_, range,     form_,          nullptr, nullptr};
+}
+
+template <class T>
+void PackedColumns<T>::pack_precisions(const Problem<T>& problem, int64_t item, int64_t s) {
+  Stripe<T>& columns = all_[item * stripes_ + s];
+  T* const precisions = precisions_.get() + (item * stripes_ + s) * (precision_dims_ + 1) * stride_;
+  T* const log_scales = precisions + precision_dims_ * stride_;
+  const int64_t exponent = (problem.p.scale_exponent(0, 0) + problem.q.scale_exponent(item, 0)) / 2;
+  tile_kernels<T>().column_precisions(problem.p.variances, problem.dim, exponent, columns, precisions, log_scales);
+  columns.precisions = precisions;
+  columns.log_scales = log_scales;
 }
 
 template <class T>
@@ -146,6 +181,31 @@ ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(si
   side.scale_exponents = exponents_.get();
 }
 
+template <class T>
+RowPrecisions<T>::RowPrecisions(Problem<T>& problem) {
+  if (form_of(problem) != Form::kTiedColumns) return;
+  Mixture<T>& p = problem.p;
+  precisions_ = AlignedArray<T>(p.batch * p.n * problem.dim);
+  log_determinants_ = AlignedArray<T>(p.batch * p.n);
+  Problem<T> own = problem;   // each item of p once: the items of q have the same variances
+  own.p.index = nullptr;
+  own.q.index = nullptr;
+  own.q.batch = 1;
+  for (int64_t item = 0; item < p.batch; ++item) {
+    for (int64_t tile = 0; tile < num_row_tiles(own); ++tile) {
+      const int64_t first = item * p.n + tile * kTileRows;
+      tile_kernels<T>().row_precisions(row_tile(own, item, tile), own.q.variances,
+                                       precisions_.get() + first * problem.dim, log_determinants_.get() + first);
+    }
+  }
+  p.precisions = precisions_.get();
+  p.log_determinants = log_determinants_.get();
+}
+
+template Form form_of(const Problem<float>&);
+template Form form_of(const Problem<double>&);
+template class RowPrecisions<float>;
+template class RowPrecisions<double>;
 template RowTile<float> row_tile(const Problem<float>&, int64_t, int64_t);
 template RowTile<double> row_tile(const Problem<double>&, int64_t, int64_t);
 template class PackedColumns<float>;

@@ -18,6 +18,10 @@ int64_t num_row_tiles(const Problem<T>& problem) {
   return ceil_div(problem.p.n, kTileRows);
 }
 
+// The form in which a problem's tiles are computed, as far as they are certified.
+template <class T>
+Form form_of(const Problem<T>& problem);
+
 template <class T>
 RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile);
 
@@ -37,9 +41,13 @@ class PackedColumns {
 
  private:
   void pack(const Mixture<T>& q, int64_t dim, LogWeights log_weights, int64_t item, int64_t s);
+  void pack_precisions(const Problem<T>& problem, int64_t item, int64_t s);
 
+  const Form form_;
   int64_t width_, stride_, stripes_;
   AlignedArray<T> memory_;
+  const int64_t precision_dims_;   // of tied rows, else 0
+  AlignedArray<T> precisions_;
   std::vector<Stripe<T>> all_;
 };
 
@@ -52,6 +60,16 @@ class ScaleExponents {
 
  private:
   AlignedArray<int64_t> exponents_;
+};
+
+// Gives the rows of a problem their precisions, for as long as this lives, where its form wants them.
+template <class T>
+class RowPrecisions {
+ public:
+  explicit RowPrecisions(Problem<T>& problem);
+
+ private:
+  AlignedArray<T> precisions_, log_determinants_;
 };
 
 }   // namespace csdiv::cpu

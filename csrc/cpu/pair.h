@@ -9,6 +9,9 @@
 
 namespace csdiv::cpu::CSDIV_ISA {
 
+// Rows per register tile: what 16 or 32 vector registers hold.
+constexpr int kRegisterRows = kVectorBytes == 64 ? 4 : 2;
+
 constexpr int64_t kGroup = 4;           // dimensions that share one reciprocal and one step of the product
 constexpr int64_t kBlockedDims = 128;   // dimensions in one accumulator of the quadratic form
 
@@ -136,6 +139,17 @@ struct ExactPairSum : PairSum<T> {
   }
 };
 
+// f(row, count) for each register tile of rows that has an active one; `count` is a constant.
+template <class F>
+CSDIV_INLINE void for_active_rows(int64_t rows, uint32_t active_rows, const F& f) {
+  constexpr uint32_t kRegisterMask = (1u << kRegisterRows) - 1;
+  int64_t row = 0;
+  for (; row + kRegisterRows <= rows; row += kRegisterRows)
+    if (active_rows >> row & kRegisterMask) f(row, std::integral_constant<int, kRegisterRows>());
+  for (; row < rows; ++row)
+    if (active_rows >> row & 1) f(row, std::integral_constant<int, 1>());
+}
+
 // grad exp(logit - log_normalizer), a pair's share of its row's gradient.
 template <class T>
 inline Vec<T> row_weight(Vec<T> logits, T log_normalizer, T grad) {
@@ -150,13 +164,17 @@ struct PairGradient {
   Vec<T> mean, variance;
 };
 
+template <class T>
+inline PairGradient<T> pair_gradient_of_reciprocal(Vec<T> weight, Vec<T> delta, Vec<T> reciprocal) {
+  const Vec<T> u = delta * reciprocal;
+  const Vec<T> mean = weight * u;
+  return {mean, mean * u - weight * reciprocal};
+}
+
 template <bool kFast, class T>
 inline PairGradient<T> pair_gradient(Vec<T> weight, Vec<T> delta, Vec<T> c) {
   if constexpr (kFast) {
-    const Vec<T> reciprocal = fast_reciprocal<T>(c);
-    const Vec<T> u = delta * reciprocal;
-    const Vec<T> mean = weight * u;
-    return {mean, mean * u - weight * reciprocal};
+    return pair_gradient_of_reciprocal<T>(weight, delta, fast_reciprocal<T>(c));
   } else {
     const ExactTerm<T> term(delta, c);
     const Vec<T> reciprocal = 1 / term.c;

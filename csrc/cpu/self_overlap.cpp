@@ -14,6 +14,7 @@ Problem<T> with_itself(int64_t dim, const Mixture<T>& p) {
   Problem<T> problem{p.batch, dim, p, p};
   problem.p.index = problem.q.index = nullptr;   // of the pair that p may come from
   problem.p.log_weights = nullptr;               // added below
+  problem.p.precisions = nullptr;                // of the pair as well
   return problem;
 }
 

@@ -13,6 +13,15 @@ constexpr int64_t kStripeColumns = 256;     // of a stripe at most; also bounds 
 constexpr int64_t kMaxDim = 1 << 22;        // the sum of D exponents must fit the 32-bit lanes of the float kernels
 constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it starts from
 
+// How the variances of a problem are shared, which decides what its pairs cost: shared_pair.h.
+enum class Form {
+  kDiagonal,
+  kSpherical,           // those of one component are the same in all dimensions, on both sides
+  kSphericalTiedRows,   // as well, and all rows have the same: 1 / c belongs to a column
+  kTiedRows,            // all rows have the same, which differ between dimensions
+  kTiedColumns,         // all columns have the same: 1 / c belongs to a row
+};
+
 // What a block of components spans; decides whether a tile may take the fast form.
 template <class T>
 struct Range {
@@ -31,6 +40,8 @@ struct RowTile {
   uint32_t invalid;               // bit r: row r has a negative variance, its pairs are NaN
   int64_t exponents[kTileRows];   // scale exponent E of each row's problem
   Range<T> range;
+  const T* precisions;         // (count, dim) 1 / c, of kTiedColumns; right where the tile is certified
+  const T* log_determinants;   // (count) log|c| - E ln 2, of kTiedColumns
 };
 
 // Up to kStripeColumns components of q, packed structure-of-arrays.
@@ -44,6 +55,9 @@ struct Stripe {
   int64_t padded;         // count rounded up to whole vectors
   int64_t stride;
   Range<T> range;
+  Form form;
+  const T* precisions;   // (dim, stride) 1 / c, of tied rows; if spherical (stride); right where the tile is certified
+  const T* log_scales;   // (stride) log_weights - (log|c| - E ln 2) / 2, of tied rows
 };
 
 // sum of exp(logit) = exp(max) * sum where max is finite, and sum itself otherwise: 0, infinite or NaN.
@@ -60,6 +74,7 @@ struct TileGradients {
   double* row_variances;
   T* column_means;   // (dim, stride) of the stripe
   T* column_variances;
+  bool variances_wanted;   // else the sums for variances may be left out
 };
 
 // Log weights of a tile's rows become weights: w = grad * exp(logit - log_normalizer).
@@ -89,8 +104,13 @@ struct TileKernels {
   // The same from what partial_sum left: row r times factors[r], where 0 gives 0 whatever it multiplies.
   uint32_t (*scale)(const RowTile<T>& rows, const Stripe<T>& columns, const T* factors, T* tile, T* column_sums,
                     double* row_sums);
-  void (*gradients)(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
+  // Leaves the weights in no particular state.
+  void (*gradients)(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads);
+  // What tied rows and tied columns have beside the variances, for the padded columns and for the rows of a tile.
+  void (*column_precisions)(const T* row_variances, int64_t dim, int64_t exponent, const Stripe<T>& columns, T* to,
+                            T* log_scales);
+  void (*row_precisions)(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants);
   void (*lane_overlap)(const LaneProblem<T>& problem);
 };
 

@@ -5,13 +5,11 @@
 
 #include "lane_overlap.h"
 #include "pair.h"
+#include "shared_pair.h"
 #include "simd.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
 namespace {
-
-// Rows per register tile: what 16 or 32 vector registers hold.
-constexpr int kRegisterRows = kVectorBytes == 64 ? 4 : 2;
 
 template <class T>
 void transpose(const T* from, int64_t count, int64_t dim, T* to, int64_t stride) {
@@ -105,7 +103,20 @@ void logits_tile(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first
 
 template <class T>
 void logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
-  if (certified(rows.range, columns.range)) return logits_tile<true>(rows, columns, first_column, tile);
+  if (certified(rows.range, columns.range)) {
+    switch (columns.form) {
+      case Form::kDiagonal:
+        return logits_tile<true>(rows, columns, first_column, tile);
+      case Form::kSpherical:
+        return shared_logits<Form::kSpherical>(rows, columns, first_column, tile);
+      case Form::kSphericalTiedRows:
+        return shared_logits<Form::kSphericalTiedRows>(rows, columns, first_column, tile);
+      case Form::kTiedRows:
+        return shared_logits<Form::kTiedRows>(rows, columns, first_column, tile);
+      case Form::kTiedColumns:
+        return shared_logits<Form::kTiedColumns>(rows, columns, first_column, tile);
+    }
+  }
   logits_tile<false>(rows, columns, first_column, tile);
   for (int64_t row = 0; row < rows.count; ++row)
     if (rows.invalid >> row & 1)
@@ -169,20 +180,25 @@ uint32_t scale(const RowTile<T>& rows, const Stripe<T>& columns, const T* factor
                     [&](int64_t row, Vec<T> terms) { return factors[row] == 0 ? Vec<T>{} : factors[row] * terms; });
 }
 
+// How a pair's gradient is found: the two forms of pair.h, or with 1 / c in place of the variances of one side.
+enum class Gradient { kExact, kFast, kRowPrecisions, kColumnPrecisions };
+
 // Dimension d of kRows rows against the whole stripe.
-template <bool kFast, bool kRowGrads, bool kColumnGrads, int kRows, class T>
+template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, int kRows, class T>
 void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns, const T* weights,
                     const TileGradients<T>& grads) {
   const int64_t stride = columns.stride, padded = columns.padded, dim = rows.dim;
   const T* const means = columns.means + d * stride;
-  const T* const variances = columns.variances + d * stride;
+  const T* const variances =
+      (kGradient == Gradient::kColumnPrecisions ? columns.precisions : columns.variances) + d * stride;
+  const T* const row_variances = kGradient == Gradient::kRowPrecisions ? rows.precisions : rows.variances;
   const T* const first_weights = weights + row * stride;
   T* const grad_means = kColumnGrads ? grads.column_means + d * stride : nullptr;
   T* const grad_variances = kColumnGrads ? grads.column_variances + d * stride : nullptr;
   Vec<T> row_mean[kRows], row_variance[kRows], row_grad_mean[kRows], row_grad_variance[kRows];
   for (int r = 0; r < kRows; ++r) {
     row_mean[r] = broadcast<T>(rows.means[(row + r) * dim + d]);
-    row_variance[r] = broadcast<T>(rows.variances[(row + r) * dim + d]);
+    row_variance[r] = broadcast<T>(row_variances[(row + r) * dim + d]);
     row_grad_mean[r] = row_grad_variance[r] = Vec<T>{};
   }
   for (int64_t j = 0; j < padded; j += kLanes<T>) {
@@ -194,7 +210,14 @@ void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe
     }
     for (int r = 0; r < kRows; ++r) {
       const Vec<T> weight = load(first_weights + r * stride + j);
-      const PairGradient<T> pair = pair_gradient<kFast, T>(weight, row_mean[r] - mean, row_variance[r] + variance);
+      const Vec<T> delta = row_mean[r] - mean;
+      PairGradient<T> pair;
+      if constexpr (kGradient == Gradient::kRowPrecisions)
+        pair = pair_gradient_of_reciprocal<T>(weight, delta, row_variance[r]);
+      else if constexpr (kGradient == Gradient::kColumnPrecisions)
+        pair = pair_gradient_of_reciprocal<T>(weight, delta, variance);
+      else
+        pair = pair_gradient<kGradient == Gradient::kFast, T>(weight, delta, row_variance[r] + variance);
       row_grad_mean[r] += pair.mean;
       row_grad_variance[r] += pair.variance;
       column_grad_mean += pair.mean;
@@ -213,44 +236,51 @@ void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe
   }
 }
 
-template <bool kFast, bool kRowGrads, bool kColumnGrads, class T>
+template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, class T>
 void gradients_tile(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads) {
-  constexpr uint32_t kRegisterMask = (1u << kRegisterRows) - 1;
   for (int64_t d = 0; d < rows.dim; ++d) {
-    int64_t row = 0;
-    for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
-      if (active_rows >> row & kRegisterMask)
-        gradients_rows<kFast, kRowGrads, kColumnGrads, kRegisterRows>(rows, row, d, columns, weights, grads);
-    for (; row < rows.count; ++row)
-      if (active_rows >> row & 1)
-        gradients_rows<kFast, kRowGrads, kColumnGrads, 1>(rows, row, d, columns, weights, grads);
+    for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
+      gradients_rows<kGradient, kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads);
+    });
   }
 }
 
-template <bool kFast, class T>
-void gradients_form(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
+template <bool kRowGrads, bool kColumnGrads, class T>
+void gradients_form(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads) {
-  if (grads.row_means && grads.column_means)
-    gradients_tile<kFast, true, true>(rows, columns, weights, active_rows, grads);
-  else if (grads.row_means)
-    gradients_tile<kFast, true, false>(rows, columns, weights, active_rows, grads);
-  else if (grads.column_means)
-    gradients_tile<kFast, false, true>(rows, columns, weights, active_rows, grads);
+  if (!certified(rows.range, columns.range))
+    return gradients_tile<Gradient::kExact, kRowGrads, kColumnGrads>(rows, columns, weights, active_rows, grads);
+  switch (columns.form) {
+    case Form::kDiagonal:
+      return gradients_tile<Gradient::kFast, kRowGrads, kColumnGrads>(rows, columns, weights, active_rows, grads);
+    case Form::kSpherical:
+    case Form::kSphericalTiedRows:
+      return spherical_gradients<kRowGrads, kColumnGrads>(rows, columns, weights, active_rows, grads);
+    case Form::kTiedRows:
+      return gradients_tile<Gradient::kColumnPrecisions, kRowGrads, kColumnGrads>(rows, columns, weights, active_rows,
+                                                                                  grads);
+    case Form::kTiedColumns:
+      return gradients_tile<Gradient::kRowPrecisions, kRowGrads, kColumnGrads>(rows, columns, weights, active_rows,
+                                                                               grads);
+  }
 }
 
 template <class T>
-void gradients(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
+void gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
                const TileGradients<T>& grads) {
-  if (certified(rows.range, columns.range))
-    gradients_form<true>(rows, columns, weights, active_rows, grads);
-  else
-    gradients_form<false>(rows, columns, weights, active_rows, grads);
+  if (grads.row_means && grads.column_means)
+    gradients_form<true, true>(rows, columns, weights, active_rows, grads);
+  else if (grads.row_means)
+    gradients_form<true, false>(rows, columns, weights, active_rows, grads);
+  else if (grads.column_means)
+    gradients_form<false, true>(rows, columns, weights, active_rows, grads);
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,      certified<T>, transpose<T>, range<T>,     logits<T>,
-                                     partial_sum<T>, weights<T>,   scale<T>,     gradients<T>, lane_overlap<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>,    certified<T>,         transpose<T>,      range<T>,
+                                     logits<T>,    partial_sum<T>,       weights<T>,        scale<T>,
+                                     gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>};
 
 }   // namespace
 

@@ -1,9 +1,9 @@
 // Raw pointers to device memory, sizes and a stream; no torch. csdiv/backends/cuda.py is the only caller.
 //
-// A side is the tuple (means, variances, log_weights, index, items, n), see mixture.h; the gradients of a side
-// (means, variances, log_weights); pointers are integers, 0 where an array is not given. `itemsize` is 4 (float) or 8
-// (double). The context is (device, stream, multiprocessors, scratch): without scratch memory, 0, a function launches
-// nothing and returns how many bytes it wants.
+// A side is the tuple (means, variances, log_weights, index, items, n), see mixture.h, and two more fields that are not
+// used here; the gradients of a side (means, variances, log_weights); pointers are integers, 0 where an array is not
+// given. `itemsize` is 4 (float) or 8 (double). The context is (device, stream, multiprocessors, scratch): without
+// scratch memory, 0, a function launches nothing and returns how many bytes it wants.
 #include "bindings.h"
 
 #include "../arguments.h"
@@ -34,7 +34,7 @@ class DeviceGuard {
 
 template <class T>
 Side<T> side(const py::tuple& fields, int64_t dim) {
-  check(fields.size() == 6, "a side has 6 fields");
+  check(fields.size() == 8, "a side has 8 fields");
   const auto address = [&](int k) { return fields[k].cast<Pointer>(); };
   const auto items = fields[4].cast<int64_t>(), n = fields[5].cast<int64_t>();
   check_sizes({items, n + cuda::kTile, dim + cuda::kGroup, 2});

@@ -1,0 +1,250 @@
+// The pair term where variances are shared (tile.h, Form). Tiles are certified as for the fast form of pair.h.
+//   kSpherical: one c for all dimensions, so that log|c| = D log c; a reciprocal and a logarithm for a pair.
+//   kTiedRows, kTiedColumns: 1 / c and log|c| were found beforehand, for every column or for every row.
+//   kSphericalTiedRows: both.
+// Distances are sums of delta^2, nowhere |x|^2 - 2 xy + |y|^2: nothing cancels, however far the means are.
+#pragma once
+
+#include "pair.h"
+
+namespace csdiv::cpu::CSDIV_ISA {
+
+// Columns of a register tile, in vectors: a delta takes two or three instructions, so loads are shared, and eight sums
+// hide what an addition waits for.
+constexpr int kRegisterVectors = kVectorBytes == 64 ? 2 : 4;
+
+constexpr bool is_spherical(Form form) {
+  return form == Form::kSpherical || form == Form::kSphericalTiedRows;
+}
+
+// sum_d delta^2, times 1 / c unless spherical, of kRows rows against kVectors vectors of columns.
+template <Form kForm, int kRows, int kVectors, class T>
+CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                                  Vec<T> (&quadratic)[kRows][kVectors]) {
+  const int64_t dim = rows.dim, stride = columns.stride;
+  const T* const row_means = rows.means + row * dim;
+  const T* const row_precisions = kForm == Form::kTiedColumns ? rows.precisions + row * dim : nullptr;
+  const T* const column_means = columns.means + column;
+  const T* const column_precisions = kForm == Form::kTiedRows ? columns.precisions + column : nullptr;
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) quadratic[r][v] = Vec<T>{};
+  for (int64_t begin = 0; begin < dim; begin += kBlockedDims) {
+    const int64_t end = begin + kBlockedDims < dim ? begin + kBlockedDims : dim;
+    Vec<T> sums[kRows][kVectors] = {};
+    for (int64_t d = begin; d < end; ++d) {
+      Vec<T> means[kVectors], precisions[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        means[v] = load(column_means + d * stride + v * kLanes<T>);
+        if constexpr (kForm == Form::kTiedRows) precisions[v] = load(column_precisions + d * stride + v * kLanes<T>);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> mean = broadcast<T>(row_means[r * dim + d]);
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec<T> delta = mean - means[v];
+          if constexpr (is_spherical(kForm)) sums[r][v] += delta * delta;
+          if constexpr (kForm == Form::kTiedRows) sums[r][v] += delta * delta * precisions[v];
+          if constexpr (kForm == Form::kTiedColumns) sums[r][v] += delta * delta * row_precisions[r * dim + d];
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) quadratic[r][v] += sums[r][v];
+  }
+}
+
+// The leading half of the digits: products of two such numbers are exact.
+template <class T>
+inline Vec<T> leading_half(Vec<T> x) {
+  return (Vec<T>)((BitsVec<T>)x & ~((typename Float<T>::Unsigned(1) << (Float<T>::kMantissaBits + 1) / 2) - 1));
+}
+
+// c = s + t, which all dimensions have, and what rounding took from it: D log c magnifies that.
+template <class T>
+struct SharedVariance {
+  Vec<T> c, error, reciprocal;
+
+  SharedVariance(T s, Vec<T> t) : c(s + t) {
+    const Vec<T> rounded_t = c - s;
+    error = (s - (c - rounded_t)) + (t - rounded_t);
+    reciprocal = fast_reciprocal<T>(c);
+  }
+
+  // quadratic / (c + error)
+  Vec<T> divide(Vec<T> quadratic) const {
+    const Vec<T> quotient = quadratic * reciprocal;
+    return quotient + (quadratic - quotient * c - quotient * error) * reciprocal;
+  }
+
+  // dim log(c + error) - exponent log 2. Equation (8): the large parts cancel before anything is rounded. With f = m -
+  // 1 and m = (1 + s) / (1 - s), log m = 2 (s + s^3/3 + ...), where s = f / (m + 1) is kept in two parts.
+  Vec<T> log_determinant(int64_t dim, int64_t exponent) const {
+    using F = Float<T>;
+    const T twice_dim = T(2 * dim);
+    Vec<T> m = mantissa<T>(c);
+    const IntVec<T> low = m < broadcast<T>(T(0.70710678118654752440));
+    m = low ? m + m : m;
+    const Vec<T> n = __builtin_convertvector(biased_exponent<T>(c) + low, Vec<T>);
+    const Vec<T> e = n * T(dim) - T(exponent + dim * (F::kBias - 1));
+    const Vec<T> f = m - 1, m_high = leading_half<T>(m), r = fast_reciprocal<T>(m + 1);
+    const Vec<T> s_high = leading_half<T>(f * r);
+    const Vec<T> s_low = (f - s_high * (m_high + 1) - s_high * (m - m_high)) * r;
+    const Vec<T> s = s_high + s_low, z = s * s;
+    Vec<T> series = broadcast<T>(T(1) / (2 * F::kLogTerms + 1));
+    for (int k = F::kLogTerms - 1; k >= 1; --k) series = series * z + T(1) / (2 * k + 1);
+    const Vec<T> small = s_low + s * z * series + T(0.5) * error * reciprocal;
+    return (e * F::kLn2High + twice_dim * s_high) + (e * F::kLn2Low + twice_dim * small);
+  }
+};
+
+template <Form kForm, int kRows, int kVectors, class T>
+CSDIV_INLINE void shared_logits_block(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                                      T* tile) {
+  Vec<T> quadratic[kRows][kVectors];
+  quadratic_forms<kForm>(rows, row, columns, column, quadratic);
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t j = column + v * kLanes<T>;
+      Vec<T> logits;
+      if constexpr (kForm == Form::kSpherical) {
+        const SharedVariance<T> shared(rows.variances[(row + r) * rows.dim], load(columns.variances + j));
+        logits = load(columns.log_weights + j) -
+                 T(0.5) * (shared.divide(quadratic[r][v]) + shared.log_determinant(rows.dim, rows.exponents[row + r]));
+      } else if constexpr (kForm == Form::kSphericalTiedRows) {
+        logits = load(columns.log_scales + j) - T(0.5) * quadratic[r][v] * load(columns.precisions + j);
+      } else if constexpr (kForm == Form::kTiedRows) {
+        logits = load(columns.log_scales + j) - T(0.5) * quadratic[r][v];
+      } else {
+        logits = load(columns.log_weights + j) - T(0.5) * (quadratic[r][v] + rows.log_determinants[row + r]);
+      }
+      store(tile + (row + r) * columns.stride + j, logits);
+    }
+  }
+}
+
+template <Form kForm, int kVectors, class T>
+void shared_logits_columns(const RowTile<T>& rows, const Stripe<T>& columns, int64_t column, T* tile) {
+  int64_t row = 0;
+  for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
+    shared_logits_block<kForm, kRegisterRows, kVectors>(rows, row, columns, column, tile);
+  for (; row < rows.count; ++row) shared_logits_block<kForm, 1, kVectors>(rows, row, columns, column, tile);
+}
+
+template <Form kForm, class T>
+void shared_logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
+  constexpr int64_t kStep = kRegisterVectors * kLanes<T>;
+  int64_t column = first_column;
+  for (; column + kStep <= columns.padded; column += kStep)
+    shared_logits_columns<kForm, kRegisterVectors>(rows, columns, column, tile);
+  for (; column < columns.padded; column += kLanes<T>) shared_logits_columns<kForm, 1>(rows, columns, column, tile);
+}
+
+// Spherical: v = w / c in place of the weights; and the sums for the variances, w (sum_d delta^2 / c^2 - D / c), which
+// take the place of dimension 0.
+template <bool kRowGrads, bool kColumnGrads, int kRows, class T>
+void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, T* weights,
+                         const TileGradients<T>& grads) {
+  Vec<T> row_sums[kRows] = {};
+  for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+    Vec<T> quadratic[kRows][1], column_sum{};
+    if (grads.variances_wanted) quadratic_forms<Form::kSpherical>(rows, row, columns, j, quadratic);
+    for (int r = 0; r < kRows; ++r) {
+      T* const at = weights + (row + r) * columns.stride + j;
+      const SharedVariance<T> shared(rows.variances[(row + r) * rows.dim], load(columns.variances + j));
+      const Vec<T> v = load(at) * shared.reciprocal;
+      store(at, v);
+      if (!grads.variances_wanted) continue;
+      const Vec<T> share = v * (shared.divide(quadratic[r][0]) - T(rows.dim));
+      row_sums[r] += share;
+      column_sum += share;
+    }
+    if constexpr (kColumnGrads)
+      if (grads.variances_wanted) store(grads.column_variances + j, load(grads.column_variances + j) + column_sum);
+  }
+  if constexpr (kRowGrads)
+    for (int r = 0; r < kRows; ++r) grads.row_variances[(row + r) * rows.dim] += sum<T>(row_sums[r]);
+}
+
+// Dimension d of kRows rows against the whole stripe; `weights` are w / c.
+template <bool kRowGrads, bool kColumnGrads, int kRows, class T>
+void spherical_means(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns, const T* weights,
+                     const TileGradients<T>& grads) {
+  const T* const means = columns.means + d * columns.stride;
+  T* const grad_means = kColumnGrads ? grads.column_means + d * columns.stride : nullptr;
+  Vec<T> row_mean[kRows], row_sums[kRows] = {};
+  for (int r = 0; r < kRows; ++r) row_mean[r] = broadcast<T>(rows.means[(row + r) * rows.dim + d]);
+  for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+    const Vec<T> mean = load(means + j);
+    Vec<T> column_sum{};
+    if constexpr (kColumnGrads) column_sum = load(grad_means + j);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> delta = row_mean[r] - mean, weight = load(weights + (row + r) * columns.stride + j);
+      if constexpr (kRowGrads) row_sums[r] += weight * delta;
+      if constexpr (kColumnGrads) column_sum += weight * delta;
+    }
+    if constexpr (kColumnGrads) store(grad_means + j, column_sum);
+  }
+  if constexpr (kRowGrads)
+    for (int r = 0; r < kRows; ++r) grads.row_means[(row + r) * rows.dim + d] += sum<T>(row_sums[r]);
+}
+
+template <bool kRowGrads, bool kColumnGrads, class T>
+void spherical_gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
+                         const TileGradients<T>& grads) {
+  for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
+    spherical_variances<kRowGrads, kColumnGrads, count>(rows, row, columns, weights, grads);
+  });
+  for (int64_t d = 0; d < rows.dim; ++d) {
+    for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
+      spherical_means<kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads);
+    });
+  }
+}
+
+// 1 / c of every dimension and log|c| - exponent log 2, for one vector of components; `c` gives their c.
+template <class T, class C, class Store>
+CSDIV_INLINE Vec<T> precisions(int64_t dim, int64_t exponent, const C& c, const Store& store_precision) {
+  PairSum<T> sum(exponent, dim);
+  for (int64_t d = 0; d < dim; ++d) {
+    const Vec<T> variance = c(d);
+    store_precision(d, T(1) / variance);
+    sum.multiply(variance);
+  }
+  return sum.log_determinant();
+}
+
+template <class T>
+void column_precisions(const T* row_variances, int64_t dim, int64_t exponent, const Stripe<T>& columns, T* to,
+                       T* log_scales) {
+  for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+    if (columns.form == Form::kSphericalTiedRows) {
+      const SharedVariance<T> shared(row_variances[0], load(columns.variances + j));
+      store(to + j, shared.divide(broadcast<T>(1)));
+      store(log_scales + j, load(columns.log_weights + j) - T(0.5) * shared.log_determinant(dim, exponent));
+      continue;
+    }
+    const Vec<T> log_determinant = precisions<T>(
+        dim, exponent, [&](int64_t d) { return row_variances[d] + load(columns.variances + d * columns.stride + j); },
+        [&](int64_t d, Vec<T> precision) { store(to + d * columns.stride + j, precision); });
+    store(log_scales + j, load(columns.log_weights + j) - T(0.5) * log_determinant);
+  }
+}
+
+template <class T>
+void row_precisions(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants) {
+  for (int64_t row = 0; row < rows.count; row += kLanes<T>) {
+    const int count = int(rows.count - row < kLanes<T> ? rows.count - row : kLanes<T>);
+    const Vec<T> log_determinant = precisions<T>(
+        rows.dim, rows.exponents[row],
+        [&](int64_t d) {
+          Vec<T> c = broadcast<T>(1);
+          for (int k = 0; k < count; ++k) c[k] = rows.variances[(row + k) * rows.dim + d] + column_variances[d];
+          return c;
+        },
+        [&](int64_t d, Vec<T> precision) {
+          for (int k = 0; k < count; ++k) to[(row + k) * rows.dim + d] = precision[k];
+        });
+    for (int k = 0; k < count; ++k) log_determinants[row + k] = log_determinant[k];
+  }
+}
+
+}   // namespace csdiv::cpu::CSDIV_ISA
