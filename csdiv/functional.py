@@ -9,13 +9,14 @@ the dtype of the input. Logarithms are in nats.
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
 "auto" depends on the device, the structure and D alone. Full covariances, also against others, are computed in float64
 with D ≤ 32, by "cpu" and "cuda", and rounded to the dtype at the end; above that, and where there are no CUDA kernels,
-by the reference.
+by the reference. Where p has one covariance, or points, "cpu" factors each component of q once; where both have one,
+they are whitened and cost what spherical ones do.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +116,9 @@ def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto
     if takes_reference(backend, p, q):
         return reference.pairwise_log_overlap(components(p), components(q))
     if _has_full(p, q):
+        if white := _whitened(p, q):
+            value = autograd.pairwise(backend, *_unweighted(white.p), *_unweighted(white.q))
+            return (value - white.log_det[..., None, None]).to(p.dtype)
         return autograd.full_pairwise(backend, *_matrices(p)[:2], *_matrices(q)[:2]).to(p.dtype)
     return autograd.pairwise(backend, *_unweighted(p), *_unweighted(q))
 
@@ -193,6 +197,8 @@ def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "a
         return reference.assign(components(codes), components(p))
     with torch.no_grad():
         if _has_full(codes, p):
+            if white := _whitened(codes, p):
+                return ops.assign(*_unweighted(white.p), *_weighted(white.q), backend)
             return ops.full_assign(*_matrices(codes)[:2], *_matrices(p), backend)
         return ops.assign(*_unweighted(codes), *_weighted(p), backend)
 
@@ -289,6 +295,9 @@ def overlap_rows(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[
     if takes_reference(backend, p, q):
         return reference.overlap_lse(components(p), components(q)), None
     if _has_full(p, q):
+        if white := _whitened(p, q):
+            value, offset = autograd.overlap_lse(backend, *_unweighted(white.p), *_weighted(white.q))
+            return value - white.log_det.unsqueeze(-1), offset
         return autograd.full_overlap_lse(backend, *_matrices(p)[:2], *_matrices(q)), None
     return autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
 
@@ -298,6 +307,11 @@ def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tenso
     if takes_reference(backend, p, q):
         return reference.log_overlap(components(p), components(q))
     if _has_full(p, q):
+        if white := _whitened(p, q):
+            value, offset = autograd.log_overlap(backend, *_weighted(white.p), *_weighted(white.q))
+            return (value if offset is None else value + offset) - white.log_det
+        if _has_one_covariance(q):
+            p, q = q, p  # rows of one covariance take one factor for each column
         rows, _ = overlap_rows(p, q, backend)
         return reference.logsumexp(_add_log_weights(rows, _matrices(p)[2]), -1)
     value, offset = autograd.log_overlap(backend, *_weighted(p), *_weighted(q))
@@ -309,6 +323,9 @@ def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     if takes_reference(backend, p):
         return reference.log_overlap(components(p), components(p))
     if _has_full(p):
+        if white := _whitened(p, p):
+            value, offset = autograd.self_overlap(backend, *_weighted(white.p))
+            return (value if offset is None else value + offset) - white.log_det
         return autograd.full_self_overlap(backend, *_matrices(p))
     value, offset = autograd.self_overlap(backend, *_weighted(p))
     return value if offset is None else value + offset
@@ -320,6 +337,54 @@ def components(p: GaussianMixture) -> reference.Components:
         with torch.autocast(p.device.type, enabled=False):
             covariance = p.scale_tril @ p.scale_tril.mT
     return reference.Components(p.means, p.variances, covariance, p.log_weights)
+
+
+class _Whitened(NamedTuple):
+    p: GaussianMixture  # L⁻¹ (μ − centre), variances ½
+    q: GaussianMixture
+    log_det: Tensor  # (*batch,) log |L|
+
+
+def _whitened(p: GaussianMixture, q: GaussianMixture) -> _Whitened | None:
+    """p and q, each of one covariance, in float64 and in coordinates where S + T = L Lᵀ is the identity, equation (18).
+
+    None where a side has several covariances, or where a batch of them shares means, which would be copied for each.
+    """
+    if not (_has_one_covariance(p) and _has_one_covariance(q)):
+        return None
+    same, p = p is q, p.map(torch.Tensor.double)
+    q = p if same else q.map(torch.Tensor.double)
+    total = (reference.matrices(components(p)) + reference.matrices(components(q))).squeeze(-3)
+    batch = total.shape[:-2]
+    if any(torch.broadcast_shapes(side.means.shape[:-2], batch) != side.means.shape[:-2] for side in (p, q)):
+        return None
+    factor, info = torch.linalg.cholesky_ex(total)
+    factor = torch.where((info == 0)[..., None, None], factor, math.nan)
+    points = q.means.detach().reshape(-1, q.dim)
+    centre = points.sum(0) / max(1, points.shape[0])
+    centre = torch.where(centre.isfinite(), centre, 0.0)
+
+    def whiten(side: GaussianMixture) -> GaussianMixture:
+        # A mean that is not finite stays so, and stays out of L's gradient.
+        finite = side.means.isfinite().all(-1, keepdim=True)
+        centred = torch.where(finite, side.means - centre, 0.0)
+        white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+        means = torch.where(finite, white, side.means)
+        variances = means.new_full((1, 1), 0.5)
+        log_weights = reference.log_weights(components(side))
+        return GaussianMixture._unchecked(means=means, variances=variances, log_weights=log_weights)
+
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    white = whiten(p)
+    return _Whitened(white, white if same else whiten(q), log_det)
+
+
+def _has_one_covariance(p: GaussianMixture) -> bool:
+    """Whether all components have the same, as points have."""
+    if p.variances is not None:
+        return p.variances.shape[-2] == 1
+    matrix = p.covariance_matrix if p.scale_tril is None else p.scale_tril
+    return matrix is not None and matrix.shape[-3] == 1
 
 
 def _matrices(p: GaussianMixture) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,11 @@ def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | Non
     return Side(_filled(means, shape), _filled(covariances, shape + shape[-1:]), log_weights, own)
 
 
+def make_points(means: Tensor) -> Side:
+    """Components of zero variance: an empty tensor, whose pointer is 0, in place of one."""
+    return Side(means.contiguous(), means.new_empty(0), None, means.shape[:-2])
+
+
 def _filled(t: Tensor, shape: torch.Size) -> Tensor:
     """``t`` as a contiguous array of the full shape; ``t`` itself if it is one."""
     return t if t.shape == shape and t.is_contiguous() else t.expand(shape).contiguous()
