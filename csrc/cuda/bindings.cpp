@@ -8,7 +8,6 @@
 
 #include "../arguments.h"
 #include "cuda.h"
-#include "full_pair.h"
 #include "pack.h"
 
 namespace csdiv {

@@ -10,7 +10,6 @@
 
 namespace csdiv::cuda {
 
-constexpr int64_t kMaxFullDim = 32;
 constexpr int kMaxThreadDim = 5;   // a factor, an inverse and sums of as many numbers fit into 255 registers
 
 CSDIV_HOST_DEVICE constexpr int64_t triangle(int64_t i, int64_t j = 0) {

@@ -12,6 +12,7 @@ namespace csdiv::cuda {
 constexpr int kTile = 64;             // components of a packed tile
 constexpr int kGroup = CSDIV_GROUP;   // dimensions that share one reciprocal and one logarithm: 4; benchmarks try 1
 constexpr int kFlagDims = 32;         // dimensions that share a flag
+constexpr int64_t kMaxFullDim = 32;   // of full covariances: a warp has a row of one in each lane
 
 // Of a tile in kFlagDims dimensions, after scaling.
 enum Flags : uint8_t {
