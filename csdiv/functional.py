@@ -8,8 +8,9 @@ the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
 "auto" depends on the device, the structure and D alone. Full covariances, also against others, are computed in float64
-on CPU tensors with D ≤ 32, and rounded to the dtype at the end; elsewhere by the reference. Where p has one covariance,
-or points, each component of q is factored once; where both have one, they are whitened and cost what spherical ones do.
+with D ≤ 32, by "cpu" and "cuda", and rounded to the dtype at the end; above that, and where there are no CUDA kernels,
+by the reference. Where p has one covariance, or points, "cpu" factors each component of q once; where both have one,
+they are whitened and cost what spherical ones do.
 """
 
 from __future__ import annotations
@@ -277,9 +278,10 @@ def takes_reference(backend: str, *sides: GaussianMixture) -> bool:
         return backend == "reference"
     dim, limit = sides[0].dim, backends.MAX_FULL_DIM
     if backend == "auto":
-        return sides[0].device.type != "cpu" or dim > limit
-    if backend != "cpu" or dim > limit:
-        have = "no full covariances" if backend != "cpu" else f"full covariances up to D = {limit}, got D = {dim}"
+        return sides[0].device.type not in ("cpu", "cuda") or dim > limit
+    has_any = backend in backends.FULL
+    if not has_any or dim > limit:
+        have = f"full covariances up to D = {limit}, got D = {dim}" if has_any else "no full covariances"
         raise NotImplementedError(f'backend "{backend}" has {have}: take backend="auto" or "reference"')
     return False
 
@@ -409,8 +411,8 @@ def _add_log_weights(value: Tensor, log_weights: Tensor | None) -> Tensor:
 def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:
     """Loads the kernels onto a device, so that no later call waits for it and CUDA graphs can be captured.
 
-    Every operator and its gradients are called once on two tiny mixtures, in float32 and float64. The time of the first
-    call goes from milliseconds to microseconds; results do not change.
+    Every operator and its gradients are called once on tiny mixtures, in float32 and float64, and with full
+    covariances. The time of the first call goes from milliseconds to microseconds; results do not change.
 
     Args:
         device: for example "cuda" or "cuda:1"; by default the current CUDA device if there is any, else the CPU.
@@ -422,19 +424,26 @@ def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.empty(0, device=device).device  # with its index
-    for dtype in (torch.float32, torch.float64):
-        for dim in (8, 16, 32):  # gradients have a kernel for few, for some and for many dimensions
-            leaves = [torch.ones(2, *shape, dtype=dtype, device=where) for shape in ((dim,), (dim,), ())]
-            p, q = (GaussianMixture(*(t.clone().requires_grad_() for t in leaves)) for _ in range(2))
-            values = (
-                cs_divergence(p, q, backend=backend),
-                log_overlap(p, q, backend=backend),
-                log_overlap(p, backend=backend),
-                component_log_overlap(p, q, backend=backend),
-                pairwise_log_overlap(p, q, backend=backend),
-            )
-            torch.autograd.backward(values, [torch.ones_like(value) for value in values])
-            q.assign(p, backend=backend)
+    for dim in (8, 16, 32):  # gradients have a kernel for few, for some and for many dimensions
+        for dtype in (torch.float32, torch.float64):
+            ones = torch.ones(2, dim, dtype=dtype, device=where)
+            _call_everything(GaussianMixture(ones, ones, ones[:, 0]), backend)
+    for dim in (1, 2, 3, 4, 5, 8, 16, 32) if backend in ("auto", *backends.FULL) else ():  # a kernel for each
+        eye = torch.eye(dim, dtype=torch.float64, device=where).expand(2, dim, dim)
+        _call_everything(GaussianMixture(eye[0, :1].expand(2, dim), covariance_matrix=eye), backend)
     devices = getattr(backends.resolve(backend, where), "loaded", None)
     if devices is not None:
         devices.add(where)
+
+
+def _call_everything(p: GaussianMixture, backend: str) -> None:
+    p, q = (p.map(lambda t: t.clone().requires_grad_()) for _ in range(2))
+    values = (
+        cs_divergence(p, q, backend=backend),
+        log_overlap(p, q, backend=backend),
+        log_overlap(p, backend=backend),
+        component_log_overlap(p, q, backend=backend),
+        pairwise_log_overlap(p, q, backend=backend),
+    )
+    torch.autograd.backward(values, [torch.ones_like(value) for value in values])
+    q.assign(p, backend=backend)

@@ -63,6 +63,16 @@ template <class T>
 bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
                            SideGradients<T> grad_q, int threads);
 
+// The two ways to it: term by term, or, where fits_lanes, several problems at once.
+template <class T>
+bool cs_divergence_by_terms(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
+                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
+template <class T>
+bool fits_lanes(const Problem<T>& problem);
+template <class T>
+bool cs_divergence_in_lanes(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
+                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads);
+
 template <class T>
 void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* rows, const double* overlaps,
                             SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
