@@ -172,7 +172,8 @@ class TorchDistributions(Provider):
         size = max(1, CHUNK_BYTES // (nu.itemsize * nu.numel()))
         for chunk in x.split(size):
             components = Independent(Normal(nu, t.sqrt(), validate_args=False), 1)
-            yield MixtureSameFamily(Categorical(logits=log_b), components, validate_args=False).log_prob(chunk)
+            density = MixtureSameFamily(Categorical(logits=log_b), components, validate_args=False)
+            yield density.log_prob(chunk) + log_b.logsumexp(-1)  # which it subtracts: weights are used as given
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         return torch.cat(list(self._chunks(inputs)))
