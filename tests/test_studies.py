@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("lightning")
 
 from csdiv.models.studies import cells, run
+from csdiv.models.studies.clustering import ClusteringConfig, ClusteringStudy
 from csdiv.models.studies.config import read_study
 from csdiv.models.studies.density import DensityConfig
 from csdiv.models.studies.report import Table
@@ -30,7 +31,7 @@ max_variance_ratio = 0.0
 num_threads = 1
 
 [density]
-weights = [1.0, 2.0]
+weights = [1.0]
 components = [12, 1]
 selection_epochs = 2
 final_images = 10
@@ -38,6 +39,10 @@ final_samples = 50
 ablation_images = 5
 ablation_samples = 20
 refit_components = 3
+
+[clustering]
+many_components = 12
+kmeans_starts = 1
 """
 
 
@@ -82,6 +87,31 @@ def test_density_study(protocol: Path, capsys: pytest.CaptureFixture[str], monke
     next(directory.glob("csrae-*.json")).unlink()
     run.run_study("density", str(protocol), {}, publish=None, only_report=False)
     assert (directory / "report.md").read_text() == before
+
+
+def test_clustering_study(protocol: Path) -> None:
+    run.run_study("clustering", str(protocol), {"seeds": 1}, publish=None, only_report=False)
+    directory = protocol.parent / "runs" / "clustering"
+    assert set(column(directory / "few.csv", "K")) == {"10"}
+    assert set(column(directory / "few.csv", "matching")) == {"one-to-one"}
+    assert set(column(directory / "few.csv", "of")) == {"CSRAE codes, K = 10", "VAE codes", "pixels"}
+    names = (column(directory / "many.csv", name) for name in ("clusters", "K", "matching"))
+    many = set(zip(*names, strict=True))
+    assert ("components", "12", "many-to-one") in many
+    assert ("components, merged by overlap", "10", "one-to-one") in many
+    pixels = dict(zip(column(directory / "few.csv", "of"), column(directory / "few.csv", "accuracy"), strict=True))
+    assert 0.5 < float(pixels["pixels"]) <= 1.0  # k-means sorts most digits of 8 x 8 pixels
+    assert (directory / "report.html").read_text().count("data:image/png;base64,") == 2
+
+
+def test_clustering_needs_labels(protocol: Path) -> None:
+    config = read_study(ClusteringConfig, "clustering", str(protocol), {})
+    data = config.load()
+    blind = replace(data, train=replace(data.train, labels=None))
+    with pytest.raises(ValueError, match="labelled data expected"):
+        ClusteringStudy(config, blind)
+    with pytest.raises(ValueError, match="many_components: above 10"):
+        ClusteringStudy(replace(config, many_components=10), data)
 
 
 def test_half_trained_model_goes_on(protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
