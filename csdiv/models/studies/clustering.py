@@ -117,7 +117,8 @@ class ClusteringStudy:
             "class a cluster stands for is decided by labels of the training samples: the best matching that uses each "
             "class once (one-to-one), or each cluster's majority (many-to-one), which favours large K: figures of "
             f"different K or matching are not comparable. Scores are of {len(self.data.test.x)} test samples. The VAE "
-            f"has β = {self.config.weight / 2:g}, CSRAE λ = {self.config.weight:g}, chosen beforehand, not by scores."
+            f"has β = {self.config.weight / 2:g}, CSRAE λ = {self.config.weight:g}, chosen beforehand, not by scores. "
+            "Codes are of binarised pixels where the likelihood is Bernoulli; the rows of pixels take gray levels."
         )
         tables = [
             self._table("few", f"K = {classes}, as many as classes", few, rows),
