@@ -111,7 +111,8 @@ class DensityStudy:
         for _, pair in self._ablations(results):
             found += pair
         stopped = {name for name, result in results.items() if "stopped" in result}
-        return [cell for i, cell in enumerate(found) if not (i % 2 and found[i - 1].name in stopped)]
+        kept = [cell for i, cell in enumerate(found) if not (i % 2 and found[i - 1].name in stopped)]
+        return list({cell.name: cell for cell in kept}.values())
 
     def _selection(self, candidate: Candidate) -> tuple[Cell, Cell]:
         """Training, and its score."""
