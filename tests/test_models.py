@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import csdiv
-from csdiv.models import CSRAE, VAE, BernoulliDecoder, Decoder, Encoder, initialize_from_codes_
+from csdiv.models import (
+    CSRAE,
+    VAE,
+    BernoulliDecoder,
+    Decoder,
+    Encoder,
+    MixtureVAE,
+    VampPriorVAE,
+    initialize_from_codes_,
+)
 from csdiv.models.networks import perceptron
 
 pytest.importorskip("lightning")
 
-from csdiv.models import checkpoint, data, evaluation, training
+from csdiv.models import checkpoint, data, evaluation, modules, training
 from csdiv.models.config import TrainConfig
 
 TINY = TrainConfig(
@@ -64,6 +73,23 @@ def test_vae_divergence_is_the_kl_divergence() -> None:
     torch.testing.assert_close(model.divergence(means, log_variances), expected)
     prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
     torch.testing.assert_close(model.prior_mixture().log_prob(means), prior.log_prob(means))
+
+
+@pytest.mark.parametrize("kind", [MixtureVAE, VampPriorVAE])
+def test_monte_carlo_divergence_is_the_kl_divergence(kind: type) -> None:
+    x = torch.rand(3, 5).round()
+    start = torch.rand(1, 5) if kind is VampPriorVAE else csdiv.nn.GaussianMixturePrior(1, 2)
+    model = kind(*tiny_networks(5, 2), start, 0.7)
+    prior = model.prior_mixture()
+    assert prior.variances is not None
+    means, log_variances = model.encoder(x)
+    q = torch.distributions.Normal(means, (0.5 * log_variances).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(prior.means, prior.variances.sqrt()))
+    draws = torch.stack([model.divergence(means, log_variances) for _ in range(4000)])
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - expected.sum(-1)).abs() < 5 * error).all()
+    model(x).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_autoencoder_shapes() -> None:
@@ -168,7 +194,7 @@ def test_importance_sampled_nll_of_a_linear_gaussian_model() -> None:
     covariance = model.decoder.weight.T @ torch.diag_embed(prior.variances) @ model.decoder.weight + 0.5 * torch.eye(3)
     marginal = torch.distributions.MultivariateNormal(prior.means @ model.decoder.weight, covariance)
     exact = -(marginal.log_prob(x.unsqueeze(1)) + prior.normalized().log_weights).logsumexp(-1)
-    likelihood = evaluation.importance_sampled_nll(model, x, 4000, chunk_size=7)
+    likelihood = evaluation.importance_sampled_nll(model, x, 4000)
     # One image's standard error is about (ess)^-1/2; five of them, and a floor for the most certain ones.
     error = (likelihood.nll - exact).abs()
     assert (error <= 5.0 * likelihood.effective_sample_size.rsqrt() + 0.01).all()
@@ -271,7 +297,7 @@ def test_train_keeps_the_weights_of_the_lowest_validation_loss(tmp_path: Path) -
 def test_train_stops_when_the_loss_is_not_finite(tmp_path: Path) -> None:
     config = replace(TINY, output_dir=tmp_path, learning_rate=1e12)
     with pytest.raises(
-        training.TrainingDiverged, match=r"step \d+ .* the \w+ is not finite; smallest variance of a code"
+        modules.TrainingDiverged, match=r"step \d+ .* the \w+ is not finite; smallest variance of a code"
     ):
         training.train(config, tiny_data())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no temporary file is left
