@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from csdiv.models.checkpoint import build_model, model_options
 from csdiv.models.config import TrainConfig
 from csdiv.models.data import Batches, Dataset, load_data
-from csdiv.models.training import AutoencoderTraining, CSRAETraining, VAETraining
+from csdiv.models.modules import AutoencoderTraining, CSRAETraining, VAETraining
 
 
 class Variant(NamedTuple):

@@ -37,7 +37,7 @@ def app() -> Typer:
     application = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     application.callback()(_describe)
     application.command(help="Train a model and write a report.")(_train_command())
-    for command in (evaluate, sample, interpolate, info):
+    for command in (evaluate, sample, interpolate, study, info):
         application.command()(command)
     passes_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     application.command(context_settings=passes_on)(_bench_command())
@@ -115,7 +115,14 @@ def _resumed(config_file: Path | None, given: dict[str, Any]) -> TrainConfig:
     from csdiv.models.checkpoint import load_config
     from csdiv.models.config import TrainConfig
 
-    free = {"num_threads", "importance_samples", "likelihood_samples", "checkpoint_interval", "data"}
+    free = {
+        "max_variance_ratio",
+        "num_threads",
+        "importance_samples",
+        "likelihood_samples",
+        "checkpoint_interval",
+        "data",
+    }
     if config_file is not None:
         raise ValueError("--resume takes the options of the run: leave out --config")
     directory = given.pop("output_dir", TrainConfig().output_dir)
@@ -171,6 +178,35 @@ def interpolate(
 
     with _errors():
         interpolate_run(directory, pairs, steps, output, seed)
+
+
+def study(
+    name: str,
+    config: str = "digits",
+    data: str | None = None,
+    output_dir: Path | None = None,
+    seeds: int | None = None,
+    publish: Path | None = None,
+    only_report: bool = False,
+) -> None:
+    """Compare models by one protocol: density, clustering, semisupervised, faces.
+
+    NAME is one of these. CONFIG is "digits", "mnist" or a TOML file; DATA, OUTPUT_DIR and SEEDS win over it. What is
+    finished is not computed again. PUBLISH is a directory that the tables and figures are copied to.
+    """
+    import typer
+
+    from csdiv.models.studies.run import run_study
+    from csdiv.models.training import Interrupted
+
+    given = {"data": data, "output_dir": output_dir, "seeds": seeds}
+    try:
+        with _errors():
+            run_study(name, config, {k: v for k, v in given.items() if v is not None}, publish=publish,
+                      only_report=only_report)  # fmt: skip
+    except (Interrupted, KeyboardInterrupt) as stop:
+        typer.echo("interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(INTERRUPTED) from stop
 
 
 def info() -> None:

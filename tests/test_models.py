@@ -17,7 +17,7 @@ from csdiv.models.networks import perceptron
 
 pytest.importorskip("lightning")
 
-from csdiv.models import checkpoint, data, evaluation, training
+from csdiv.models import checkpoint, data, evaluation, modules, training
 from csdiv.models.config import TrainConfig
 
 TINY = TrainConfig(
@@ -168,7 +168,7 @@ def test_importance_sampled_nll_of_a_linear_gaussian_model() -> None:
     covariance = model.decoder.weight.T @ torch.diag_embed(prior.variances) @ model.decoder.weight + 0.5 * torch.eye(3)
     marginal = torch.distributions.MultivariateNormal(prior.means @ model.decoder.weight, covariance)
     exact = -(marginal.log_prob(x.unsqueeze(1)) + prior.normalized().log_weights).logsumexp(-1)
-    likelihood = evaluation.importance_sampled_nll(model, x, 4000, chunk_size=7)
+    likelihood = evaluation.importance_sampled_nll(model, x, 4000)
     # One image's standard error is about (ess)^-1/2; five of them, and a floor for the most certain ones.
     error = (likelihood.nll - exact).abs()
     assert (error <= 5.0 * likelihood.effective_sample_size.rsqrt() + 0.01).all()
@@ -271,7 +271,7 @@ def test_train_keeps_the_weights_of_the_lowest_validation_loss(tmp_path: Path) -
 def test_train_stops_when_the_loss_is_not_finite(tmp_path: Path) -> None:
     config = replace(TINY, output_dir=tmp_path, learning_rate=1e12)
     with pytest.raises(
-        training.TrainingDiverged, match=r"step \d+ .* the \w+ is not finite; smallest variance of a code"
+        modules.TrainingDiverged, match=r"step \d+ .* the \w+ is not finite; smallest variance of a code"
     ):
         training.train(config, tiny_data())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no temporary file is left

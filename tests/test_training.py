@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("lightning")
 
-from csdiv.models import CSRAE, checkpoint, data, training
+from csdiv.models import CSRAE, checkpoint, data, modules, training
 from csdiv.models.config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -189,16 +189,16 @@ def test_resume_refuses_another_model_or_other_data(stopped: TrainConfig) -> Non
 
 def test_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, output_dir=tmp_path)
-    step = training.CSRAETraining._step
+    step = modules.CSRAETraining._step
 
-    def poisoned(self: training.CSRAETraining, split: str, x: torch.Tensor) -> object:
+    def poisoned(self: modules.CSRAETraining, split: str, x: torch.Tensor) -> object:
         if self.current_epoch == 5:
             with torch.no_grad():
                 self.model.prior.means.fill_(math.nan)
         return step(self, split, x)
 
-    monkeypatch.setattr(training.CSRAETraining, "_step", poisoned)
-    with pytest.raises(training.TrainingDiverged, match=r"step 25 \(csrae\): the divergence is not finite; smallest"):
+    monkeypatch.setattr(modules.CSRAETraining, "_step", poisoned)
+    with pytest.raises(modules.TrainingDiverged, match=r"step 25 \(csrae\): the divergence is not finite; smallest"):
         training.train(config, data.load_digits())
     state = checkpoint.load_resume_state(tmp_path / checkpoint.RESUME)
     assert state["epoch"] == 4

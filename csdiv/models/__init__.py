@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder, AutoencoderOutput
+    from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder, AutoencoderOutput, MixtureVAE, VampPriorVAE
     from csdiv.models.checkpoint import load_model
     from csdiv.models.data import Dataset, load_data
     from csdiv.models.initialisation import initialize_from_codes_
@@ -24,6 +24,8 @@ _MODULES = {
     "Decoder": "networks",
     "Encoder": "networks",
     "GaussianDecoder": "networks",
+    "MixtureVAE": "autoencoder",
+    "VampPriorVAE": "autoencoder",
     "build_networks": "networks",
     "initialize_from_codes_": "initialisation",
     "load_data": "data",
@@ -41,6 +43,8 @@ __all__ = [
     "Decoder",
     "Encoder",
     "GaussianDecoder",
+    "MixtureVAE",
+    "VampPriorVAE",
     "build_networks",
     "initialize_from_codes_",
     "load_data",

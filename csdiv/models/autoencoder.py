@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,64 @@ class VAE(Autoencoder):
 
     def divergence(self, means: Tensor, log_variances: Tensor) -> Tensor:
         return 0.5 * (means**2 + log_variances.exp() - log_variances - 1).sum(-1)
+
+
+class _MonteCarloVAE(Autoencoder):
+    """A VAE whose prior has no KL divergence in closed form: one draw for the cross term, q's entropy in closed form.
+
+    KL(q(z|x) || p) ≈ −½ Σ_d [log 2π s_d + 1] − log p(z),  z ~ q(z|x)
+
+    The draw is not the one that is decoded: of two draws the gradient is as unbiased, and its noise, which comes from
+    the curvature of either term, does not add up. log p(z) and its gradients are csdiv's.
+    """
+
+    def divergence(self, means: Tensor, log_variances: Tensor) -> Tensor:
+        z = means + (0.5 * log_variances).exp() * torch.randn_like(means)
+        entropy = 0.5 * (log_variances + (1.0 + math.log(2.0 * math.pi))).sum(-1)
+        return -entropy - self.prior_mixture().log_prob(z)
+
+
+class MixtureVAE(_MonteCarloVAE):
+    """Variational autoencoder whose prior is a learned Gaussian mixture; λ is the β of a β-VAE.
+
+    The KL divergence is estimated with one draw, see :class:`_MonteCarloVAE`.
+
+    Args:
+        encoder, decoder, divergence_weight: see :class:`Autoencoder`.
+        prior: the mixture p(z), trained along with the networks.
+    """
+
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, prior: GaussianMixturePrior, divergence_weight: float = 1.0
+    ) -> None:
+        super().__init__(encoder, decoder, divergence_weight)
+        self.prior = prior
+
+    def prior_mixture(self) -> GaussianMixture:
+        return self.prior()
+
+
+class VampPriorVAE(_MonteCarloVAE):
+    """Variational autoencoder whose prior is the mean of the codes of K learned pseudo-inputs; λ is a β-VAE's β.
+
+    p(z) = 1/K Σ_k q(z|u_k). The KL divergence is estimated with one draw, see :class:`_MonteCarloVAE`.
+
+    Args:
+        encoder, decoder, divergence_weight: see :class:`Autoencoder`.
+        pseudo_inputs: (K, P) u at the start, samples for example; learned without bounds.
+
+    Source: Tomczak, Welling, "VAE with a VampPrior", AISTATS 2018.
+    """
+
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, pseudo_inputs: Tensor, divergence_weight: float = 1.0
+    ) -> None:
+        super().__init__(encoder, decoder, divergence_weight)
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+
+    def prior_mixture(self) -> GaussianMixture:
+        means, log_variances = self.encoder(self.pseudo_inputs)
+        return GaussianMixture(means, log_variances.exp())
 
 
 class CSRAE(Autoencoder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import csdiv
-from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder
-from csdiv.models.config import TrainConfig, read_toml, to_toml
+from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder, MixtureVAE, VampPriorVAE
+from csdiv.models.config import CHOICES, TrainConfig, read_toml, to_toml
 from csdiv.models.data import Dataset, read_tensors
 from csdiv.models.networks import build_networks
 from csdiv.nn import GaussianMixturePrior
@@ -42,14 +43,22 @@ def build_model(
     divergence_weight: float,
     self_overlap_interval: int = 1,
 ) -> Autoencoder:
-    """The "csrae" or "vae" of these options; ``num_components`` and ``self_overlap_interval`` are the former's."""
+    """The model of these options; ``self_overlap_interval`` is the "csrae"'s, "vae" has no components.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     encoder, decoder = build_networks(architecture, likelihood, sample_shape, latent_dim, hidden_dim)
     if model == "vae":
         return VAE(encoder, decoder, divergence_weight)
-    if model != "csrae":
-        raise ValueError(f"model: 'csrae' or 'vae' expected, got {model!r}")
+    if model == "vampprior":
+        return VampPriorVAE(encoder, decoder, torch.rand(num_components, math.prod(sample_shape)), divergence_weight)
     prior = GaussianMixturePrior(num_components, latent_dim)
-    return CSRAE(encoder, decoder, prior, divergence_weight, self_overlap_interval=self_overlap_interval)
+    if model == "mixture_vae":
+        return MixtureVAE(encoder, decoder, prior, divergence_weight)
+    if model == "csrae":
+        return CSRAE(encoder, decoder, prior, divergence_weight, self_overlap_interval=self_overlap_interval)
+    raise ValueError(f"model: one of {', '.join(CHOICES['model'])} expected, got {model!r}")
 
 
 def model_options(config: TrainConfig, data: Dataset) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,9 +16,11 @@ else:
     import tomli as tomllib
 
 CHOICES = {
-    "model": ("csrae", "vae"),
+    "model": ("csrae", "vae", "mixture_vae", "vampprior"),
     "architecture": ("mlp", "conv"),
     "likelihood": ("auto", "bernoulli", "gaussian"),
+    "initialisation": ("kmeans", "random"),
+    "validation_split": ("random", "last"),
 }
 
 
@@ -42,7 +44,9 @@ class TrainConfig:
 
     data: Annotated[str, Option("'digits', or a folder of IDX files or images, or an .npz or .pt file.")] = "digits"
     output_dir: Annotated[Path, Option("Directory of all results.")] = Path("runs/digits")
-    model: Annotated[str, Option("'csrae', or 'vae' with the prior N(0, I).")] = "csrae"
+    model: Annotated[
+        str, Option("'csrae', 'vae' with the prior N(0, I), or a VAE with the prior 'mixture_vae' or 'vampprior'.")
+    ] = "csrae"
     architecture: Annotated[str, Option("'mlp', or 'conv' for images.")] = "mlp"
     likelihood: Annotated[str, Option("'bernoulli', 'gaussian', or 'auto': by the range of the data.")] = "auto"
     num_components: Annotated[int, Option("K, components of the prior.", at_least=1)] = 50
@@ -52,20 +56,28 @@ class TrainConfig:
     warmup_epochs: Annotated[int, Option("Epochs as a VAE, before k-means on the codes.", at_least=0)] = 20
     batch_size: Annotated[int, Option("Samples in one step.", at_least=1)] = 128
     learning_rate: Annotated[float, Option("Peak rate of Adam under a one-cycle schedule.", above=0)] = 3e-3
-    divergence_weight: Annotated[float, Option("λ; 2 acts like the KL term of a VAE.", at_least=0)] = 1.0
+    divergence_weight: Annotated[
+        float, Option("λ; 2 acts like the KL term of a VAE. Of a VAE β, which acts like λ / 2.", at_least=0)
+    ] = 1.0
     learn_divergence_weight: Annotated[bool, Option("λ as the multiplier of mean D_CS ≤ ε.")] = False
     target_divergence: Annotated[
         float, Option("ε in nats; 0: the D_CS reached at λ = 2 in as many epochs as the warm-up has.", at_least=0)
     ] = 0.0
     max_divergence_weight: Annotated[float, Option("Cap of a learned λ.", above=0)] = 100.0
     warmup_weight: Annotated[float, Option("β, weight of the warm-up's KL term.", at_least=0)] = 0.1
+    initialisation: Annotated[str, Option("Of the prior: 'kmeans' on the codes, or 'random'.")] = "kmeans"
     variance_floor: Annotated[float, Option("Smallest component variance that k-means gives.", above=0)] = 1e-3
     self_overlap_interval: Annotated[
         int, Option("Steps between computations of the prior's K² self term, expanded between.", at_least=1)
     ] = 1
+    max_variance_ratio: Annotated[
+        float,
+        Option("Median s/v, of a code's variance to its component's, above which a run stops; 0: never.", at_least=0),
+    ] = 0.0
     validation_fraction: Annotated[
         float, Option("Of the samples; they choose the weights, if λ is fixed; 0: the last.", at_least=0, below=1)
     ] = 0.1
+    validation_split: Annotated[str, Option("Which samples validate: 'random' ones, or the 'last'.")] = "random"
     checkpoint_interval: Annotated[int, Option("Epochs between checkpoints to resume from.", at_least=1)] = 1
     importance_samples: Annotated[int, Option("Samples of z for each test likelihood.", at_least=1)] = 1000
     likelihood_samples: Annotated[int, Option("Test samples whose likelihood is estimated.", at_least=1)] = 1000
@@ -74,26 +86,8 @@ class TrainConfig:
     tensorboard: Annotated[bool, Option("Write TensorBoard files as well.")] = False
 
     def __post_init__(self) -> None:
-        types = get_type_hints(TrainConfig)
-        for name, option in options().items():
-            value = getattr(self, name)
-            if types[name] is float and type(value) is int:
-                object.__setattr__(self, name, float(value))
-            elif types[name] is Path and isinstance(value, str):
-                object.__setattr__(self, name, Path(value))
-            elif not isinstance(value, types[name]) or (isinstance(value, bool) and types[name] is not bool):
-                raise TypeError(f"{name}: {types[name].__name__} expected, got {value!r}")
-            if name in CHOICES and value not in CHOICES[name]:
-                raise ValueError(f"{name}: one of {', '.join(CHOICES[name])} expected, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}: a finite value expected, got {value}")
-            if option.at_least > -math.inf and value < option.at_least:
-                raise ValueError(f"{name}: at least {option.at_least} expected, got {value}")
-            if option.above > -math.inf and value <= option.above:
-                raise ValueError(f"{name}: above {option.above} expected, got {value}")
-            if option.below < math.inf and value >= option.below:
-                raise ValueError(f"{name}: below {option.below} expected, got {value}")
-        if self.model == "csrae" and self.warmup_epochs + self.calibration_epochs >= self.epochs:
+        check_options(self)
+        if self.model != "vae" and self.warmup_epochs + self.calibration_epochs >= self.epochs:
             stages = "warm-up and calibration" if self.calibration_epochs else "warmup_epochs"
             raise ValueError(
                 f"{stages}: fewer than epochs = {self.epochs} expected, "
@@ -114,23 +108,67 @@ class TrainConfig:
         return max(1, self.warmup_epochs) if self.learn_divergence_weight and self.target_divergence == 0 else 0
 
 
-def options() -> dict[str, Option]:
-    """The option of each field of :class:`TrainConfig`."""
-    hints = get_type_hints(TrainConfig, include_extras=True)
+def options(kind: type = TrainConfig) -> dict[str, Option]:
+    """The option of each field of :class:`TrainConfig`, or of another dataclass of options."""
+    hints = get_type_hints(kind, include_extras=True)
     return {name: get_args(hint)[1] for name, hint in hints.items()}
 
 
+def check_options(config: Any) -> None:
+    """Converts the values of a dataclass of options to their types, in place, and holds them to their ranges.
+
+    Raises:
+        ValueError: a value out of range. TypeError: a value of another type.
+    """
+    types = get_type_hints(type(config))
+    for name, option in options(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(types[name]) is tuple:
+            if not isinstance(value, list | tuple) or not value:
+                raise TypeError(f"{name}: a list with something in it expected, got {value!r}")
+            value = tuple(_checked(name, item, get_args(types[name])[0], option) for item in value)
+        else:
+            value = _checked(name, value, types[name], option)
+        object.__setattr__(config, name, value)
+
+
+def _checked(name: str, value: Any, kind: type, option: Option) -> Any:
+    """The value, converted if that loses nothing."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    elif kind is Path and isinstance(value, str):
+        value = Path(value)
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name}: {kind.__name__} expected, got {value!r}")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{name}: one of {', '.join(CHOICES[name])} expected, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: a finite value expected, got {value}")
+    if option.at_least > -math.inf and value < option.at_least:
+        raise ValueError(f"{name}: at least {option.at_least} expected, got {value}")
+    if option.above > -math.inf and value <= option.above:
+        raise ValueError(f"{name}: above {option.above} expected, got {value}")
+    if option.below < math.inf and value >= option.below:
+        raise ValueError(f"{name}: below {option.below} expected, got {value}")
+    return value
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises: OSError: no such file. ValueError: not TOML."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from error
+
+
 def read_toml(path: Path) -> dict[str, Any]:
-    """The options in a TOML file.
+    """The options of a training run in a TOML file.
 
     Raises:
         OSError: no such file.
         ValueError: not TOML, or an option that does not exist.
     """
-    try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML ({error})") from error
+    values = parse_toml(path)
     if unknown := sorted(values.keys() - options().keys()):
         raise ValueError(f"{path}: no option is called {', '.join(unknown)}")
     return values

@@ -81,8 +81,9 @@ class Dataset:
         test: tuple[Any, Any] | None = None,
         name: str = "data",
         validation_fraction: float = 0.1,
+        validation_split: str = "random",
     ) -> Dataset:
-        """Splits samples at random, in the same way for every seed.
+        """Splits samples, in the same way for every seed.
 
         Args:
             x: (n, P) numbers, or images (n, H, W), (n, H, W, C) or (n, C, H, W) with C = 1 or 3; uint8 images are gray
@@ -90,6 +91,8 @@ class Dataset:
             labels: (n,) of any type that can be sorted, or None.
             test: samples and labels of a test set; without, a fifth of the samples becomes one.
             validation_fraction: of all samples of x, in [0, 1); 0 for none.
+            validation_split: "random", or "last": the order is kept, and the last samples are for validation (where
+                there is no test set, those before the last fifth).
 
         Raises:
             ValueError: shapes that do not fit, values that are not finite, too few samples to split: three, or two
@@ -118,7 +121,10 @@ class Dataset:
                 f"at least {least} samples expected, and one or more of them for training, got {n}, of which "
                 f"{num_validation} for validation and {num_test} for the test set"
             )
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        if validation_split == "last":
+            order = torch.arange(n)
+        else:
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         rows = order.split([num_train, num_validation, num_test])
         train, validation, held_out = (Split(samples[r], codes[0][r] if codes else None) for r in rows)
         if test is not None:
@@ -126,7 +132,7 @@ class Dataset:
         return cls(name, shape, names, train, validation, held_out)
 
 
-def load_data(source: str | Path, *, validation_fraction: float = 0.1) -> Dataset:
+def load_data(source: str | Path, *, validation_fraction: float = 0.1, validation_split: str = "random") -> Dataset:
     """A data set by its name or place.
 
     Args:
@@ -134,18 +140,22 @@ def load_data(source: str | Path, *, validation_fraction: float = 0.1) -> Datase
             (train-images-idx3-ubyte and so on, gzipped or not); a folder of images of one size, in one subfolder per
             class or without classes; an .npz or .pt file with an array ``x`` and, if there are labels, ``labels``, for
             a test set ``test_x`` and ``test_labels``. Nothing is unpickled.
-        validation_fraction: see :meth:`Dataset.from_tensors`.
+        validation_fraction, validation_split: see :meth:`Dataset.from_tensors`.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: a malformed file, values that are not finite, too few samples; names the file.
     """
     if source == "digits":
-        return load_digits(validation_fraction)
+        return load_digits(validation_fraction, validation_split)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"data: 'digits', a folder, an .npz or a .pt file expected; there is no {path}")
-    options = {"name": path.stem or path.resolve().stem, "validation_fraction": validation_fraction}
+    options = {
+        "name": path.stem or path.resolve().stem,
+        "validation_fraction": validation_fraction,
+        "validation_split": validation_split,
+    }
     try:
         if path.is_dir():
             if _idx_file(path, "train-images") is not None:
@@ -163,13 +173,15 @@ def load_data(source: str | Path, *, validation_fraction: float = 0.1) -> Datase
     raise ValueError(f"{path}: 'digits', a folder, an .npz or a .pt file expected")
 
 
-def load_digits(validation_fraction: float = 0.1) -> Dataset:
+def load_digits(validation_fraction: float = 0.1, validation_split: str = "random") -> Dataset:
     """scikit-learn's handwritten digits: 1797 images of 8 x 8 pixels, embedded in that package."""
     from sklearn import datasets
 
     images, labels = datasets.load_digits(return_X_y=True)
     x = torch.as_tensor(images, dtype=torch.float32).view(-1, 8, 8) / 16.0
-    return Dataset.from_tensors(x, labels, name="digits", validation_fraction=validation_fraction)
+    return Dataset.from_tensors(
+        x, labels, name="digits", validation_fraction=validation_fraction, validation_split=validation_split
+    )
 
 
 def binarize(x: Tensor, seed: int) -> Tensor:

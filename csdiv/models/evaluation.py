@@ -14,54 +14,10 @@ from torch import Tensor
 from csdiv import GaussianMixture, pairwise_log_overlap
 from csdiv.models.autoencoder import Autoencoder
 from csdiv.models.data import Dataset, binarize
+from csdiv.models.likelihood import Likelihood, importance_sampled_nll
 from csdiv.models.networks import BernoulliDecoder
 
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 1, 2, 3  # of the fixed binarisations
-PROPOSAL_WEIGHTS = (0.5, 0.3, 0.2)
-PROPOSAL_SCALES = (1.0, 2.0, 4.0)
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """Importance-sampled negative log likelihood per image, (n,) nats, with its effective sample sizes (n,)."""
-
-    nll: Tensor
-    effective_sample_size: Tensor
-    num_samples: int
-
-
-@torch.no_grad()
-def importance_sampled_nll(
-    model: Autoencoder, x: Tensor, num_samples: int = 1000, *, chunk_size: int = 32
-) -> Likelihood:
-    """−log p(x) by importance sampling with the wide proposal.
-
-    p(x) ≈ 1/S Σ_s p(x|z_s) p(z_s) / r(z_s),  z_s ~ r = .5 N(m, s) + .3 N(m, 2s) + .2 N(m, 4s),  N(m, s) = q(z|x)
-
-    The estimate is an upper bound in expectation. The effective sample size (Σ w)² / Σ w² ranges from 1, where the
-    bound is loose, to S. The wide parts keep the weights bounded where the encoder's variance is below the posterior's.
-
-    Args:
-        x: (n, P); for a Bernoulli decoder in {0, 1}, as gray levels have no likelihood.
-        num_samples: S.
-        chunk_size: samples of x at a time; memory is O(chunk_size · S · (P + width of the decoder)).
-    """
-    prior = model.prior_mixture()
-    nll, sizes = [], []
-    for chunk in x.split(chunk_size):
-        means, log_variances = (t.unsqueeze(1) for t in model.encoder(chunk))  # (b, 1, D)
-        scales = means.new_tensor(PROPOSAL_SCALES).unsqueeze(-1)
-        proposal = GaussianMixture(
-            means.expand(-1, len(scales), -1),
-            log_variances.exp() * scales,
-            means.new_tensor(PROPOSAL_WEIGHTS).log(),
-        )
-        z = proposal.sample(num_samples)
-        log_ratio = prior.log_prob(z) - proposal.log_prob(z)
-        log_weights = log_ratio - model.decoder.negative_log_likelihood(z, chunk.unsqueeze(1))
-        nll.append(math.log(num_samples) - log_weights.logsumexp(-1))
-        sizes.append(1.0 / log_weights.softmax(-1).square().sum(-1))
-    return Likelihood(torch.cat(nll), torch.cat(sizes), num_samples)
 
 
 def merge_components(mixture: GaussianMixture, num_groups: int) -> Tensor:
@@ -183,6 +139,17 @@ def active_units(means: Tensor) -> int:
     Source: Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", ICLR 2016.
     """
     return int((means.var(0, correction=0) > 0.01).sum())
+
+
+@torch.no_grad()
+def variance_ratio(codes: GaussianMixture, prior: GaussianMixture) -> float:
+    """Median over codes and dimensions of s/v, of a code's variance to that of the component it is assigned to.
+
+    Near 1 the codes are as wide as their components: posterior collapse.
+    """
+    assert codes.variances is not None
+    assert prior.variances is not None
+    return (codes.variances / prior.variances.expand_as(prior.means)[prior.assign(codes)]).median().item()
 
 
 def cluster(model: Autoencoder, data: Dataset, train_x: Tensor, test_x: Tensor) -> Clustering:

@@ -16,7 +16,7 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
 from csdiv import GaussianMixture
-from csdiv.models.autoencoder import VAE, Autoencoder
+from csdiv.models.autoencoder import CSRAE, Autoencoder
 from csdiv.models.data import Dataset
 from csdiv.models.evaluation import Evaluation, merge_components
 
@@ -142,7 +142,7 @@ def save_figures(
         figure = Figure((11, 3.2), layout="constrained")
         for ax, term in zip(figure.subplots(1, 3), ("loss", "reconstruction", "divergence"), strict=True):
             draw_curve(ax, history, term)
-        divergence = "KL" if isinstance(model, VAE) else "KL in the warm-up, D_CS after it"
+        divergence = "KL in the warm-up, D_CS after it" if isinstance(model, CSRAE) else "KL"
         save("curves.png", figure, f"Training curves, per sample; the divergence is {divergence}.")
     return captions
 

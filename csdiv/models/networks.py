@@ -62,6 +62,8 @@ class BernoulliDecoder(Decoder):
 
     def negative_log_likelihood(self, z: Tensor, x: Tensor) -> Tensor:
         logits = self.layers(z)
+        if not logits.requires_grad and x.ndim == 1:  # many codes of one sample: a product instead of two temporaries
+            return F.softplus(logits).sum(-1) - logits @ x
         return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(-1)
 
 

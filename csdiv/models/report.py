@@ -27,7 +27,7 @@ PAGE = Template("""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$model on $data</title>
+<title>$title</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; }
@@ -40,12 +40,18 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid #eee; }
 th { font-weight: 500; }
 td { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
 @media screen and (max-width: 40rem) { figure { overflow-x: auto; } img { width: 44rem; max-width: none; } }
 @media print { body { max-width: none; font-size: 11pt; } }
 </style>
 </head>
 <body>
-<h1>$title on $data</h1>
+$body
+</body>
+</html>
+""")
+
+BODY = Template("""<h1>$title on $data</h1>
 <p>$summary</p>
 <h2>Scores on the test split</h2>
 $scores
@@ -56,12 +62,14 @@ $figures
 <h2>Options</h2>
 $options
 <h2>Versions</h2>
-$versions
-</body>
-</html>
-""")
+$versions""")
 
-TITLES = {"csrae": "Cauchy–Schwarz regularized autoencoder", "vae": "Variational autoencoder"}
+TITLES = {
+    "csrae": "Cauchy–Schwarz regularized autoencoder",
+    "vae": "Variational autoencoder",
+    "mixture_vae": "Variational autoencoder with a mixture prior",
+    "vampprior": "Variational autoencoder with a VampPrior",
+}
 SUMMARIES = {
     "csrae": """A mixture of {components} Gaussians is the prior of {dim}-dimensional codes. The loss is the
 reconstruction, summed over features, plus {weight} times the Cauchy–Schwarz divergence from each code to the prior, in
@@ -69,6 +77,12 @@ closed form.""",
     "vae": """The standard normal distribution is the prior of {dim}-dimensional codes. The loss is the
 reconstruction, summed over features, plus {weight} times the Kullback–Leibler divergence from each code to the
 prior.""",
+    "mixture_vae": """A learned mixture of {components} Gaussians is the prior of {dim}-dimensional codes. The loss is
+the reconstruction, summed over features, plus {weight} times the Kullback–Leibler divergence from each code to the
+prior, estimated with one draw.""",
+    "vampprior": """The mixture of the codes of {components} learned pseudo-inputs is the prior of {dim}-dimensional
+codes. The loss is the reconstruction, summed over features, plus {weight} times the Kullback–Leibler divergence from
+each code to the prior, estimated with one draw.""",
 }
 PROTOCOL = """{train} training, {validation} validation and {test} test samples, split once.{binary} {weights} The
 negative log likelihood of the first {likelihood} test samples is importance-sampled with the proposal
@@ -114,10 +128,9 @@ def score_rows(evaluation: Evaluation, seconds: float | None = None) -> Rows:
 def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, captions: dict[str, str]) -> None:
     """Writes report.html with the figures of the run embedded."""
     directory, weight = config.output_dir, f"{model.divergence_weight.item():.4g}"
-    labelled = data.num_classes > 0 and config.model == "csrae"
-    page = PAGE.substitute(
+    labelled = data.num_classes > 0 and config.model != "vae"
+    body = BODY.substitute(
         data=escape(data.name),
-        model=escape(config.model.upper()),
         title=TITLES[config.model],
         summary=SUMMARIES[config.model].format(
             components=config.num_components,
@@ -134,7 +147,7 @@ def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, 
             weights=f"The weights are {'those of the lowest validation loss' if config.keeps_best else 'the last'}.",
             clustering=CLUSTERING if labelled else "",
         ),
-        figures="\n".join(_figure(directory / FIGURES / name, caption) for name, caption in captions.items()),
+        figures="\n".join(figure_html(directory / FIGURES / name, caption) for name, caption in captions.items()),
         options=_table([(f.name, str(getattr(config, f.name))) for f in fields(config)]),
         versions=_table(
             [
@@ -145,7 +158,7 @@ def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, 
             ]
         ),
     )
-    write_atomically(directory / REPORT, page)
+    write_atomically(directory / REPORT, document(f"{config.model.upper()} on {data.name}", body))
 
 
 def _table(rows: Rows) -> str:
@@ -153,6 +166,12 @@ def _table(rows: Rows) -> str:
     return f"<table>\n{cells}\n</table>"
 
 
-def _figure(path: Path, caption: str) -> str:
+def document(title: str, body: str) -> str:
+    """A page of its own: ``body`` is HTML, ``title`` is not."""
+    return PAGE.substitute(title=escape(title), body=body)
+
+
+def figure_html(path: Path, caption: str) -> str:
+    """A PNG file, embedded, with its caption."""
     image, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
     return f'<figure><img src="data:image/png;base64,{image}" alt="{text}"><figcaption>{text}</figcaption></figure>'

@@ -26,7 +26,9 @@ def train_and_report(config: TrainConfig, *, overwrite: bool = False, resume: bo
 
     Raises: see :func:`csdiv.models.data.load_data` and :func:`csdiv.models.training.train`.
     """
-    data = load_data(config.data, validation_fraction=config.validation_fraction)
+    data = load_data(
+        config.data, validation_fraction=config.validation_fraction, validation_split=config.validation_split
+    )
     result = train(config, data, overwrite=overwrite, resume=resume)
     if RANK > 0:
         return
@@ -95,7 +97,9 @@ def interpolate_run(directory: Path, pairs: int, steps: int, output: Path, seed:
 
 def _load(directory: Path, config: TrainConfig) -> tuple[Autoencoder, Dataset]:
     model = checkpoint.load_model(directory)
-    data = load_data(config.data, validation_fraction=config.validation_fraction)
+    data = load_data(
+        config.data, validation_fraction=config.validation_fraction, validation_split=config.validation_split
+    )
     if data.sample_shape != _shape(directory):
         raise ValueError(f"data: samples of shape {_shape(directory)} expected, got {data.sample_shape}")
     return model, data

@@ -18,201 +18,25 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from csdiv.models import checkpoint
-from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder, AutoencoderOutput
+from csdiv.models.autoencoder import Autoencoder
 from csdiv.models.config import TrainConfig
-from csdiv.models.data import Batches, Dataset, binarize, mix_seed
-from csdiv.models.evaluation import TRAIN_SEED, VALIDATION_SEED, active_units, effective_number
-from csdiv.models.initialisation import initialize_from_codes_
-from csdiv.models.multiplier import ConstraintMultiplier, least_divergence
-from csdiv.models.networks import BernoulliDecoder, standardize_
+from csdiv.models.data import Batches, Dataset, binarize
+from csdiv.models.evaluation import VALIDATION_SEED
+from csdiv.models.modules import (
+    RANK,
+    WORLD_SIZE,
+    AutoencoderTraining,
+    module_of,
+)
+from csdiv.models.networks import standardize_
 
 METRICS, FIGURES, REPORT, SCORES = "metrics.jsonl", "figures", "report.html", "scores.json"
-_LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, WORLD_SIZE = (int(os.environ[name]) if _LAUNCHED else alone for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-
-
-class TrainingDiverged(ArithmeticError):
-    """A loss that is not finite: the message names the step, the term and the smallest variance."""
 
 
 class Interrupted(Exception):
     """The run was stopped from outside (SIGINT, SIGTERM); its last checkpoint remains."""
-
-
-class AutoencoderTraining(LightningModule):
-    """Trains an autoencoder; images of a Bernoulli likelihood are binarised anew in each step.
-
-    Every epoch draws from a seed of its own, so that a resumed run continues the same curve.
-
-    Args:
-        model: used as it is, without Lightning, afterwards.
-        data: its training split is trained on.
-        config: options.
-    """
-
-    stage = "vae"
-
-    def __init__(self, model: Autoencoder, data: Dataset, config: TrainConfig) -> None:
-        super().__init__()
-        self.model, self.data, self.config = model, data, config
-        self.binary = isinstance(model.decoder, BernoulliDecoder)
-        self._validation_means: list[Tensor] = []
-
-    @property
-    def active(self) -> Autoencoder:
-        """What is trained in this epoch."""
-        return self.model
-
-    def on_train_epoch_start(self) -> None:
-        batches = self.trainer.train_dataloader
-        assert isinstance(batches, Batches)
-        batches.set_epoch(self.current_epoch)
-        torch.manual_seed(mix_seed(self.config.seed, self.current_epoch, RANK))
-
-    def training_step(self, x: Tensor, batch_index: int) -> dict[str, Tensor]:
-        output = self._step("train", torch.bernoulli(x) if self.binary else x)
-        return {"loss": output.loss} | {
-            name: getattr(output, name).detach() for name in ("reconstruction", "regularizer")
-        }
-
-    def validation_step(self, x: Tensor, batch_index: int) -> None:
-        self._validation_means.append(self._step("validation", x).means)
-
-    def on_validation_epoch_end(self) -> None:
-        means = torch.cat(self._validation_means)
-        self._validation_means.clear()
-        self.log("active_units", float(active_units(means)), sync_dist=WORLD_SIZE > 1)
-        self.log("divergence_weight", self.active.divergence_weight, sync_dist=WORLD_SIZE > 1)
-        if self.active is self.model and self.model.prior_mixture().num_components > 1:
-            components = self.model.prior_mixture().detach().assign(means)
-            self.log("effective_components", effective_number(components), sync_dist=WORLD_SIZE > 1)
-
-    def _step(self, split: str, x: Tensor) -> AutoencoderOutput:
-        output = self.active(x)
-        if not output.loss.isfinite():
-            raise TrainingDiverged(self._diagnosis(split, output))
-        terms = {
-            "loss": output.loss.detach(),
-            "reconstruction": output.reconstruction.detach().mean(),
-            "divergence": output.regularizer.detach().mean(),
-        }
-        self.log_dict(
-            {f"{split}_{name}": value for name, value in terms.items()},
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(x),
-            sync_dist=WORLD_SIZE > 1,
-        )
-        return output
-
-    def _diagnosis(self, split: str, output: AutoencoderOutput) -> str:
-        terms = {"reconstruction": output.reconstruction, "divergence": output.regularizer}
-        term = next((name for name, value in terms.items() if not value.isfinite().all()), "sum of the terms")
-        variances = {"a code": output.log_variances.exp()}
-        if isinstance(self.active, CSRAE):
-            variances["the prior"] = self.active.prior.log_variances.exp()
-        smallest = ", ".join(f"of {name} {value.min().item():.3g}" for name, value in variances.items())
-        return (
-            f"{split} loss {output.loss.item()} at step {self.global_step} ({self.stage}): the {term} is not finite; "
-            f"smallest variance {smallest}; a smaller learning rate may help"
-        )
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.learning_rate)
-        batches = Batches(self.data.train.x, self.config.batch_size, rank=RANK, world_size=WORLD_SIZE)
-        steps = self.config.epochs * len(batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.learning_rate, steps, pct_start=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
-        checkpoint.check_weights(checkpoint.RESUME, state["state_dict"], self.state_dict())
-
-
-class VAETraining(AutoencoderTraining):
-    """Trains a VAE."""
-
-
-class CSRAETraining(AutoencoderTraining):
-    """Trains a CSRAE: VAE warm-up, k-means on the codes, then the model itself.
-
-    The warm-up is a β-VAE of the same encoder and decoder, β = ``config.warmup_weight``. A learned λ starts at 2, where
-    the D_CS that is reached gives ε if none is given.
-    """
-
-    model: CSRAE
-
-    def __init__(self, model: CSRAE, data: Dataset, config: TrainConfig) -> None:
-        super().__init__(model, data, config)
-        self.warmup = VAE(model.encoder, model.decoder, config.warmup_weight)
-        self.multiplier: ConstraintMultiplier | None = None
-        if config.learn_divergence_weight:
-            self.multiplier = ConstraintMultiplier(
-                min(2.0, config.max_divergence_weight),
-                config.target_divergence or None,
-                max_weight=config.max_divergence_weight,
-            )
-            model.divergence_weight.copy_(self.multiplier.weight)
-
-    @property
-    def stage(self) -> str:  # type: ignore[override]
-        return "warm-up" if self.current_epoch < self.config.warmup_epochs else "csrae"
-
-    @property
-    def active(self) -> Autoencoder:
-        return self.warmup if self.stage == "warm-up" else self.model
-
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        self.model.refresh_self_overlap()
-        begin = self.config.warmup_epochs
-        if self.current_epoch == begin:
-            self._initialize_prior()
-        if self.multiplier is not None and self.current_epoch == begin + self.config.calibration_epochs:
-            if self.config.calibration_epochs:
-                self.multiplier.set_target_()
-            self._warn_of_infeasible_target()
-
-    @torch.no_grad()
-    def _initialize_prior(self) -> None:
-        x = self.data.train.x
-        codes = self.model.encode((binarize(x, TRAIN_SEED) if self.binary else x).to(self.device))
-        assert codes.variances is not None
-        initialize_from_codes_(
-            self.model.prior,
-            codes.means,
-            codes.variances,
-            variance_floor=self.config.variance_floor,
-            seed=self.config.seed,
-        )
-        if WORLD_SIZE > 1:
-            for parameter in self.model.prior.parameters():
-                torch.distributed.broadcast(parameter.data, 0)
-
-    def _warn_of_infeasible_target(self) -> None:
-        assert self.multiplier is not None
-        target, least = self.multiplier.target.item(), least_divergence(self.model.prior())
-        if target < least:
-            warnings.warn(
-                f"target_divergence: ε = {target:.3g} nats is below the {least:.3g} that codes of separated components "
-                f"reach at best; λ may rise to its cap, {self.config.max_divergence_weight:g}",
-                stacklevel=2,
-            )
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        if self.multiplier is not None and self.stage == "csrae":
-            mean = self.trainer.strategy.reduce(outputs["regularizer"].mean(), reduce_op="mean")
-            self.model.divergence_weight.copy_(self.multiplier.update_(mean))
-
-    def on_train_end(self) -> None:
-        if self.multiplier is not None and self.multiplier.at_cap:
-            warnings.warn(
-                f"λ reached its cap, {self.multiplier.max_weight:g}, with a mean D_CS of {self.multiplier.average:.3g} "
-                f"nats: ε = {self.multiplier.target:.3g} is infeasible for this model",
-                stacklevel=2,
-            )
 
 
 class RunFiles(Callback):
@@ -366,10 +190,11 @@ def train(config: TrainConfig, data: Dataset, *, overwrite: bool = False, resume
         FileNotFoundError, ValueError: nothing to resume from, or not a checkpoint of this model and data.
         Interrupted: SIGINT or SIGTERM.
         TrainingDiverged: a loss that is not finite; the best weights so far remain on disk.
+        PosteriorCollapse: median s/v above ``config.max_variance_ratio``; weights and checkpoint remain on disk.
         ValueError: fewer training samples than components.
     """
     x, directory = data.train.x, config.output_dir
-    if config.model == "csrae" and len(x) < config.num_components:
+    if config.model != "vae" and len(x) < config.num_components:
         raise ValueError(f"num_components: at most {len(x)}, one per sample, expected, got {config.num_components}")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -382,7 +207,7 @@ def train(config: TrainConfig, data: Dataset, *, overwrite: bool = False, resume
     elif RANK == 0:
         prepare_output_dir(directory, overwrite)
         checkpoint.save_config(directory, config, data)
-    module = CSRAETraining(model, data, config) if isinstance(model, CSRAE) else VAETraining(model, data, config)
+    module = module_of(model, data, config)
     validation = binarize(data.validation.x, VALIDATION_SEED) if module.binary else data.validation.x
     start = time.perf_counter()
     _fit(

@@ -1,0 +1,1 @@
+"""Studies: many models on one encoder and decoder, scored by one protocol; ``csdiv study NAME``."""

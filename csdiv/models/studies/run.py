@@ -1,0 +1,48 @@
+"""What ``csdiv study`` does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from csdiv.models.studies.cells import read_results, run_cells
+from csdiv.models.studies.config import STUDIES, read_study
+from csdiv.models.studies.report import write_study
+
+
+def run_study(name: str, protocol: str, given: dict[str, Any], *, publish: Path | None, only_report: bool) -> None:
+    """Runs what is not finished of a study, and writes its report.
+
+    Args:
+        name: one of STUDIES.
+        protocol: see :func:`read_study`.
+        given: options that win over the protocol's.
+        publish: see :func:`write_study`.
+        only_report: of what is finished; computes no cell.
+
+    Raises:
+        ValueError: an unknown study, or options that do not fit. OSError: no such protocol or data.
+    """
+    kind, study_class = _study(name)
+    config = read_study(kind, name, protocol, given)
+    if threads := config.train.get("num_threads"):
+        torch.set_num_threads(threads)
+    data = config.load()
+    study = study_class(config, data)
+    results = (read_results if only_report else run_cells)(study.cells, config.output_dir)
+    directory = config.output_dir / name
+    report = study.report(results, directory / "figures")
+    options = {key: value for key, value in asdict(config).items() if key not in ("data", "output_dir")}
+    write_study(directory, report, options, publish)
+
+
+def _study(name: str) -> tuple[Any, Any]:
+    """The options and the class of a study: cells(results), and report(results, folder of figures)."""
+    if name == "density":
+        from csdiv.models.studies.density import DensityConfig, DensityStudy
+
+        return DensityConfig, DensityStudy
+    raise ValueError(f"study: one of {', '.join(STUDIES)} expected, got {name!r}")
