@@ -16,7 +16,6 @@ from .measure import run_case
 from .peers import installed, providers
 from .timing import machine
 
-
 SUITES = ("cpu", "gpu", "static", "scaling", "accuracy", "epochs", "swap-in", "compare", "report")
 
 

@@ -1,8 +1,7 @@
 """The same training step with a textbook loss and with csdiv: ``csdiv bench swap-in``.
 
-First the proof that nothing but the time changes: loss curves of one CSRAE, from the same weights, batches and noise, in
-float64 and in float32, where several orders of the same eager sums say how far rounding alone carries a curve. Then
-time and peak memory of the step over the number of components. No time is printed unless the curves agree.
+First the proof that nothing but the time changes: loss curves of one CSRAE, from the same weights, batches and noise,
+in float64 and in float32, where orders of the same eager sums say how far rounding alone carries a curve. Then time and peak memory of the step over the number of components. No time is printed unless the curves agree.
 """
 
 from __future__ import annotations
@@ -240,8 +239,8 @@ def markdown(records: list[dict[str, Any]], curves: dict[str, Any]) -> str:
     lines = [
         f"{curves['steps']} steps of a CSRAE with K = {curves['components']} on {curves['data']}, the same weights,",
         f"batches and noise: in float64 the losses ({curves['first_loss']:.1f} nats at first,",
-        f"{curves['last_loss']:.1f} at last) differ by at most {curves['float64']:.1e}, relative. In float32 every curve",
-        "parts from every other, as rounding grows with the steps; the largest relative differences so far:",
+        f"{curves['last_loss']:.1f} at last) differ by at most {curves['float64']:.1e}, relative. In float32 every",
+        "curve parts from every other, as rounding grows with the steps; the largest relative differences so far:",
         "",
         "| steps | csdiv from eager, each seed | two eager orders of summation, each seed |",
         "|---|---|---|",
@@ -254,7 +253,7 @@ def markdown(records: list[dict[str, Any]], curves: dict[str, Any]) -> str:
         "",
         f"One step, forward, backward and Adam: perceptron 784-{HIDDEN}-{HIDDEN}-{LATENT}, batch {BATCH}, float32.",
         "",
-        "| K | loss | step ms | quartiles ms | times csdiv | divergence ms | share of the step | peak of the step, MiB |",
+        "| K | loss | step ms | quartiles ms | times csdiv | divergence ms | share of the step | extra MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     csdiv_ms: dict[int, float] = {}
