@@ -1,7 +1,8 @@
 """The same training step with a textbook loss and with csdiv: ``csdiv bench swap-in``.
 
 First the proof that nothing but the time changes: loss curves of one CSRAE, from the same weights, batches and noise,
-in float64 and in float32, where orders of the same eager sums say how far rounding alone carries a curve. Then time and peak memory of the step over the number of components. No time is printed unless the curves agree.
+in float64 and in float32, where orders of the same eager sums say how far rounding alone carries a curve. Then time and
+peak memory of the step over the number of components. No time is printed unless the curves agree.
 """
 
 from __future__ import annotations
