@@ -212,7 +212,7 @@ class SemisupervisedStudy:
             "LSE_{k∈y}(log π_k + log N(m; ν_k, s + t_k)) "
             f"added. γ, of {', '.join(f'{g:g}' for g in c.gammas)}, is chosen for each number of labels with the "
             f"first draw, and each SVM's C with every draw, by the labels of {c.validation_labels} validation samples "
-            "at most: more labels than the smallest sets have. Encoders and networks see gray levels when they are tested."
+            "at most: more labels than the smallest sets have. Encoders and networks see gray levels in tests."
         )
         table: list[list[Value]] = []
         for row in (CSRAE_ROW, *BASELINES.values()):
