@@ -56,6 +56,7 @@ def test_steps_are_timed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs" in refused["skipped"]
 
 
+@pytest.mark.skipif(not COMMITTED.exists(), reason="csdiv bench swap-in has not been measured yet")
 def test_committed_curves_are_within_their_bounds() -> None:
     committed = json.loads(COMMITTED.read_text())
     assert committed["curves"]["float64"] <= swap_in.TOLERANCE
