@@ -10,20 +10,15 @@ if TYPE_CHECKING:
     from csdiv import nn
     from csdiv.backends import BackendStatus, available_backends, backend_status
     from csdiv.functional import (
-        channel_log_overlap,
         component_log_overlap,
-        cosine_similarity,
         cs_divergence,
         cs_regularizer,
-        ise,
         log_overlap,
-        mmd2,
-        nise,
         pairwise_log_overlap,
-        renyi2_entropy,
         warmup,
     )
     from csdiv.mixture import GaussianMixture
+    from csdiv.reductions import channel_log_overlap, cosine_similarity, ise, mmd2, nise, renyi2_entropy
 
 __version__ = "0.1.0"
 
@@ -50,8 +45,10 @@ __all__ = [
 _PROCESS = os.getpid()
 """The process that imported csdiv: a fork of it does not have PyTorch's threads any more."""
 
-_MODULES = {"GaussianMixture": "mixture"} | dict.fromkeys(
-    ("BackendStatus", "available_backends", "backend_status"), "backends"
+_MODULES = (
+    {"GaussianMixture": "mixture"}
+    | dict.fromkeys(("BackendStatus", "available_backends", "backend_status"), "backends")
+    | dict.fromkeys(("channel_log_overlap", "cosine_similarity", "ise", "mmd2", "nise", "renyi2_entropy"), "reductions")
 )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from csdiv import autograd, backends, ops, reference
-from csdiv.mixture import MATRICES, GaussianMixture, as_bandwidth, as_float_tensor
+from csdiv.mixture import GaussianMixture, as_float_tensor
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
@@ -57,13 +57,13 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     Source: Kampa, Hasanbelliu, Principe, "Closed-form Cauchy–Schwarz PDF divergence for mixture of Gaussians",
     IJCNN 2011, with the self terms corrected (docs/math.md, section 5).
     """
-    p, q = _pair(p, q)
-    if _takes_reference(backend, p, q):
-        return reference.cs_divergence(_components(p), _components(q))
+    p, q = as_pair(p, q)
+    if takes_reference(backend, p, q):
+        return reference.cs_divergence(components(p), components(q))
     if _has_full(p, q):
         wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
-        own = _self_overlap(wide_p, backend) + _self_overlap(wide_q, backend)
-        return (0.5 * own - _cross_overlap(wide_p, wide_q, backend)).to(p.dtype)
+        own = self_overlap(wide_p, backend) + self_overlap(wide_q, backend)
+        return (0.5 * own - cross_overlap(wide_p, wide_q, backend)).to(p.dtype)
     return autograd.cs_divergence(backend, *_weighted(p), *_weighted(q))
 
 
@@ -82,9 +82,9 @@ def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = 
     """
     if q is None:
         p = _widen(as_mixture(p, "p"))
-        return _self_overlap(p, backend).to(p.dtype)
-    p, q = _pair(p, q)
-    return _cross_overlap(p, q, backend).to(p.dtype)
+        return self_overlap(p, backend).to(p.dtype)
+    p, q = as_pair(p, q)
+    return cross_overlap(p, q, backend).to(p.dtype)
 
 
 def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
@@ -98,8 +98,8 @@ def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "aut
         sum are computed with the values, and scaled where the upstream gradient is the same for all rows, as in a sum
         or a mean, else computed anew. Memory O((N + M) D). Raises: as :func:`cs_divergence`.
     """
-    p, q = _pair(p, q)
-    value, offset = _rows(p, q, backend)
+    p, q = as_pair(p, q)
+    value, offset = overlap_rows(p, q, backend)
     return (value if offset is None else value + offset).to(p.dtype)
 
 
@@ -110,133 +110,12 @@ def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto
         (*batch, N, M) nats, materialised: the other functions never are. Two points (zero variances) at one place
         give +inf, at different places −inf. Gradients: to means and covariances. Raises: as :func:`cs_divergence`.
     """
-    p, q = _pair(p, q)
-    if _takes_reference(backend, p, q):
-        return reference.pairwise_log_overlap(_components(p), _components(q))
+    p, q = as_pair(p, q)
+    if takes_reference(backend, p, q):
+        return reference.pairwise_log_overlap(components(p), components(q))
     if _has_full(p, q):
         return autograd.full_pairwise(backend, *_matrices(p)[:2], *_matrices(q)[:2]).to(p.dtype)
     return autograd.pairwise(backend, *_unweighted(p), *_unweighted(q))
-
-
-def renyi2_entropy(p: MixtureLike, *, backend: str = "auto") -> Tensor:
-    """Rényi entropy of order 2, H₂(p) = −log ∫ p(x)² dx, (*batch,) nats. Raises: as :func:`cs_divergence`."""
-    return -log_overlap(p, backend=backend)
-
-
-def cosine_similarity(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
-    """cos∠(p, q) = V(p, q) / √(V(p, p) V(q, q)) = exp(−D_CS(p, q)), the Carbó similarity, (*batch,) in [0, 1].
-
-    It does not change with the scale of either side's weights; above 1 by rounding only. Errors, gradients, memory and
-    Raises: as :func:`cs_divergence`.
-    """
-    return cs_divergence(p, q, backend=backend).neg().exp()
-
-
-def ise(p: MixtureLike, q: MixtureLike, *, log: bool = False, backend: str = "auto") -> Tensor:
-    """Integrated squared error ∫ (p − q)² = V(p, p) − 2 V(p, q) + V(q, q), equation (12).
-
-    Weights are used as given: for two intensities of Poisson processes, half of it is their Cauchy–Schwarz divergence.
-
-    The three overlaps are combined in float64 relative to the larger self term. For p ≈ q in float32 on the CPU
-    |error| ≤ V · 4e-6 · max(1, D / 64), V ≈ V(p, p) ≈ V(q, q), to first order in p − q, equation (13). For differences
-    below that, give mixtures in float64.
-
-    Args:
-        p, q: mixtures; batch shapes broadcast. A side without any weight is the zero function.
-        log: whether to return log ISE, which stays finite where ISE leaves the dtype's range.
-        backend: see the module.
-
-    Returns:
-        (*batch,) ≥ 0 up to rounding, in units of 1 / volume; with ``log`` in nats, −inf where no difference is left
-        (at p = q: −inf, or as much below log V as rounding allows).
-
-    Gradients: to every parameter, zero up to rounding at p = q; with ``log`` zero where the value is −inf.
-    Memory O((N + M) D). Raises: as :func:`cs_divergence`.
-
-    Source: Williams, Maybeck, "Cost-function-based Gaussian mixture reduction for target tracking", FUSION 2003; Hoang,
-    Vo, Vo, Mahler, "The Cauchy–Schwarz divergence for Poisson point processes", IEEE Trans. Inf. Theory 61, 2015.
-    """
-    p, q = _pair(p, q)
-    scale, pq, pp, qq = _scaled_overlaps(p, q, backend)
-    return _unscaled(scale, (pp - pq) + (qq - pq), log).to(p.dtype)
-
-
-def nise(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
-    """Normalised integrated squared error ∫ (p − q)² / (∫ p² + ∫ q²) = 1 − 2 V(p, q) / (V(p, p) + V(q, q)).
-
-    Returns:
-        (*batch,) in [0, 1] up to rounding: 0 iff p = q, 1 iff nothing overlaps; NaN where neither side has any weight.
-        For p ≈ q in float32 on the CPU |error| ≤ 2e-6 · max(1, D / 64), see :func:`ise`.
-
-    Gradients: to every parameter. Memory O((N + M) D). Raises: as :func:`cs_divergence`. Source: equation (14).
-    """
-    p, q = _pair(p, q)
-    _, pq, pp, qq = _scaled_overlaps(p, q, backend)
-    return (((pp - pq) + (qq - pq)) / (pp + qq)).to(p.dtype)
-
-
-def mmd2(
-    p: MixtureLike, q: MixtureLike, bandwidth: float | Tensor, *, log: bool = False, backend: str = "auto"
-) -> Tensor:
-    """Squared maximum mean discrepancy of the kernel k(x, y) = exp(−|x − y|² / 2g²), g the bandwidth.
-
-    MMD² = (2πg²)^{D/2} (V_g(p, p) − 2 V_g(p, q) + V_g(q, q)), with g² added to the variance of every pair, equation
-    (15). Points may have variance zero: then it is the biased estimate from two samples.
-
-    Args:
-        p, q: mixtures; batch shapes broadcast. Weights are used as given.
-        bandwidth: g > 0, a number or a tensor that broadcasts with (*batch,): several kernels are a batch.
-        log: whether to return log MMD².
-        backend: see the module.
-
-    Returns:
-        (*batch,), within [0, 2] up to rounding for normalised weights; with ``log`` in nats, −inf where no difference
-        is left. Errors as of :func:`ise`, relative to (2πg²)^{D/2} V_g(p, p) ≤ 1.
-
-    Gradients: to every parameter and to the bandwidth, zero up to rounding at p = q. Memory O((N + M) D). Raises: as
-    :func:`cs_divergence`; ValueError for a number g ≤ 0 (in a tensor it gives NaN).
-
-    Source: Gretton et al., "A kernel two-sample test", JMLR 13, 2012.
-    """
-    p, q = _pair(p, q)
-    bandwidth = as_bandwidth(bandwidth, p.means).to(p.dtype)
-    if bandwidth.device != p.device:
-        raise ValueError(f"one device expected, got p on {p.device} and bandwidth on {bandwidth.device}")
-    for side, name in ((p, "p"), (q, "q")):
-        _check_batches(side.batch_shape, bandwidth.shape, name, "bandwidth")
-    half_squared = 0.5 * torch.where(bandwidth > 0.0, bandwidth, math.nan).square()
-    scale, pq, pp, qq = _scaled_overlaps(_convolved(p, half_squared), _convolved(q, half_squared), backend)
-    log_factor = 0.5 * p.dim * (half_squared.double().log() + _LOG_4PI)
-    return _unscaled(scale + log_factor, (pp - pq) + (qq - pq), log).to(p.dtype)
-
-
-def channel_log_overlap(
-    p: MixtureLike, q: MixtureLike, p_log_weights: Tensor, q_log_weights: Tensor, *, backend: str = "auto"
-) -> Tensor:
-    """log V of every pair of channels: weightings c of p's components with weightings c′ of q's, equation (16).
-
-    Soft assignments, class posteriors and bags of samples are such weightings. ``log_overlap`` of a batch of mixtures
-    that share their components would go over all pairs of components C C′ times; this goes min(C, C′) times, and takes
-    one log-sum over the components of a side for each pair of channels.
-
-    Args:
-        p, q: mixtures with N and M components; their own weights are not used.
-        p_log_weights: (*batch, C, N), as given; −inf is a weight of zero.
-        q_log_weights: (*batch, C′, M).
-        backend: see the module.
-
-    Returns:
-        (*batch, C, C′) nats.
-
-    Gradients: to means and covariances of both sides, and to the weights. Memory O((N + M) D + min(C, C′) (N + M)) and
-    at most ``csdiv.reference.CHUNK_ELEMENTS`` numbers. Raises: as :func:`cs_divergence`.
-    """
-    p, q = _pair(p, q)
-    p, q = _one_dtype(_channels(p, p_log_weights, "p"), _channels(q, q_log_weights, "q"))
-    _check_batches(p.batch_shape[:-1], q.batch_shape[:-1], "p", "q")
-    if p.batch_shape[-1] < q.batch_shape[-1]:
-        return _overlap_by_channels(q, p, backend).mT
-    return _overlap_by_channels(p, q, backend)
 
 
 def cs_regularizer(
@@ -287,10 +166,10 @@ def cs_regularizer(
     # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
     capped = log_variances.clamp(max=85.0 if dtype == torch.float32 else 700.0)
     codes = GaussianMixture._unchecked(means=means, variances=capped.exp())  # B may be 0
-    codes, prior = _pair(codes, prior, "means", "prior")
+    codes, prior = as_pair(codes, prior, "means", "prior")
     if prior_self_overlap is None:
-        prior_self_overlap = _self_overlap(prior, backend)
-    value, offset = _rows(codes, prior, backend)
+        prior_self_overlap = self_overlap(prior, backend)
+    value, offset = overlap_rows(codes, prior, backend)
     cross = value.double() if offset is None else value + offset
     # −log V(q, p) + ½ log V(q, q) + ½ log V(p, p) in float64, where the scales that cancel cost no accuracy;
     # log V(q, q) = −½ Σ log 4πs, and −log V(q, p) misses ½ Σ (log s − capped).
@@ -301,16 +180,16 @@ def cs_regularizer(
 
 def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """See :meth:`GaussianMixture.responsibilities`."""
-    codes, p = _pair(points(x), p, "x", "p")
+    codes, p = as_pair(points(x), p, "x", "p")
     logits = pairwise_log_overlap(codes, p, backend=backend)
     return _add_log_weights(logits, None if p.log_weights is None else p.log_weights.unsqueeze(-2)).softmax(-1)
 
 
 def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """See :meth:`GaussianMixture.assign`."""
-    codes, p = _pair(points(x), p, "x", "p")
-    if _takes_reference(backend, codes, p):
-        return reference.assign(_components(codes), _components(p))
+    codes, p = as_pair(points(x), p, "x", "p")
+    if takes_reference(backend, codes, p):
+        return reference.assign(components(codes), components(p))
     with torch.no_grad():
         if _has_full(codes, p):
             return ops.full_assign(*_matrices(codes)[:2], *_matrices(p), backend)
@@ -346,23 +225,23 @@ def as_mixture(value: Any, name: str) -> GaussianMixture:
     raise TypeError(f"{name}: a GaussianMixture or a torch distribution expected, got {type(value).__name__}")
 
 
-def _pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[GaussianMixture, GaussianMixture]:
+def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[GaussianMixture, GaussianMixture]:
     """Both sides as mixtures of one dtype, known to fit."""
     p, q = as_mixture(p, p_name), as_mixture(q, q_name)
     if p.dim != q.dim:
         raise ValueError(f"one dimension expected, got D = {p.dim} in {p_name} and D = {q.dim} in {q_name}")
     if p.device != q.device:
         raise ValueError(f"one device expected, got {p_name} on {p.device} and {q_name} on {q.device}")
-    _check_batches(p.batch_shape, q.batch_shape, p_name, q_name)
-    return _one_dtype(p, q)
+    check_batches(p.batch_shape, q.batch_shape, p_name, q_name)
+    return one_dtype(p, q)
 
 
-def _one_dtype(p: GaussianMixture, q: GaussianMixture) -> tuple[GaussianMixture, GaussianMixture]:
+def one_dtype(p: GaussianMixture, q: GaussianMixture) -> tuple[GaussianMixture, GaussianMixture]:
     dtype = torch.promote_types(p.dtype, q.dtype)
     return _widen(p, dtype), _widen(q, dtype)
 
 
-def _check_batches(p_batch: torch.Size, q_batch: torch.Size, p_name: str, q_name: str) -> None:
+def check_batches(p_batch: torch.Size, q_batch: torch.Size, p_name: str, q_name: str) -> None:
     if p_batch == q_batch:
         return
     try:
@@ -385,7 +264,7 @@ def _widen(p: GaussianMixture, dtype: torch.dtype | None = None) -> GaussianMixt
     return p.map(lambda t: t.to(dtype))
 
 
-def _takes_reference(backend: str, *sides: GaussianMixture) -> bool:
+def takes_reference(backend: str, *sides: GaussianMixture) -> bool:
     """Whether plain differentiable torch computes this call: asked for by name, or for a full covariance without it."""
     backends.check_name(backend)
     if backend == "reference" or not _has_full(*sides):
@@ -403,95 +282,37 @@ def _has_full(*sides: GaussianMixture) -> bool:
     return any(side.variances is None for side in sides)
 
 
-def _rows(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor | None]:
+def overlap_rows(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor | None]:
     """ℓ_i: value, float64 where a covariance is full, and what is to be added in float64, if anything."""
-    if _takes_reference(backend, p, q):
-        return reference.overlap_lse(_components(p), _components(q)), None
+    if takes_reference(backend, p, q):
+        return reference.overlap_lse(components(p), components(q)), None
     if _has_full(p, q):
         return autograd.full_overlap_lse(backend, *_matrices(p)[:2], *_matrices(q)), None
     return autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
 
 
-def _cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
+def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V(p, q), (*batch,), in float64 where the backend has it."""
-    if _takes_reference(backend, p, q):
-        return reference.log_overlap(_components(p), _components(q))
+    if takes_reference(backend, p, q):
+        return reference.log_overlap(components(p), components(q))
     if _has_full(p, q):
-        rows, _ = _rows(p, q, backend)
+        rows, _ = overlap_rows(p, q, backend)
         return reference.logsumexp(_add_log_weights(rows, _matrices(p)[2]), -1)
     value, offset = autograd.log_overlap(backend, *_weighted(p), *_weighted(q))
     return value if offset is None else value + offset
 
 
-def _self_overlap(p: GaussianMixture, backend: str) -> Tensor:
+def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
-    if _takes_reference(backend, p):
-        return reference.log_overlap(_components(p), _components(p))
+    if takes_reference(backend, p):
+        return reference.log_overlap(components(p), components(p))
     if _has_full(p):
         return autograd.full_self_overlap(backend, *_matrices(p))
     value, offset = autograd.self_overlap(backend, *_weighted(p))
     return value if offset is None else value + offset
 
 
-def _scaled_overlaps(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The larger log self overlap, and V(p, q), V(p, p) and V(q, q) divided by its exponential; float64."""
-    overlaps = (_cross_overlap(p, q, backend), _self_overlap(p, backend), _self_overlap(q, backend))
-    pq, pp, qq = (value.double() for value in overlaps)
-    scale = torch.maximum(pp, qq).detach()  # the result does not depend on it, and has no gradient through it
-    scale = torch.where(scale.isinf(), 0.0, scale)
-    return scale, (pq - scale).exp(), (pp - scale).exp(), (qq - scale).exp()
-
-
-def _unscaled(scale: Tensor, value: Tensor, log: bool) -> Tensor:
-    """exp(scale) · value, or its logarithm, −inf with zero gradients where the value is not positive."""
-    if not log:
-        return scale.exp() * value
-    nothing = value <= 0.0
-    return torch.where(nothing, -math.inf, torch.where(nothing, 1.0, value).log() + scale)
-
-
-def _convolved(p: GaussianMixture, variance: Tensor) -> GaussianMixture:
-    """p with ``variance`` (*batch,) added to every component."""
-    if p.variances is not None:
-        variances = reference.nan_if_negative(p.variances) + variance[..., None, None]
-        return GaussianMixture._unchecked(means=p.means, variances=variances, log_weights=p.log_weights)
-    covariance = _components(p).covariance
-    assert covariance is not None
-    eye = torch.eye(p.dim, dtype=covariance.dtype, device=covariance.device)
-    covariance = covariance + variance[..., None, None, None] * eye
-    return GaussianMixture._unchecked(means=p.means, covariance_matrix=covariance, log_weights=p.log_weights)
-
-
-def _channels(p: GaussianMixture, log_weights: Tensor, name: str) -> GaussianMixture:
-    """The batch of mixtures (*batch, C) that p's components make with ``log_weights`` (*batch, C, K)."""
-    log_weights = as_float_tensor(log_weights, f"{name}_log_weights")
-    if log_weights.ndim < 2 or log_weights.shape[-1] != p.num_components:
-        raise ValueError(
-            f"{name}_log_weights: (*batch, C, K) with K = {p.num_components} expected, got {tuple(log_weights.shape)}"
-        )
-    if log_weights.device != p.device:
-        raise ValueError(f"one device expected, got {name} on {p.device} and weights on {log_weights.device}")
-    _check_batches(p.batch_shape, log_weights.shape[:-2], name, f"{name}_log_weights")
-    full = {n: t.unsqueeze(-4) for n in MATRICES if (t := getattr(p, n)) is not None}
-    variances = None if p.variances is None else p.variances.unsqueeze(-3)
-    means = p.means.unsqueeze(-3)
-    return GaussianMixture._unchecked(means=means, variances=variances, log_weights=log_weights, **full)
-
-
-def _overlap_by_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
-    """log V of p's channels with q's, (*batch, C, C′): one pass over the pairs for each of q's."""
-    assert p.log_weights is not None
-    if _takes_reference(backend, p, q):
-        absent = p.log_weights.amax(-2, keepdim=True)  # −inf for components without weight in any channel
-        components = reference.neutralise(_components(p)._replace(log_weights=absent))
-        rows, offset = reference.overlap_lse(components, _components(q)), None
-    else:
-        rows, offset = _rows(p, q, backend)
-    value = reference.channel_lse(p.log_weights.to(rows.dtype), rows)
-    return (value if offset is None else value + offset.mT).to(p.dtype)
-
-
-def _components(p: GaussianMixture) -> reference.Components:
+def components(p: GaussianMixture) -> reference.Components:
     covariance = p.covariance_matrix
     if p.scale_tril is not None:
         with torch.autocast(p.device.type, enabled=False):
@@ -501,7 +322,7 @@ def _components(p: GaussianMixture) -> reference.Components:
 
 def _matrices(p: GaussianMixture) -> tuple[Tensor, Tensor, Tensor]:
     """Means, covariance matrices and log weights in float64, as the operators for full covariances take them."""
-    wide = _components(p.map(torch.Tensor.double))
+    wide = components(p.map(torch.Tensor.double))
     return wide.means, reference.matrices(wide), reference.log_weights(wide)
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from csdiv import conversions
+
 if TYPE_CHECKING:
     from torch.distributions import Distribution, MixtureSameFamily
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIELDS = ("means", "variances", "log_weights", "scale_tril", "covariance_matrix")
 MATRICES = _FIELDS[3:]
-_SKLEARN_KINDS = ("full", "tied", "diag", "spherical")
 
 
 class GaussianMixture:
@@ -221,14 +222,7 @@ class GaussianMixture:
             ValueError: a ``Normal`` with batch dimensions that is not wrapped in ``Independent(..., 1)``.
             TypeError: any other distribution.
         """
-        from torch.distributions import MixtureSameFamily
-
-        if isinstance(distribution, MixtureSameFamily):
-            logits = distribution.mixture_distribution.logits
-            return cls(log_weights=logits, **_gaussian_parameters(distribution.component_distribution))
-        one = _gaussian_parameters(distribution)
-        ranks = {"scale_tril": 2, "covariance_matrix": 2}  # event dimensions; 1 for the others
-        return cls(**{name: t.unsqueeze(t.ndim - ranks.get(name, 1)) for name, t in one.items()})
+        return cls(**conversions.distribution_parameters(distribution))
 
     def to_distribution(self) -> MixtureSameFamily:
         """The same mixture, its weights normalised, as a ``torch.distributions.MixtureSameFamily`` of batch (*batch,).
@@ -238,18 +232,7 @@ class GaussianMixture:
         Raises:
             ValueError: from torch, for a variance that is not positive.
         """
-        from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
-
-        shape, dtype = (*self.batch_shape, self.num_components), self.dtype
-        means = self.means.to(dtype).expand(*shape, self.dim)
-        log_weights = means.new_zeros(()) if self.log_weights is None else self.log_weights.to(dtype)
-        weights = Categorical(logits=log_weights.expand(shape))
-        if self.variances is not None:
-            scale = self.variances.to(dtype).sqrt().expand(means.shape)
-            return MixtureSameFamily(weights, Independent(Normal(means, scale), 1))
-        given = {name: t.to(dtype) for name in MATRICES if (t := getattr(self, name)) is not None}
-        matrices = {name: t.expand(*means.shape, self.dim) for name, t in given.items()}
-        return MixtureSameFamily(weights, MultivariateNormal(means, **matrices))
+        return conversions.to_distribution(self)
 
     @classmethod
     def from_sklearn(cls, mixture: Any) -> GaussianMixture:
@@ -261,17 +244,7 @@ class GaussianMixture:
         Raises:
             TypeError: not such an object. ValueError: not fitted.
         """
-        kind = getattr(mixture, "covariance_type", None)
-        if kind not in _SKLEARN_KINDS:
-            raise TypeError(f"mixture: a sklearn.mixture.GaussianMixture expected, got {type(mixture).__name__}")
-        if not hasattr(mixture, "covariances_"):
-            raise ValueError("mixture: a fitted one expected, call its fit() before")
-        covariance, weights = torch.tensor(mixture.covariances_), torch.tensor(mixture.weights_)
-        if kind in ("full", "tied"):
-            covariance = covariance if kind == "full" else covariance.unsqueeze(0)
-            return cls(torch.tensor(mixture.means_), log_weights=weights.log(), covariance_matrix=covariance)
-        variances = covariance if kind == "diag" else covariance.unsqueeze(-1)
-        return cls(torch.tensor(mixture.means_), variances, weights.log())
+        return cls(**conversions.sklearn_parameters(mixture))
 
     def to_sklearn(self) -> Any:
         """The same mixture, its weights normalised, as a fitted ``sklearn.mixture.GaussianMixture``.
@@ -282,33 +255,7 @@ class GaussianMixture:
             ImportError: scikit-learn is not installed. ValueError: a batch of mixtures, or a covariance that is not
             positive definite.
         """
-        from sklearn.mixture import GaussianMixture as Estimator
-
-        if self.batch_shape:
-            raise ValueError(f"one mixture expected, got batch shape {tuple(self.batch_shape)}")
-        p = self.detach().to("cpu", self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32)
-        k, d = p.num_components, p.dim
-        weights = p.means.new_full((k,), 1.0 / k) if p.log_weights is None else p.log_weights.softmax(-1)
-        if p.variances is not None:
-            kind = "spherical" if p.structure.endswith("spherical") else "diag"
-            covariances = p.variances.expand(k, 1).squeeze(-1) if kind == "spherical" else p.variances.expand(k, d)
-            if not bool((covariances > 0.0).all()):
-                raise ValueError("variances: values > 0 expected by scikit-learn")
-            factors = covariances.rsqrt()
-            precisions = factors.square()
-        else:
-            kind = "tied" if p.structure == "tied full" else "full"
-            lower = torch.linalg.cholesky(p.covariance_matrix) if p.scale_tril is None else p.scale_tril
-            lower = lower[0] if kind == "tied" else lower
-            covariances = lower @ lower.mT
-            factors = torch.linalg.solve_triangular(lower.mT, torch.eye(d, dtype=lower.dtype), upper=True)
-            precisions = factors @ factors.mT
-        estimator = Estimator(k, covariance_type=kind)
-        fitted = {"weights_": weights, "means_": p.means, "covariances_": covariances}
-        for name, t in (fitted | {"precisions_cholesky_": factors, "precisions_": precisions}).items():
-            setattr(estimator, name, t.contiguous().numpy().copy())
-        estimator.n_features_in_, estimator.converged_, estimator.n_iter_ = d, True, 0
-        return estimator
+        return conversions.to_sklearn(self)
 
     @classmethod
     def from_samples(cls, x: Tensor, bandwidth: float | Tensor, *, weights: Tensor | None = None) -> GaussianMixture:
@@ -529,25 +476,3 @@ def _check_values(p: GaussianMixture) -> None:
         bad = (p.log_weights == -math.inf).all(-1)
         if bool(bad.any()):
             raise ValueError(f"log_weights: a component of positive weight expected, none in mixture {_first(bad)}")
-
-
-def _gaussian_parameters(distribution: Distribution) -> dict[str, Any]:
-    """means and variances, or means and scale_tril, of a batch of Gaussians with event shape (D,)."""
-    from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
-
-    if isinstance(distribution, MultivariateNormal):
-        return {"means": distribution.loc, "scale_tril": distribution.scale_tril}
-    if isinstance(distribution, LowRankMultivariateNormal):
-        return {"means": distribution.loc, "covariance_matrix": distribution.covariance_matrix}
-    if isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
-        if distribution.reinterpreted_batch_ndims != 1:
-            raise ValueError("Independent(Normal, 1) expected, with one event dimension")
-        return {"means": distribution.base_dist.loc, "variances": distribution.base_dist.scale**2}
-    if isinstance(distribution, Normal):
-        if not distribution.batch_shape:
-            return {"means": distribution.loc.view(1), "variances": distribution.scale.view(1) ** 2}
-        raise ValueError("a Normal with batch dimensions is ambiguous: wrap it in Independent(..., 1)")
-    raise TypeError(
-        "MixtureSameFamily, Independent(Normal, 1), MultivariateNormal or LowRankMultivariateNormal expected, "
-        f"got {type(distribution).__name__}"
-    )

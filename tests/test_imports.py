@@ -13,12 +13,14 @@ PACKAGE = Path(csdiv.__file__).parent
 LAYERS = {
     "__main__": {"cli"},
     "cli": {"models", "nn", "functional", "mixture", "backends", "bench"},
-    "models": {"nn", "functional", "mixture"},
+    "models": {"nn", "reductions", "functional", "mixture"},
     "distributed": {"functional", "mixture", "autograd", "ops", "reference"},
     "testing": {"functional", "mixture", "reference"},
     "nn": {"functional", "mixture"},
+    "reductions": {"functional", "mixture", "reference"},
     "functional": {"mixture", "autograd", "ops", "backends", "reference"},
-    "mixture": set(),
+    "mixture": {"conversions"},
+    "conversions": set(),
     "autograd": {"ops", "backends", "reference"},
     "ops": {"backends"},
     "backends": {"kernels", "_C", "reference"},
@@ -28,7 +30,7 @@ LAYERS = {
 {kernels, _C, reference}. ``functional`` checks names and calls the specification directly for full covariances."""
 LAZY = {"mixture": {"functional"}}
 """What may be imported inside a function only."""
-OPTIONAL = {"mixture": {"sklearn"}}
+OPTIONAL = {"conversions": {"sklearn"}}
 """What a function imports that nothing else needs."""
 CORE = set(LAYERS) - {"models", "cli", "__main__"}
 STANDARD = set(sys.stdlib_module_names)

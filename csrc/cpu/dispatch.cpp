@@ -31,10 +31,11 @@ struct Isa {
 }
 #endif
 
-// Widest last.
+// Widest last. No code of an instruction set runs where it is not supported, not even what returns its kernels.
 const std::vector<Isa>& isas() {
-#define CSDIV_ISA_ENTRY(isa) \
-  {#isa, supports_##isa(), isa::tile_kernels_f32(), isa::tile_kernels_f64(), isa::full_kernels()},
+#define CSDIV_ISA_ENTRY(isa)                                                                                \
+  supports_##isa() ? Isa{#isa, true, isa::tile_kernels_f32(), isa::tile_kernels_f64(), isa::full_kernels()} \
+                   : Isa{#isa, false, {}, {}, {}},
   static const std::vector<Isa> all = {CSDIV_FOR_EACH_ISA(CSDIV_ISA_ENTRY)};
 #undef CSDIV_ISA_ENTRY
   return all;

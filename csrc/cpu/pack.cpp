@@ -10,7 +10,7 @@
 namespace csdiv::cpu {
 namespace {
 
-constexpr int64_t kTransposeColumns = 16;
+constexpr int64_t kScaleSample = 4096;   // components, of an item, that its scale exponent is taken from
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
@@ -91,30 +91,37 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
     const T weight = !real ? -kInfinity : log_weights == LogWeights::kZero ? T(0) : q.log_weight(item, first + j);
     packed_weights[j] = weight == kInfinity ? kNaN : weight;
   }
-  for (int64_t begin = 0; begin < stride_; begin += kTransposeColumns) {
-    const int64_t end = std::min(begin + kTransposeColumns, stride_);
+  const int64_t source = (item * q.n + first) * dim;
+  kernels.transpose(q.means + source, count, dim, means, stride_);
+  kernels.transpose(q.variances + source, count, dim, variances, stride_);
+  for (int64_t row = 0; row < 2 * dim; ++row) {   // padding repeats the last component: the range stays tight
+    T* const end = means + row * stride_ + count;
+    std::fill_n(end, stride_ - count, end[-1]);
+  }
+  for (int64_t j = 0; j < stride_; ++j) {
+    if (packed_weights[std::min(j, count - 1)] != -kInfinity) continue;
     for (int64_t d = 0; d < dim; ++d) {
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t k = std::min(j, count - 1);   // padding repeats the last component: the range stays tight
-        const int64_t source = (item * q.n + first + k) * dim + d;
-        const bool neutral = packed_weights[k] == -kInfinity;
-        const T variance = neutral ? T(1) : q.variances[source];
-        variances[d * stride_ + j] = variance;
-        means[d * stride_ + j] = neutral ? T(0) : variance < 0 ? kNaN : q.means[source];
-      }
+      means[d * stride_ + j] = T(0);
+      variances[d * stride_ + j] = T(1);
     }
   }
+  Range<T> range = kernels.range(means, variances, dim * stride_);
+  if (range.variance_min < 0 || !range.finite) {   // a NaN hides what came before it
+    for (int64_t k = 0; k < dim * stride_; ++k)
+      if (variances[k] < 0) means[k] = kNaN;
+    range.finite = false;
+  }
   const int64_t padded = ceil_div(count, kernels.lanes) * kernels.lanes;
-  all_[item * stripes_ + s] = {
-      means, variances, packed_weights, count, padded, stride_, kernels.range(means, variances, dim * stride_)};
+  all_[item * stripes_ + s] = {means, variances, packed_weights, count, padded, stride_, range};
 }
 
 template <class T>
 ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
+  const int64_t step = ceil_div(side.n, kScaleSample);
   for (int64_t item = 0; item < side.batch; ++item) {
     double total = 0;
     int64_t used = 0;
-    for (int64_t k = 0; k < side.n; ++k) {
+    for (int64_t k = 0; k < side.n; k += step) {
       const double log2_size = log2_of_product(side.variances + (item * side.n + k) * dim, dim);
       if (!std::isfinite(log2_size)) continue;
       total += double(dim) + log2_size;

@@ -43,8 +43,8 @@ class PackedColumns {
   std::vector<Stripe<T>> all_;
 };
 
-// Gives a side its scale exponents, for as long as this lives: per item the even integer nearest to the mean over its
-// components of sum_d log2(2 s_d).
+// Gives a side its scale exponents, for as long as this lives: per item the even integer nearest to the mean of
+// sum_d log2(2 s_d) over its components, evenly spaced ones where they are many: any value near it serves.
 template <class T>
 class ScaleExponents {
  public:

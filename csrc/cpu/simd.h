@@ -116,6 +116,30 @@ inline T sum(Vec<T> value) {
   return reduce<T>(value, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
+// Of each lane whose index has the bit kDistance the one `kDistance` before it in b, of the others the same lane of a; or,
+// with kUpper, of b and of the one `kDistance` after it in a.
+template <int kDistance, bool kUpper, class V, int... kLane>
+inline V interleaved(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  if constexpr (kUpper)
+    return __builtin_shufflevector(a, b, (kLane & kDistance ? L + kLane : kLane + kDistance)...);
+  else
+    return __builtin_shufflevector(a, b, (kLane & kDistance ? L + kLane - kDistance : kLane)...);
+}
+
+// A square block changes rows and columns: halves, quarters and so on change places.
+template <class T, int kDistance = kLanes<T> / 2>
+CSDIV_INLINE void transpose_block(Vec<T> (&block)[kLanes<T>]) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes<T>>();
+  for (int r = 0; r < kLanes<T>; ++r) {
+    if (r & kDistance) continue;
+    const Vec<T> a = block[r], b = block[r + kDistance];
+    block[r] = interleaved<kDistance, false>(a, b, kAll);
+    block[r + kDistance] = interleaved<kDistance, true>(a, b, kAll);
+  }
+  if constexpr (kDistance > 1) transpose_block<T, kDistance / 2>(block);
+}
+
 // The second where either is NaN, as the hardware has it.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {

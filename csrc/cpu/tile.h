@@ -73,6 +73,8 @@ struct TileKernels {
   int64_t lanes;
   // Whether a tile takes the fast form; then no logit overflows.
   bool (*certified)(const Range<T>& p, const Range<T>& q);
+  // to[d, k] = from[k, d] for k < count and d < dim; rows of `to` are `stride` apart.
+  void (*transpose)(const T* from, int64_t count, int64_t dim, T* to, int64_t stride);
   // Range of `size` means and variances.
   Range<T> (*range)(const T* means, const T* variances, int64_t size);
   // tile[r, j] = log b_j - (quadratic form + log determinant - E ln 2) / 2 for j >= first_column.

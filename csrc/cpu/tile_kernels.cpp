@@ -13,6 +13,22 @@ namespace {
 constexpr int kRegisterRows = kVectorBytes == 64 ? 4 : 2;
 
 template <class T>
+void transpose(const T* from, int64_t count, int64_t dim, T* to, int64_t stride) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t whole_count = count / L * L, whole_dim = dim / L * L;
+  for (int64_t k = 0; k < whole_count; k += L) {
+    for (int64_t d = 0; d < whole_dim; d += L) {
+      Vec<T> block[L];
+      for (int64_t r = 0; r < L; ++r) block[r] = load(from + (k + r) * dim + d);
+      transpose_block<T>(block);
+      for (int64_t r = 0; r < L; ++r) store(to + (d + r) * stride + k, block[r]);
+    }
+  }
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t k = d < whole_dim ? whole_count : 0; k < count; ++k) to[d * stride + k] = from[k * dim + d];
+}
+
+template <class T>
 Range<T> range(const T* means, const T* variances, int64_t size) {
   constexpr T kInfinity = T(__builtin_inf());
   Vec<T> mean_min = broadcast<T>(kInfinity), mean_max = -mean_min;
@@ -232,8 +248,9 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, const T* weight
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,      certified<T>, range<T>, logits<T>,
-                                     partial_sum<T>, weights<T>,   scale<T>, gradients<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>, certified<T>,   transpose<T>, range<T>,
+                                     logits<T>, partial_sum<T>, weights<T>,   scale<T>,
+                                     gradients<T>};
 
 }   // namespace
 
