@@ -3,10 +3,14 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: train test mutate lint format bench bench-suite gpu-check figures clean
+.PHONY: train studies test mutate lint format bench bench-suite gpu-check figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
 	$(BIN)/csdiv train --output-dir runs/digits --overwrite --num-threads 1
+
+studies: .venv/built  ## the studies on scikit-learn's digits; reports go to runs/studies/digits
+	$(BIN)/csdiv study density
+	$(BIN)/csdiv study clustering
 
 test: .venv/built  ## every test
 	$(BIN)/python -m pytest

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import csdiv
-from csdiv.models import CSRAE, VAE, BernoulliDecoder, Decoder, Encoder, initialize_from_codes_
+from csdiv.models import (
+    CSRAE,
+    VAE,
+    BernoulliDecoder,
+    Decoder,
+    Encoder,
+    MixtureVAE,
+    VampPriorVAE,
+    initialize_from_codes_,
+)
 from csdiv.models.networks import perceptron
 
 pytest.importorskip("lightning")
@@ -64,6 +73,23 @@ def test_vae_divergence_is_the_kl_divergence() -> None:
     torch.testing.assert_close(model.divergence(means, log_variances), expected)
     prior = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
     torch.testing.assert_close(model.prior_mixture().log_prob(means), prior.log_prob(means))
+
+
+@pytest.mark.parametrize("kind", [MixtureVAE, VampPriorVAE])
+def test_monte_carlo_divergence_is_the_kl_divergence(kind: type) -> None:
+    x = torch.rand(3, 5).round()
+    start = torch.rand(1, 5) if kind is VampPriorVAE else csdiv.nn.GaussianMixturePrior(1, 2)
+    model = kind(*tiny_networks(5, 2), start, 0.7)
+    prior = model.prior_mixture()
+    assert prior.variances is not None
+    means, log_variances = model.encoder(x)
+    q = torch.distributions.Normal(means, (0.5 * log_variances).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(prior.means, prior.variances.sqrt()))
+    draws = torch.stack([model.divergence(means, log_variances) for _ in range(4000)])
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - expected.sum(-1)).abs() < 5 * error).all()
+    model(x).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_autoencoder_shapes() -> None:

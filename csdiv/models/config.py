@@ -72,7 +72,9 @@ class TrainConfig:
     ] = 1
     max_variance_ratio: Annotated[
         float,
-        Option("Median s/v, of a code's variance to its component's, above which a run stops; 0: never.", at_least=0),
+        Option(
+            "Median s/v, code's over component's variance, that stops a CSRAE in its second half; 0: none.", at_least=0
+        ),
     ] = 0.0
     validation_fraction: Annotated[
         float, Option("Of the samples; they choose the weights, if λ is fixed; 0: the last.", at_least=0, below=1)

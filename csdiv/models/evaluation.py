@@ -163,14 +163,15 @@ def cluster(model: Autoencoder, data: Dataset, train_x: Tensor, test_x: Tensor) 
     train, test = prior.assign(train_codes).cpu(), prior.assign(model.encode(test_x)).cpu()
     scores = []
     if classes and k > 1:
-        scores.append(_scores("components", train, test, k, data))
+        scores.append(score_clusters("components", train, test, k, data))
         if k > classes:
             group = merge_components(prior, classes)
-            scores.append(_scores("components merged by overlap", group[train], group[test], classes, data))
+            scores.append(score_clusters("components merged by overlap", group[train], group[test], classes, data))
     return Clustering(test, effective_number(train), active_units(train_codes.means), tuple(scores))
 
 
-def _scores(name: str, train: Tensor, test: Tensor, num_clusters: int, data: Dataset) -> ClusterScores:
+def score_clusters(name: str, train: Tensor, test: Tensor, num_clusters: int, data: Dataset) -> ClusterScores:
+    """Scores of one clustering (n,) int64 of both splits; as many clusters as classes are matched one-to-one."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     assert data.train.labels is not None

@@ -84,17 +84,6 @@ class AutoencoderTraining(LightningModule):
             ratio = variance_ratio(GaussianMixture(means, log_variances.exp()), prior)
             self.log("variance_ratio", ratio, sync_dist=WORLD_SIZE > 1)
 
-    def on_train_epoch_end(self) -> None:
-        """Stops a run whose codes are as wide as their components; Lightning calls this after its callbacks'."""
-        ratio, most = float(self.trainer.callback_metrics.get("variance_ratio", 0.0)), self.config.max_variance_ratio
-        if self.active is self.model and ratio > most > 0:
-            raise PosteriorCollapse(
-                f"posterior collapse after epoch {self.current_epoch + 1}: the median of s/v, of a code's variance to "
-                f"its component's, is {ratio:.2f}, above max_variance_ratio = {most:g}; a smaller divergence_weight "
-                f"than {self.active.divergence_weight.item():.3g} or more components may help; weights and checkpoint "
-                "are kept"
-            )
-
     def _step(self, split: str, x: Tensor) -> AutoencoderOutput:
         output = self.active(x)
         if not output.loss.isfinite():
@@ -223,6 +212,18 @@ class CSRAETraining(MixtureTraining):
         if self.multiplier is not None and self.stage == "csrae":
             mean = self.trainer.strategy.reduce(outputs["regularizer"].mean(), reduce_op="mean")
             self.model.divergence_weight.copy_(self.multiplier.update_(mean))
+
+    def on_train_epoch_end(self) -> None:
+        """Stops a run whose codes are as wide as their components; Lightning calls this after its callbacks'."""
+        ratio, most = float(self.trainer.callback_metrics.get("variance_ratio", 0.0)), self.config.max_variance_ratio
+        settled = self.stage == "csrae" and 2 * (self.current_epoch + 1) >= self.config.epochs
+        if settled and ratio > most > 0:
+            raise PosteriorCollapse(
+                f"posterior collapse after epoch {self.current_epoch + 1}: the median of s/v, of a code's variance to "
+                f"its component's, is {ratio:.2f}, above max_variance_ratio = {most:g}; a smaller divergence_weight "
+                f"than {self.model.divergence_weight.item():.3g} or more components may help; weights and checkpoint "
+                "are kept"
+            )
 
     def on_train_end(self) -> None:
         if self.multiplier is not None and self.multiplier.at_cap:

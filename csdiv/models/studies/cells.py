@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ def digest(*values: Any) -> str:
 
 
 def model_name(config: TrainConfig) -> str:
-    """The cell that trains this model: the same for all studies with the same options."""
-    kept = {name: value for name, value in asdict(config).items() if name not in FREE}
+    """The cell that trains this model: the same for all studies with the same options, defaults aside."""
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    kept = {name: value for name, value in asdict(config).items() if name not in FREE and value != defaults[name]}
     return f"models/{config.model}-seed{config.seed}-{digest(kept)}/result"
 
 
@@ -61,7 +62,8 @@ def training_cell(config: TrainConfig, data: Dataset, output_dir: Path) -> Cell:
     name = model_name(config)
     config = replace(config, output_dir=(output_dir / name).parent)
     parameters = 2 * config.hidden_dim * (config.hidden_dim + 1.5 * config.latent_dim + data.num_features)
-    work = 2e-10 * parameters * len(data.train.x) * config.epochs  # measured on two CPU cores
+    steps = config.epochs * -(-len(data.train.x) // config.batch_size)
+    work = steps * (4e-3 + 1e-10 * config.batch_size * parameters)  # seconds on two CPU cores, roughly
 
     def compute() -> dict[str, Any]:
         directory = config.output_dir

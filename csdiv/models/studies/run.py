@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from csdiv.models.studies.cells import read_results, run_cells
 from csdiv.models.studies.config import STUDIES, read_study
@@ -28,11 +29,13 @@ def run_study(name: str, protocol: str, given: dict[str, Any], *, publish: Path 
     """
     kind, study_class = _study(name)
     config = read_study(kind, name, protocol, given)
-    if threads := config.train.get("num_threads"):
+    threads = config.train.get("num_threads", 0)
+    if threads:
         torch.set_num_threads(threads)
     data = config.load()
     study = study_class(config, data)
-    results = (read_results if only_report else run_cells)(study.cells, config.output_dir)
+    with threadpool_limits(threads or None):  # scikit-learn's too
+        results = (read_results if only_report else run_cells)(study.cells, config.output_dir)
     directory = config.output_dir / name
     report = study.report(results, directory / "figures")
     options = {key: value for key, value in asdict(config).items() if key not in ("data", "output_dir")}
@@ -45,6 +48,10 @@ def _study(name: str) -> tuple[Any, Any]:
         from csdiv.models.studies.density import DensityConfig, DensityStudy
 
         return DensityConfig, DensityStudy
+    if name == "clustering":
+        from csdiv.models.studies.clustering import ClusteringConfig, ClusteringStudy
+
+        return ClusteringConfig, ClusteringStudy
     if name == "semisupervised":
         from csdiv.models.studies.semisupervised import SemisupervisedConfig, SemisupervisedStudy
 
