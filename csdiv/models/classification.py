@@ -128,7 +128,8 @@ def finetune(
             some, own = x[rows], labelled_x[picked]
             if binary:
                 some, own = some.bernoulli(), own.bernoulli()
-            logits = class_logits(*model.encoder(own), model.prior_mixture(), num_classes)
+            means, log_variances = model.encoder(own)
+            logits = class_logits(means, log_variances, model.prior_mixture(), num_classes)
             loss = model(some).loss + weight * F.cross_entropy(logits, labels[picked])
             if not loss.isfinite():
                 raise ArithmeticError("fine-tuning: the loss is not finite; a smaller learning rate may help")
@@ -142,8 +143,11 @@ def finetune(
 @torch.no_grad()
 def predict(model: CSRAE, x: Tensor, num_classes: int) -> Tensor:
     """The class of greatest logit of each sample: (n, P) -> (n,) int64."""
-    prior = model.prior_mixture()
-    return torch.cat([class_logits(*model.encoder(c), prior, num_classes).argmax(-1) for c in x.split(4096)])
+    prior, found = model.prior_mixture(), []
+    for chunk in x.split(4096):
+        means, log_variances = model.encoder(chunk)
+        found.append(class_logits(means, log_variances, prior, num_classes).argmax(-1))
+    return torch.cat(found)
 
 
 def error_percent(found: Tensor, labels: Tensor) -> float:
