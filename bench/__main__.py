@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
             info["clock_mhz"] = str(max(read))
             gpu.add_bounds(records, max(read))
         print(gpu.markdown(records))
+        more = {"full_covariances": gpu.full_covariances()}
+        print(*more["full_covariances"], sep="\n")
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     elif options.suite == "epochs":
         from . import epochs  # needs the extra "train"

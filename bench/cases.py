@@ -52,13 +52,19 @@ CPU_CASES = (
     Case(256, 500, 40, "the regularizer of an autoencoder: a batch, the prior and its self term", "regularizer"),
     Case(32, 10, 10, "the same, so small that a loop over components can be timed", "regularizer"),
     Case(2000, 2000, 16, "densities at points", "log_prob"),
+    Case(1000, 1000, 3, "full covariances, in registers", structure="full"),
+    Case(500, 500, 16, "full covariances, on the stack", structure="full"),
     Case(64, 100_000, 16, "10⁵ components"),
+    Case(1000, 100_000, 2, "10⁵ components and a hundredth of 10⁵ points: time grows with the points", "log_prob"),
     Case(4, 1_000_000, 16, "10⁶ components"),
 )
 
 
 def make_inputs(case: Case, seed: int = 0) -> list[Tensor]:
-    """p_means, p_variances, q_means, q_variances, q_log_weights, float32; what the entry takes of them."""
+    """p_means, p_variances, q_means, q_variances, q_log_weights, float32; what the entry takes of them.
+
+    Of full covariances factors R, S = R Rᵀ, stand in the place of variances.
+    """
     generator = torch.Generator().manual_seed(seed)
     n, m, d = case.n, case.m, case.d
     batch = (case.batch,) if case.batch > 1 else ()
@@ -70,5 +76,9 @@ def make_inputs(case: Case, seed: int = 0) -> list[Tensor]:
         torch.rand(*batch, 1 if tied else m, width, generator=generator) + 0.5,
         torch.randn(*batch, m, generator=generator).log_softmax(-1),
     ]
+    if case.structure == "full":
+        for k in (1, 3):
+            below = torch.randn(*batch, (n, m)[k // 2], d, d, generator=generator).tril(-1) / d
+            inputs[k] = below + inputs[k].diag_embed()
     left_out = {"self": (0, 1), "log_prob": (1,)}.get(case.entry, ())
     return [t for k, t in enumerate(inputs) if k not in left_out]

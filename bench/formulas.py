@@ -20,10 +20,26 @@ Formula = Callable[..., Tensor]
 
 
 def pairs(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor) -> Tensor:
-    """log N(μ_i; ν_j, S_i + T_j), (*batch, N, M); (N, M, D) temporaries."""
+    """log N(μ_i; ν_j, S_i + T_j), (*batch, N, M); (N, M, D) temporaries. Factors for variances: (N, M, D, D) ones."""
+    if is_full(mu, s):
+        return full_pairs(mu, s, nu, t)
     c = s[..., :, None, :] + t[..., None, :, :]
     delta = mu[..., :, None, :] - nu[..., None, :, :]
     return -0.5 * (delta * delta / c + c.log() + LOG_2PI).sum(-1)
+
+
+def is_full(means: Tensor, spreads: Tensor) -> bool:
+    """Whether ``spreads`` are the factors of full covariances, not variances."""
+    return spreads.ndim > means.ndim
+
+
+def full_pairs(mu: Tensor, r: Tensor, nu: Tensor, t: Tensor) -> Tensor:
+    """:func:`pairs` of covariances R Rᵀ and T Tᵀ, by torch.linalg on the batch of all sums."""
+    c = (r @ r.mT)[..., :, None, :, :] + (t @ t.mT)[..., None, :, :, :]
+    delta = mu[..., :, None, :] - nu[..., None, :, :]
+    factor = torch.linalg.cholesky(c)
+    z = torch.linalg.solve_triangular(factor, delta[..., None], upper=False)[..., 0]
+    return -0.5 * (z * z + LOG_2PI).sum(-1) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def rows(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
@@ -60,7 +76,9 @@ def rows_in_chunks(size: int) -> Formula:
     def chunked(mu: Tensor, s: Tensor, *q: Tensor) -> Tensor:
         parts = []
         for i in range(0, mu.shape[-2], size):
-            some = mu[..., i : i + size, :], s if s.shape[-2] == 1 else s[..., i : i + size, :]
+            axis = mu.ndim - 2
+            length = min(size, mu.shape[axis] - i)
+            some = mu.narrow(axis, i, length), s if s.shape[axis] == 1 else s.narrow(axis, i, length)
             parts.append(checkpoint(rows, *some, *q, use_reentrant=False))
         return torch.cat(parts, -1)
 
@@ -79,12 +97,17 @@ FORMULAS: dict[str, Formula] = {
 def with_csdiv(entry: str, backend: str) -> Formula:
     """The entry as a call of csdiv."""
 
+    def mixture(means: Tensor, spreads: Tensor, *log_weights: Tensor) -> GaussianMixture:
+        if is_full(means, spreads):
+            return GaussianMixture(means, None, *log_weights, scale_tril=spreads)
+        return GaussianMixture(means, spreads, *log_weights)
+
     def sides(mu: Tensor, s: Tensor, *q: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
-        return GaussianMixture(mu, s), GaussianMixture(*q)
+        return mixture(mu, s), mixture(*q)
 
     entries: dict[str, Formula] = {
         "rows": lambda *x: csdiv.component_log_overlap(*sides(*x), backend=backend),
-        "self": lambda *q: csdiv.log_overlap(GaussianMixture(*q), backend=backend),
+        "self": lambda *q: csdiv.log_overlap(mixture(*q), backend=backend),
         "divergence": lambda *x: csdiv.cs_divergence(*sides(*x), backend=backend),
         "regularizer": lambda mu, s, *q: csdiv.cs_regularizer(mu, s.log(), GaussianMixture(*q), backend=backend),
         "log_prob": lambda x, *q: GaussianMixture(*q).log_prob(x, backend=backend),

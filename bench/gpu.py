@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import csdiv
+from csdiv import testing
 
 from . import static
 from .cases import Case
@@ -178,6 +179,37 @@ def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
             bound = lanes * clock_mhz * 1e-3 / instructions(kernels, dim)[record["direction"]]
             record["bound_gel_per_s"] = bound
             record["share_of_bound"] = record["gel_per_s"] / bound
+
+
+FULL_CASES = ((4096, 4096, 3), (2048, 2048, 5), (1024, 1024, 8), (512, 512, 32))
+
+
+def full_covariances(count: int = 5) -> list[dict[str, Any]]:
+    """D_CS of mixtures with full covariances and its gradients, on "cuda" and by the reference: times and the error."""
+    records = []
+    for n, m, dim in FULL_CASES:
+        p, q = (testing.random_mixture(k, dim, structure="full", dtype=torch.float64).to("cuda") for k in (n, m))
+        leaves = [t.requires_grad_() for side in (p, q) for t in (side.means, side.scale_tril, side.log_weights)]
+        truth = None
+        for backend in ("reference", "cuda"):
+            if backend not in csdiv.available_backends():
+                continue
+
+            def forward(p: csdiv.GaussianMixture = p, q: csdiv.GaussianMixture = q, backend: str = backend) -> Tensor:
+                return csdiv.cs_divergence(p, q, backend=backend)
+
+            value = forward().detach()
+            truth = value if truth is None else truth
+            records.append(
+                {
+                    "case": f"{n}x{m}x{dim} full",
+                    "provider": f"csdiv {backend}, float64",
+                    "forward_ms": cold_ms(lambda f=forward: f().detach(), count),
+                    "forward_backward_ms": cold_ms(lambda f=forward, x=leaves: torch.autograd.grad(f(), x), count),
+                    "error_nats": (value - truth).abs().item(),
+                }
+            )
+    return records
 
 
 def markdown(records: list[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("cuda", "contract", "kernels_edges", "near_zero", "bad_inputs", "oracles", "properties", "autograd")
+TESTS = ("cuda", "contract", "full", "kernels_edges", "near_zero", "bad_inputs", "oracles", "properties", "autograd")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 EVERY_ENTRY = """
@@ -35,6 +35,12 @@ for dtype in (torch.float32, torch.float64):
                       csdiv.component_log_overlap(p, q, **names), csdiv.pairwise_log_overlap(p, q, **names)):
             torch.autograd.grad(value.sum(), leaves, allow_unused=True)
         q.assign(p, **names)
+for n, m, dim in ((33, 7, 1), (7, 70, 3), (40, 9, 5), (9, 20, 7), (5, 9, 12), (3, 5, 32)):
+    p, q = (testing.random_mixture(k, dim, structure="full", generator=g).to("cuda") for k in (n, m))
+    leaves = [t.requires_grad_() for s in (p, q) for t in (s.means, s.scale_tril, s.log_weights)]
+    for value in (csdiv.cs_divergence(p, q, **names), csdiv.pairwise_log_overlap(p, q, **names)):
+        torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+    q.assign(p, **names)
 torch.cuda.synchronize()
 print("ran")
 """

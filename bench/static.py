@@ -102,11 +102,13 @@ def output(*command: object) -> str:
 
 def readable(mangled: str) -> str:
     """``overlap_lse_backward_kernel<float, 32>`` of a mangled name."""
-    match = re.search(r"\d([a-z_]+_kernel)I([fd])(?:Li(\d+)E)?", mangled)
+    match = re.search(r"\d([a-z_]+_kernel)(?:I([fd])?(?:Li(\d+)E)?)?", mangled)
     if not match:
         return mangled
-    name, scalar, lanes = match.groups()
-    return f"{name}<{ {'f': 'float', 'd': 'double'}[scalar] }{f', {lanes}' if lanes else ''}>"
+    name, scalar, number = match.groups()
+    arguments = [{"f": "float", "d": "double"}[scalar]] if scalar else []
+    arguments += [number] if number else []
+    return f"{name}<{', '.join(arguments)}>" if arguments else name
 
 
 def hot_loops(sass: str) -> Iterator[Loop]:

@@ -8,13 +8,15 @@ the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
 "auto" depends on the device, the structure and D alone. Full covariances, also against others, are computed in float64
-on CPU tensors with D ≤ 32, and rounded to the dtype at the end; elsewhere by the reference.
+with D ≤ 32, by "cpu" and "cuda", and rounded to the dtype at the end; above that, and where there are no CUDA kernels,
+by the reference. Where p has one covariance, or points, "cpu" factors each component of q once; where both have one,
+they are whitened and cost what spherical ones do.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +116,9 @@ def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto
     if takes_reference(backend, p, q):
         return reference.pairwise_log_overlap(components(p), components(q))
     if _has_full(p, q):
+        if white := _whitened(p, q):
+            value = autograd.pairwise(backend, *_unweighted(white.p), *_unweighted(white.q))
+            return (value - white.log_det[..., None, None]).to(p.dtype)
         return autograd.full_pairwise(backend, *_matrices(p)[:2], *_matrices(q)[:2]).to(p.dtype)
     return autograd.pairwise(backend, *_unweighted(p), *_unweighted(q))
 
@@ -192,6 +197,8 @@ def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "a
         return reference.assign(components(codes), components(p))
     with torch.no_grad():
         if _has_full(codes, p):
+            if white := _whitened(codes, p):
+                return ops.assign(*_unweighted(white.p), *_weighted(white.q), backend)
             return ops.full_assign(*_matrices(codes)[:2], *_matrices(p), backend)
         return ops.assign(*_unweighted(codes), *_weighted(p), backend)
 
@@ -271,9 +278,10 @@ def takes_reference(backend: str, *sides: GaussianMixture) -> bool:
         return backend == "reference"
     dim, limit = sides[0].dim, backends.MAX_FULL_DIM
     if backend == "auto":
-        return sides[0].device.type != "cpu" or dim > limit
-    if backend != "cpu" or dim > limit:
-        have = "no full covariances" if backend != "cpu" else f"full covariances up to D = {limit}, got D = {dim}"
+        return sides[0].device.type not in ("cpu", "cuda") or dim > limit
+    has_any = backend in backends.FULL
+    if not has_any or dim > limit:
+        have = f"full covariances up to D = {limit}, got D = {dim}" if has_any else "no full covariances"
         raise NotImplementedError(f'backend "{backend}" has {have}: take backend="auto" or "reference"')
     return False
 
@@ -287,6 +295,9 @@ def overlap_rows(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[
     if takes_reference(backend, p, q):
         return reference.overlap_lse(components(p), components(q)), None
     if _has_full(p, q):
+        if white := _whitened(p, q):
+            value, offset = autograd.overlap_lse(backend, *_unweighted(white.p), *_weighted(white.q))
+            return value - white.log_det.unsqueeze(-1), offset
         return autograd.full_overlap_lse(backend, *_matrices(p)[:2], *_matrices(q)), None
     return autograd.overlap_lse(backend, *_unweighted(p), *_weighted(q))
 
@@ -296,6 +307,11 @@ def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tenso
     if takes_reference(backend, p, q):
         return reference.log_overlap(components(p), components(q))
     if _has_full(p, q):
+        if white := _whitened(p, q):
+            value, offset = autograd.log_overlap(backend, *_weighted(white.p), *_weighted(white.q))
+            return (value if offset is None else value + offset) - white.log_det
+        if _has_one_covariance(q):
+            p, q = q, p  # rows of one covariance take one factor for each column
         rows, _ = overlap_rows(p, q, backend)
         return reference.logsumexp(_add_log_weights(rows, _matrices(p)[2]), -1)
     value, offset = autograd.log_overlap(backend, *_weighted(p), *_weighted(q))
@@ -307,6 +323,9 @@ def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     if takes_reference(backend, p):
         return reference.log_overlap(components(p), components(p))
     if _has_full(p):
+        if white := _whitened(p, p):
+            value, offset = autograd.self_overlap(backend, *_weighted(white.p))
+            return (value if offset is None else value + offset) - white.log_det
         return autograd.full_self_overlap(backend, *_matrices(p))
     value, offset = autograd.self_overlap(backend, *_weighted(p))
     return value if offset is None else value + offset
@@ -318,6 +337,54 @@ def components(p: GaussianMixture) -> reference.Components:
         with torch.autocast(p.device.type, enabled=False):
             covariance = p.scale_tril @ p.scale_tril.mT
     return reference.Components(p.means, p.variances, covariance, p.log_weights)
+
+
+class _Whitened(NamedTuple):
+    p: GaussianMixture  # L⁻¹ (μ − centre), variances ½
+    q: GaussianMixture
+    log_det: Tensor  # (*batch,) log |L|
+
+
+def _whitened(p: GaussianMixture, q: GaussianMixture) -> _Whitened | None:
+    """p and q, each of one covariance, in float64 and in coordinates where S + T = L Lᵀ is the identity, equation (18).
+
+    None where a side has several covariances, or where a batch of them shares means, which would be copied for each.
+    """
+    if not (_has_one_covariance(p) and _has_one_covariance(q)):
+        return None
+    same, p = p is q, p.map(torch.Tensor.double)
+    q = p if same else q.map(torch.Tensor.double)
+    total = (reference.matrices(components(p)) + reference.matrices(components(q))).squeeze(-3)
+    batch = total.shape[:-2]
+    if any(torch.broadcast_shapes(side.means.shape[:-2], batch) != side.means.shape[:-2] for side in (p, q)):
+        return None
+    factor, info = torch.linalg.cholesky_ex(total)
+    factor = torch.where((info == 0)[..., None, None], factor, math.nan)
+    points = q.means.detach().reshape(-1, q.dim)
+    centre = points.sum(0) / max(1, points.shape[0])
+    centre = torch.where(centre.isfinite(), centre, 0.0)
+
+    def whiten(side: GaussianMixture) -> GaussianMixture:
+        # A mean that is not finite stays so, and stays out of L's gradient.
+        finite = side.means.isfinite().all(-1, keepdim=True)
+        centred = torch.where(finite, side.means - centre, 0.0)
+        white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+        means = torch.where(finite, white, side.means)
+        variances = means.new_full((1, 1), 0.5)
+        log_weights = reference.log_weights(components(side))
+        return GaussianMixture._unchecked(means=means, variances=variances, log_weights=log_weights)
+
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    white = whiten(p)
+    return _Whitened(white, white if same else whiten(q), log_det)
+
+
+def _has_one_covariance(p: GaussianMixture) -> bool:
+    """Whether all components have the same, as points have."""
+    if p.variances is not None:
+        return p.variances.shape[-2] == 1
+    matrix = p.covariance_matrix if p.scale_tril is None else p.scale_tril
+    return matrix is not None and matrix.shape[-3] == 1
 
 
 def _matrices(p: GaussianMixture) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,8 +411,8 @@ def _add_log_weights(value: Tensor, log_weights: Tensor | None) -> Tensor:
 def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:
     """Loads the kernels onto a device, so that no later call waits for it and CUDA graphs can be captured.
 
-    Every operator and its gradients are called once on two tiny mixtures, in float32 and float64. The time of the first
-    call goes from milliseconds to microseconds; results do not change.
+    Every operator and its gradients are called once on tiny mixtures, in float32 and float64, and with full
+    covariances. The time of the first call goes from milliseconds to microseconds; results do not change.
 
     Args:
         device: for example "cuda" or "cuda:1"; by default the current CUDA device if there is any, else the CPU.
@@ -357,19 +424,26 @@ def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.empty(0, device=device).device  # with its index
-    for dtype in (torch.float32, torch.float64):
-        for dim in (8, 16, 32):  # gradients have a kernel for few, for some and for many dimensions
-            leaves = [torch.ones(2, *shape, dtype=dtype, device=where) for shape in ((dim,), (dim,), ())]
-            p, q = (GaussianMixture(*(t.clone().requires_grad_() for t in leaves)) for _ in range(2))
-            values = (
-                cs_divergence(p, q, backend=backend),
-                log_overlap(p, q, backend=backend),
-                log_overlap(p, backend=backend),
-                component_log_overlap(p, q, backend=backend),
-                pairwise_log_overlap(p, q, backend=backend),
-            )
-            torch.autograd.backward(values, [torch.ones_like(value) for value in values])
-            q.assign(p, backend=backend)
+    for dim in (8, 16, 32):  # gradients have a kernel for few, for some and for many dimensions
+        for dtype in (torch.float32, torch.float64):
+            ones = torch.ones(2, dim, dtype=dtype, device=where)
+            _call_everything(GaussianMixture(ones, ones, ones[:, 0]), backend)
+    for dim in (1, 2, 3, 4, 5, 8, 16, 32) if backend in ("auto", *backends.FULL) else ():  # a kernel for each
+        eye = torch.eye(dim, dtype=torch.float64, device=where).expand(2, dim, dim)
+        _call_everything(GaussianMixture(eye[0, :1].expand(2, dim), covariance_matrix=eye), backend)
     devices = getattr(backends.resolve(backend, where), "loaded", None)
     if devices is not None:
         devices.add(where)
+
+
+def _call_everything(p: GaussianMixture, backend: str) -> None:
+    p, q = (p.map(lambda t: t.clone().requires_grad_()) for _ in range(2))
+    values = (
+        cs_divergence(p, q, backend=backend),
+        log_overlap(p, q, backend=backend),
+        log_overlap(p, backend=backend),
+        component_log_overlap(p, q, backend=backend),
+        pairwise_log_overlap(p, q, backend=backend),
+    )
+    torch.autograd.backward(values, [torch.ones_like(value) for value in values])
+    q.assign(p, backend=backend)

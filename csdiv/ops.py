@@ -270,7 +270,7 @@ def _fake_full_rows(
 def full_overlap_lse_forward(
     p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor, backend: str
 ) -> Tensor:
-    module = backends.resolve(backend, p_means.device)
+    module = backends.resolve_full(backend, p_means.device)
     return module.full_overlap_lse_forward(p_means, p_covariances, q_means, q_covariances, q_log_weights)
 
 
@@ -281,7 +281,7 @@ def full_overlap_lse_forward(
 def full_overlap_lse_backward(
     grad: Tensor, tensors: list[Tensor], rows: Tensor, needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).full_overlap_lse_backward(grad, tensors, rows, needs)
+    return backends.resolve_full(backend, grad.device).full_overlap_lse_backward(grad, tensors, rows, needs)
 
 
 def _fake_full_self_overlap_forward(
@@ -298,7 +298,7 @@ def _fake_full_self_overlap_forward(
 def full_self_overlap_forward(
     means: Tensor, covariances: Tensor, log_weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return backends.resolve(backend, means.device).full_self_overlap_forward(means, covariances, log_weights)
+    return backends.resolve_full(backend, means.device).full_self_overlap_forward(means, covariances, log_weights)
 
 
 @_define(
@@ -308,7 +308,7 @@ def full_self_overlap_forward(
 def full_self_overlap_backward(
     grad: Tensor, tensors: list[Tensor], saved: list[Tensor], needs: list[bool], backend: str
 ) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).full_self_overlap_backward(grad, tensors, saved, needs)
+    return backends.resolve_full(backend, grad.device).full_self_overlap_backward(grad, tensors, saved, needs)
 
 
 def _fake_full_pairwise_forward(
@@ -322,7 +322,7 @@ def _fake_full_pairwise_forward(
 def full_pairwise_forward(
     p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, backend: str
 ) -> Tensor:
-    module = backends.resolve(backend, p_means.device)
+    module = backends.resolve_full(backend, p_means.device)
     return module.full_pairwise_forward(p_means, p_covariances, q_means, q_covariances)
 
 
@@ -331,7 +331,7 @@ def full_pairwise_forward(
     lambda grad, tensors, needs, backend: _fake_gradients(tensors, needs),
 )
 def full_pairwise_backward(grad: Tensor, tensors: list[Tensor], needs: list[bool], backend: str) -> list[Tensor]:
-    return backends.resolve(backend, grad.device).full_pairwise_backward(grad, tensors, needs)
+    return backends.resolve_full(backend, grad.device).full_pairwise_backward(grad, tensors, needs)
 
 
 @_define(
@@ -341,5 +341,5 @@ def full_pairwise_backward(grad: Tensor, tensors: list[Tensor], needs: list[bool
 def full_assign(
     p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor, backend: str
 ) -> Tensor:
-    module = backends.resolve(backend, p_means.device)
+    module = backends.resolve_full(backend, p_means.device)
     return module.full_assign(p_means, p_covariances, q_means, q_covariances, q_log_weights)

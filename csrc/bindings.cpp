@@ -24,7 +24,7 @@ using cpu::Problem;
 using cpu::SideGradients;
 
 template <class T>
-Mixture<T> mixture(const py::tuple& side, int64_t dim) {
+Mixture<T> mixture(const py::tuple& side, int64_t dim, bool with_variances = true) {
   check(side.size() == 6, "a side has 6 fields");
   const auto address = [&](int k) { return side[k].cast<Pointer>(); };
   const auto batch = side[4].cast<int64_t>(), n = side[5].cast<int64_t>();
@@ -32,7 +32,7 @@ Mixture<T> mixture(const py::tuple& side, int64_t dim) {
   check(dim > 0 && dim <= cpu::kMaxDim, "dim must be positive and at most 2^22");
   const bool used = batch > 0 && n > 0;
   return {pointer<const T>(address(0), used),
-          pointer<const T>(address(1), used),
+          pointer<const T>(address(1), used && with_variances),
           pointer<const T>(address(2), false),
           nullptr,
           pointer<const int64_t>(address(3), false),
@@ -41,8 +41,8 @@ Mixture<T> mixture(const py::tuple& side, int64_t dim) {
 }
 
 template <class T>
-Problem<T> make_problem(int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q) {
-  const Problem<T> problem{batch, dim, mixture<T>(p, dim), mixture<T>(q, dim)};
+Problem<T> make_problem(int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q, bool points = false) {
+  const Problem<T> problem{batch, dim, mixture<T>(p, dim, !points), mixture<T>(q, dim)};
   check_sizes({batch, problem.p.n, problem.q.n});
   check(problem.q.n > 0, "q must have components");
   for (const auto* side : {&problem.p, &problem.q})
@@ -239,11 +239,11 @@ void cpu_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, co
   });
 }
 
-// The variances of both sides are covariances, see cpu.h.
+// The variances of both sides are covariances, see cpu.h; a p without them has points.
 Problem<double> full_problem(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q) {
   check(itemsize == sizeof(double), "full covariances are computed in double");
   check(dim <= cpu::kMaxFullDim, "dim must be at most 32 for full covariances");
-  const auto problem = make_problem<double>(batch, dim, p, q);
+  const auto problem = make_problem<double>(batch, dim, p, q, true);
   for (const auto* side : {&problem.p, &problem.q}) check_sizes({side->batch, side->n, dim, dim});
   return problem;
 }
@@ -263,6 +263,7 @@ void cpu_full_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, con
   const auto* const values = pointer<const double>(rows, problem.rows() > 0);
   const auto* const grads = pointer<const double>(grad_rows, problem.rows() > 0);
   const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
+  check(problem.p.variances || !to_p.variances, "points have no gradients to variances");
   const py::gil_scoped_release unlocked;
   cpu::full_overlap_lse_backward(problem, values, grads, to_p, to_q, threads);
 }
@@ -297,6 +298,7 @@ void cpu_full_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const 
   const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
   const auto* const grads = pointer<const double>(grad_logits, problem.rows() > 0);
   const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
+  check(problem.p.variances || !to_p.variances, "points have no gradients to variances");
   const py::gil_scoped_release unlocked;
   cpu::full_pairwise_backward(problem, grads, to_p, to_q, threads);
 }

@@ -53,6 +53,6 @@ def install(native: ModuleType) -> ModuleType:
     module.capturing = lambda: False
     module.processors = lambda device: PROCESSORS
     sys.modules[name] = module
-    backends.NAMES = (*backends.NAMES, NAME)
+    backends.NAMES, backends.FULL = (*backends.NAMES, NAME), (*backends.FULL, NAME)
     backends._STATUS[NAME] = lambda: backends.BackendStatus(True, "")
     return module

@@ -42,4 +42,6 @@ def register(cuda: ModuleType, backend: str = NAME) -> None:
         setattr(module, name, on_gpu(value) if public else value)
     sys.modules[module.__name__] = module
     backends.NAMES = (*backends.NAMES, backend)
+    if hasattr(cuda, "full_assign"):
+        backends.FULL = (*backends.FULL, backend)
     backends._STATUS[backend] = lambda: backends.BackendStatus(True, "")

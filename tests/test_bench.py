@@ -10,7 +10,17 @@ from test_static import with_kernels
 
 from bench import accuracy, compare, gpu, gpu_check, measure, report, static
 from bench.cases import CPU_CASES, Case, make_inputs
-from bench.peers import ChunkedEager, Compiled, Csdiv, Eager, HandDerived, Provider, ScikitLearn, Textbook
+from bench.peers import (
+    ChunkedEager,
+    Compiled,
+    Csdiv,
+    Eager,
+    HandDerived,
+    Provider,
+    ScikitLearn,
+    Textbook,
+    TorchDistributions,
+)
 from bench.timing import interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +54,10 @@ def test_accuracy_page_is_that_of_the_committed_results() -> None:
 
 
 KINDS = [Case(17, 13, 3, "", entry) for entry in ("rows", "self", "regularizer", "log_prob")]
-KINDS += [Case(5, 4, 3, "", "divergence", 6), *(Case(9, 8, 5, "", structure=name) for name in ("spherical", "tied"))]
+KINDS += [
+    Case(5, 4, 3, "", "divergence", 6),
+    *(Case(9, 8, 5, "", structure=name) for name in ("spherical", "tied", "full")),
+]
 
 
 @pytest.mark.parametrize("case", KINDS, ids=[case.name for case in KINDS])
@@ -53,7 +66,7 @@ def test_providers_compute_the_same(case: Case) -> None:
     everyone: list[Provider] = [Csdiv("cpu", case.entry), Eager(case.entry), ChunkedEager(case.entry, chunk_bytes=99)]
     if case.name == "17x13x3":
         everyone.append(HandDerived())
-    everyone += {"regularizer": [Textbook()], "log_prob": [ScikitLearn()]}.get(case.entry, [])
+    everyone += {"regularizer": [Textbook()], "log_prob": [ScikitLearn(), TorchDistributions()]}.get(case.entry, [])
     for backward in (False, True):
         truth = measure.exact(case, inputs, backward)
         for provider in everyone:

@@ -3,6 +3,8 @@
 The cases are curated lists, not a full product; ``test_cases_cover_the_contract`` says what they must contain.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,6 +74,7 @@ SIZES = [
 ]
 LAYOUTS = ("contiguous", "strided", "transposed", "expanded", "misaligned")
 DIAGONAL = ("diagonal", "spherical", "tied diagonal", "tied spherical")
+FULL = ("full", "tied full")
 BATCHES = [
     ((3,),) * 3 + ((),) * 3,
     ((),) * 3 + ((3,),) * 3,
@@ -96,7 +99,13 @@ def subsets(inputs: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def row_structures(entry: str) -> tuple[str, ...]:
     """Codes have a variance for each dimension, points none."""
-    return DIAGONAL if "p_variances" in INPUTS[entry] and entry != "cs_regularizer" else DIAGONAL[:1]
+    return DIAGONAL + FULL if "p_variances" in INPUTS[entry] and entry != "cs_regularizer" else DIAGONAL[:1]
+
+
+def full_pairs(entry: str) -> list[tuple[str, str]]:
+    """Pairs of structures with a full one among them; of a mixture with itself the first is both."""
+    pairs = itertools.product(row_structures(entry), DIAGONAL + FULL)
+    return [(s, t) for s, t in pairs if s in FULL or (t in FULL and entry != "self_overlap")]
 
 
 def batches(entry: str) -> list[tuple[tuple[int, ...], ...]]:
@@ -120,10 +129,20 @@ CASES = list(
             *(Case(entry, layout=layout) for layout in LAYOUTS),
             Case(entry, torch.float64, layout="strided"),
             Case(entry, torch.bfloat16, layout="transposed"),
-            *(Case(entry, structures=(s, t)) for s in row_structures(entry) for t in DIAGONAL),
+            *(Case(entry, structures=(s, t)) for s in row_structures(entry) if s in DIAGONAL for t in DIAGONAL),
+            *(
+                Case(entry, dtype, 5, 11, 3, structures=pair)
+                for pair in full_pairs(entry)
+                for dtype in (torch.float32, torch.float64)
+            ),
+            *(
+                Case(entry, n=4, m=6, dim=2, structures=(structure, "full"), needs=(name,))
+                for structure in row_structures(entry)[-2:]
+                for name in INPUTS[entry]
+            ),
             *(
                 Case(entry, structures=("points", t))
-                for t in DIAGONAL
+                for t in DIAGONAL + FULL
                 if entry in ("component_log_overlap", "log_overlap")
             ),
             *(Case(entry, batch=batch, n=4, m=6) for batch in batches(entry)),
@@ -158,7 +177,8 @@ def make_bases(case: Case) -> dict[str, Tensor]:
             )
             for b in batch
         ]
-        values = {"means": made[0].means, "variances": made[1].variances, "log_weights": made[2].log_weights}
+        spreads = made[1].variances if made[1].scale_tril is None else made[1].scale_tril
+        values = {"means": made[0].means, "variances": spreads, "log_weights": made[2].log_weights}
         if case.scale == "-inf weights":
             values["log_weights"][..., torch.arange(0, size - 1, 2)] = -math.inf
         if case.scale == "unnormalised":
@@ -215,18 +235,36 @@ def evaluate(
         assert case.layout not in ("strided", "expanded") or t.numel() < 2 or not t.is_contiguous()
         assert case.layout != "misaligned" or t.data_ptr() % 16
     if case.entry == "cs_regularizer":
-        value = function(p[0], p[1], GaussianMixture(*q))
+        value = function(p[0], p[1], mixture(*q))
         p[1] = p[1].exp()
     elif case.entry in ("log_prob", "responsibilities"):
-        value = function(p[0], GaussianMixture(*q))
+        value = function(p[0], mixture(*q))
         p[1] = torch.zeros_like(p[0])
     else:
-        value = function(GaussianMixture(*p), GaussianMixture(*q))
+        value = function(mixture(*p), mixture(*q))
     wanted = [leaves[name] for name in case.wanted]
     grads = []
     if grad is not None and wanted:
         grads = list(torch.autograd.grad(value, wanted, grad.to(value.dtype)))
-    return Evaluation(GaussianMixture(*p), GaussianMixture(*q), wanted, value, grads)
+    return Evaluation(mixture(*p), mixture(*q), wanted, value, grads)
+
+
+def mixture(means: Tensor, spreads: Tensor, log_weights: Tensor) -> GaussianMixture:
+    """Of variances, or of factors, which are square matrices."""
+    if spreads.ndim > means.ndim:
+        return GaussianMixture(means, scale_tril=spreads.tril(), log_weights=log_weights)
+    return GaussianMixture(means, spreads, log_weights)
+
+
+@functools.cache
+def lacks(backend: str, structure: str) -> bool:
+    """Whether the backend says that it has no mixtures of this structure."""
+    p = testing.random_mixture(2, 3, structure=structure)
+    try:
+        csdiv.component_log_overlap(p, p, backend=backend)
+    except NotImplementedError:
+        return True
+    return False
 
 
 def plain_shape(case: Case, name: str) -> tuple[int, ...]:
@@ -238,7 +276,10 @@ def plain_shape(case: Case, name: str) -> tuple[int, ...]:
         return (*batch, size, case.dim)
     if structure == "points":
         return (1, 1)
-    return (*batch, 1 if structure.startswith("tied") else size, 1 if structure.endswith("spherical") else case.dim)
+    rows = 1 if structure.startswith("tied") else size
+    if structure in FULL:
+        return (*batch, rows, case.dim, case.dim)
+    return (*batch, rows, 1 if structure.endswith("spherical") else case.dim)
 
 
 def call(entry: str, backend: str) -> Callable[..., Tensor]:
@@ -278,6 +319,10 @@ def check(case: Case, backend: str, common_grad: float | None = None) -> None:
         grad = torch.full_like(grad, common_grad)
     exact = evaluate(case, bases, torch.float64, formula, grad)
     eager = evaluate(case, bases, computed, eager_call(case.entry), grad)
+    if any(structure in FULL and lacks(backend, structure) for structure in case.structures):
+        with pytest.raises(NotImplementedError, match=f'backend "{backend}" has no full covariances'):
+            evaluate(case, bases, case.dtype, call(case.entry, backend))
+        return
     actual = evaluate(case, bases, case.dtype, call(case.entry, backend), grad)
 
     # float64 is compared with formulas that take no scale out, and so is the reference.
@@ -308,7 +353,8 @@ def test_cases_cover_the_contract() -> None:
     for entry in INPUTS:
         cases = [case for case in CASES if case.entry == entry]
         assert {case.layout for case in cases} == set(LAYOUTS)
-        assert {case.structures for case in cases} >= {(s, t) for s in row_structures(entry) for t in DIAGONAL}
+        pairs = {(s, t) for s in row_structures(entry) if s in DIAGONAL for t in DIAGONAL}
+        assert {case.structures for case in cases} >= {*pairs, *full_pairs(entry)}
         assert {case.n for case in cases} | {case.m for case in cases} >= {1, 15, 16, 17, 31, 33, 511, 513}
         assert {case.batch for case in cases} >= set(batches(entry))
         assert {case.needs for case in cases} >= set(subsets(INPUTS[entry]))

@@ -187,4 +187,5 @@ def test_the_backend_of_tests_on_a_gpu_is_a_module_of_its_own() -> None:
         sys.modules.pop(f"csdiv.backends.{gpu.NAME}", None)
         sys.modules.update(before)
         backends.NAMES = tuple(name for name in backends.NAMES if name != gpu.NAME)
+        backends.FULL = tuple(name for name in backends.FULL if name != gpu.NAME)
         backends._STATUS.pop(gpu.NAME, None)

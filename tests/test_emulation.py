@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import emulation
 import pytest
 import torch
-from test_sanitize import call_every_entry, mixture, sanitizer_runtimes
+from test_sanitize import call_every_entry, call_every_entry_of_full_covariances, mixture, sanitizer_runtimes
 
 import csdiv
 from csdiv import testing
@@ -31,11 +32,14 @@ def native() -> Iterator[Any]:
     module.set_order(module.Order.FORWARD)
 
 
-def results(n: int, m: int, dim: int, dtype: torch.dtype, backend: str = emulation.NAME) -> list[torch.Tensor]:
+def results(
+    n: int, m: int, dim: int, dtype: torch.dtype, backend: str = emulation.NAME, structure: str = "diagonal"
+) -> list[torch.Tensor]:
     """Values and gradients of every kernel."""
     g = torch.Generator().manual_seed(n + m)
-    p, q = (testing.random_mixture(size, dim, dtype=dtype, generator=g).map(torch.clone) for size in (n, m))
-    leaves = [t.requires_grad_() for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
+    made = (testing.random_mixture(size, dim, structure=structure, dtype=dtype, generator=g) for size in (n, m))
+    p, q = (side.map(torch.clone) for side in made)
+    leaves = [t.requires_grad_() for side in (p, q) for t in side._tensors()]
     found = [q.assign(p, backend=backend)]
     for value in (
         csdiv.cs_divergence(p, q, backend=backend),
@@ -58,6 +62,59 @@ def test_threads_in_any_order_give_the_same_bits(n: int, m: int, dim: int, dtype
         assert native.blocks_run() > blocks
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 1), (33, 7, 5), (5, 70, 3), (3, 5, 8), (7, 5, 11), (2, 3, 32)])
+def test_threads_in_any_order_give_the_same_bits_of_full_covariances(n: int, m: int, dim: int, native: Any) -> None:
+    runs = []
+    for order in (native.Order.FORWARD, native.Order.REVERSE, native.Order.RANDOM):
+        native.set_order(order)
+        runs.append(results(n, m, dim, torch.float64, structure="full"))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize(("n", "m"), [(20, 45), (1, 100), (100, 1)])
+@pytest.mark.parametrize("dim", [2, 7])
+def test_full_covariances_in_any_number_of_parts(n: int, m: int, dim: int) -> None:
+    """On GPUs of other sizes the sums are cut in other ways: the same results but for rounding."""
+    backend = sys.modules[f"csdiv.backends.{emulation.NAME}"]
+    expected = results(n, m, dim, torch.float64, "cpu", "full")
+    for count in (1, 132):
+        with mock.patch.object(backend, "processors", return_value=count):
+            for a, b in zip(results(n, m, dim, torch.float64, structure="full"), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("p_batch", "q_batch"), [((3,), ()), ((), (3,)), ((2, 1), (1, 3)), ((0,), ()), ((1,), (2,)), ((2, 2), (2,))]
+)
+def test_full_covariances_in_batches(p_batch: tuple[int, ...], q_batch: tuple[int, ...]) -> None:
+    runs = []
+    for backend in (emulation.NAME, "cpu"):
+        g = torch.Generator().manual_seed(1)
+        made = [
+            testing.random_mixture(size, 3, structure=structure, batch_shape=batch, dtype=torch.float64, generator=g)
+            for size, structure, batch in ((4, "tied full", p_batch), (7, "full", q_batch))
+        ]
+        p, q = (side.map(torch.clone) for side in made)
+        leaves = [t.requires_grad_() for side in (p, q) for t in side._tensors()]
+        values = [csdiv.cs_divergence(p, q, backend=backend), csdiv.pairwise_log_overlap(p, q, backend=backend)]
+        runs.append([*values, *torch.autograd.grad([value.sin().sum() for value in values], leaves)])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dim", [5, 32])
+@pytest.mark.parametrize("gradients", [1, 2, 3])
+@pytest.mark.parametrize(("n", "m"), [(8192, 8192), (1, 10**6), (10**5, 100)])
+def test_scratch_memory_of_full_covariances(n: int, m: int, dim: int, gradients: int) -> None:
+    """A few times the inputs, and what a GPU's warps keep beside that."""
+    native = sys.modules[f"csdiv.backends.{emulation.NAME}"].native
+    p, q = ((256, 256, 256, 0, 1, size) for size in (n, m))
+    sides = [(256 * wanted,) * 3 for wanted in (gradients & 1, gradients >> 1)]
+    size = native.cuda_full_overlap_lse_backward(8, 1, dim, p, q, 256, 256, *sides, (0, 0, 132, 0))
+    assert size <= 2 * 8 * (n + m) * (dim * dim + dim + 1) + 132 * 2**20
 
 
 def scratch_bytes(function: str, n: int, m: int, dim: int, gradients: int, itemsize: int = 4) -> int:
@@ -118,6 +175,18 @@ BUGS = {
         "  shared.sums[lane] = sum;",
         "  shared.sums[lane + 1] = sum;",
         "beyond its shared memory",
+    ),
+    "no barrier before a pivot's row is read": (
+        "full_pair.h",
+        "__syncwarp();\n      const double pivot",
+        "const double pivot",
+        "wrong results",
+    ),
+    "a column of a full covariance too few": (
+        "full_pair.h",
+        "c >= live) break;",
+        "c + 1 >= live) break;",
+        "wrong results",
     ),
     "a mask that lets padding through": (
         "pack.cu",
@@ -190,7 +259,12 @@ def main() -> None:
         for n, m, dim in ((65, 63, 5), (3, 130, 40), (64, 65, 32)):
             pairs = zip(*(results(n, m, dim, torch.float32, name) for name in (emulation.NAME, "cpu")), strict=True)
             assert all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs), "wrong results"
+        for dim in (5, 7, 9):
+            runs = (results(3, 10, dim, torch.float64, name, "full") for name in (emulation.NAME, "cpu"))
+            assert all(torch.allclose(a, b) for a, b in zip(*runs, strict=True)), "wrong results"
     if len(sys.argv) > 2:
+        for k, (n, m, dim) in enumerate(((1, 1, 1), (7, 8, 3), (2, 70, 5), (17, 9, 9), (5, 9, 32))):
+            call_every_entry_of_full_covariances(n, m, dim, ("pq", "p", "q")[k % 3], emulation.NAME)
         for dtype in (torch.float32, torch.float64):
             for kind in ("plain", "-inf weights", "all -inf", "points", "1e±30", "far apart", "misaligned"):
                 call_every_entry(*(mixture(kind, size, 5, (), dtype) for size in (17, 67)), "pq", emulation.NAME)

@@ -7,7 +7,7 @@ import torch
 from entries import BACKENDS
 from torch import Tensor
 
-from csdiv import ops, testing
+from csdiv import backends, ops, testing
 
 
 def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
@@ -53,7 +53,7 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         pairs = add("pairwise_forward", pm, pv, qm, qv)
         add("pairwise_backward", pairs.cos(), [pm, pv, qm, qv], [True, True, False, True])
         add("assign", pm, pv, qm, qv, qw)
-        if backend in ("auto", "reference", "cpu"):
+        if backend in ("auto", "reference", *backends.FULL):
             add_full(pm, pv.diag_embed(), qm, qv.diag_embed(), q_log_weights=torch.zeros(qm.shape[:-1]))
     return result
 

@@ -100,7 +100,7 @@ def call_every_entry(
     q.assign(p, backend=backend)
 
 
-def call_every_entry_of_full_covariances(n: int, m: int, dim: int, needs: str) -> None:
+def call_every_entry_of_full_covariances(n: int, m: int, dim: int, needs: str, backend: str = "cpu") -> None:
     for structure, batch in (("full", ()), ("tied full", (2,)), ("diagonal", (0,))):
         sides = [
             testing.random_mixture(n, dim, structure=structure, batch_shape=batch),
@@ -110,11 +110,11 @@ def call_every_entry_of_full_covariances(n: int, m: int, dim: int, needs: str) -
             for t in side._tensors():
                 t.requires_grad_(name in needs)
         values = [
-            entry(*sides, backend="cpu")
+            entry(*sides, backend=backend)
             for entry in (csdiv.cs_divergence, csdiv.component_log_overlap, csdiv.pairwise_log_overlap)
         ]
         torch.autograd.backward(values, [torch.ones_like(value) for value in values])
-        sides[1].assign(sides[0], backend="cpu")
+        sides[1].assign(sides[0], backend=backend)
 
 
 def exercise() -> None:

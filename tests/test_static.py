@@ -36,16 +36,29 @@ def kernels() -> list[static.Kernel]:
 @with_kernels
 def test_the_kernels_are_those_that_are_launched(kernels: list[static.Kernel]) -> None:
     sources = "".join(path.read_text() for path in CUDA_SOURCES.glob("*.cu"))
-    launched = set(re.findall(r"launch\([^;]*?\b(\w+_kernel)<", sources))
+    launched = set(re.findall(r"launch\([^;]*?\b(\w+_kernel)[<,]", sources))
     assert {kernel.name.split("<")[0] for kernel in kernels} == launched
     for architecture in {kernel.architecture for kernel in kernels}:
         names = [kernel.name for kernel in kernels if kernel.architecture == architecture]
-        assert len(names) == len(set(names)) == 2 * len(launched) + 4  # float and double; gradients in three widths
+        assert len(names) == len(set(names))
+        diagonal = [name for name in names if not name.startswith("full_")]
+        assert len(diagonal) == 2 * len([name for name in launched if not name.startswith("full_")]) + 4  # in 3 widths
+        for kernel in ("full_forward_kernel", "full_backward_kernel"):
+            widths = {int(name.split("<")[1][:-1]) for name in names if name.startswith(kernel)}
+            assert widths == {1, 2, 3, 4, 5, 8, 16, 32}
 
 
 @with_kernels
 def test_no_kernel_has_local_memory(kernels: list[static.Kernel]) -> None:
     assert [(k.name, k.architecture, k.local_bytes) for k in kernels if k.local_bytes] == []
+
+
+@with_kernels
+def test_two_blocks_of_full_covariances_are_resident_forward(kernels: list[static.Kernel]) -> None:
+    """Up to 16 dimensions; the backward pass, with its sums in registers, has one."""
+    for kernel in kernels:
+        if kernel.name.startswith("full_forward") and not kernel.name.endswith("<32>"):
+            assert kernel.resident_warps >= 16, kernel.name
 
 
 @with_kernels

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
-MAX_FULL_DIM = 32
-"""The largest D that "cpu" has full covariances for."""
+FULL, MAX_FULL_DIM = ("cpu", "cuda"), 32
+"""The native backends that have full covariances, and the largest D that they have them for."""
 _NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 """Of each kind of device the backends that compute on it, the best one first."""
 
@@ -79,6 +79,14 @@ def resolve(name: str, device: torch.device) -> ModuleType:
         if name == "cuda" and (reason := _missing_kernels(device)):
             raise RuntimeError(f'backend "cuda" is not available: {reason}')
     return importlib.import_module(f"csdiv.backends.{name}")
+
+
+def resolve_full(name: str, device: torch.device) -> ModuleType:
+    """:func:`resolve` for full covariances: "auto" is "reference" where the native backend has none."""
+    module = resolve(name, device)
+    if name == "auto" and module.__name__.rpartition(".")[2] not in FULL:
+        return importlib.import_module("csdiv.backends.reference")
+    return module
 
 
 def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:

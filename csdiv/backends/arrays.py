@@ -39,6 +39,11 @@ def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | Non
     return Side(_filled(means, shape), _filled(covariances, shape + shape[-1:]), log_weights, own)
 
 
+def make_points(means: Tensor) -> Side:
+    """Components of zero variance: an empty tensor, whose pointer is 0, in place of one."""
+    return Side(means.contiguous(), means.new_empty(0), None, means.shape[:-2])
+
+
 def _filled(t: Tensor, shape: torch.Size) -> Tensor:
     """``t`` as a contiguous array of the full shape; ``t`` itself if it is one."""
     return t if t.shape == shape and t.is_contiguous() else t.expand(shape).contiguous()
@@ -82,12 +87,15 @@ def flattened(pair: Pair) -> Pair:
     p, q = pair.p, pair.q
     if p.own != pair.batch or q.own.numel() != 1 or len(pair.batch) == 0:
         return pair
-    shape = (p.own.numel() * p.means.shape[-2], p.means.shape[-1])
-    log_weights = None if p.log_weights is None else p.log_weights.reshape(shape[0])
-    flat = Side(p.means.reshape(shape), p.variances.reshape(shape), log_weights, torch.Size())
-    means, variances = (t.reshape(q.means.shape[-2:]) for t in (q.means, q.variances))
-    log_weights = None if q.log_weights is None else q.log_weights.reshape(q.means.shape[-2])
-    return Pair(flat, Side(means, variances, log_weights, torch.Size()))
+    return Pair(_one_item(p, p.own.numel() * p.means.shape[-2]), _one_item(q, q.means.shape[-2]))
+
+
+def _one_item(side: Side, n: int) -> Side:
+    """All components of all items, n, as those of one."""
+    batch = len(side.own)
+    means, variances = (t.reshape(n, *t.shape[batch + 1 :]) for t in (side.means, side.variances))
+    log_weights = None if side.log_weights is None else side.log_weights.reshape(n)
+    return Side(means, variances, log_weights, torch.Size())
 
 
 def pointers(side: Side, index: Tensor | None = None) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 import csdiv
 import csdiv._C as _C
 from csdiv import reference
-from csdiv.backends.arrays import Gradients, Pair, make_full_side, make_side, pointers
+from csdiv.backends.arrays import Gradients, Pair, make_full_side, make_points, make_side, pointers
 from csdiv.backends.reference import Tensors
 
 if os.getpid() == csdiv._PROCESS:
@@ -203,28 +203,62 @@ def assign(
     return out
 
 
+class _FullPair:
+    """A pair with full covariances, its gradients where needed.
+
+    Where p has one covariance for all components they are points to the kernels, and q has the sums, each of which is
+    factored once; not where each problem of a batch would need its own sums. ``needs`` is in the order of the tensors.
+    """
+
+    def __init__(self, tensors: Tensors, needs: Sequence[bool] = (False,) * 5) -> None:
+        self._tensors, self._needs = tensors, needs
+        p_means, p_covariances, *q = tensors
+        q_batch = torch.broadcast_shapes(*(t.shape[:-event] for t, event in zip(q, (2, 3, 1), strict=False)))
+        batch = torch.broadcast_shapes(q_batch, p_covariances.shape[:-3])
+        self._points = p_covariances.shape[-3] == 1 and batch == q_batch
+        q_needs = list(needs[2 : len(tensors)])
+        if self._points:
+            q[1] = q[1] + p_covariances
+            q_needs[1] |= needs[1]
+        self.pair = Pair(make_points(p_means) if self._points else make_full_side(*tensors[:2]), make_full_side(*q))
+        p_needs = (needs[0], needs[1] and not self._points)
+        self.grad_p = Gradients(self.pair.p, tensors[:2], p_needs)
+        self.grad_q = Gradients(self.pair.q, q, q_needs)
+
+    def results(self) -> list[Tensor]:
+        grads = self.grad_p.results() + self.grad_q.results()
+        if not self._points:
+            return grads
+        p_means, p_covariances, q_means, q_covariances, *q_log_weights = self._needs
+        wanted = (p_means, False, q_means, p_covariances or q_covariances, *q_log_weights)
+        found = dict(zip((k for k, need in enumerate(wanted) if need), grads, strict=True))
+        if 3 in found:
+            found[1] = found[3]  # each covariance has the gradient of the sum
+        shapes = [t.shape for t in self._tensors]
+        return [found[k].sum_to_size(shapes[k]) for k, need in enumerate(self._needs) if need]
+
+
 def full_overlap_lse_forward(
     p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
 ) -> Tensor:
-    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    pair = _FullPair((p_means, p_covariances, q_means, q_covariances, q_log_weights)).pair
     rows = pair.new(pair.n)
     _C.cpu_full_overlap_lse_forward(*pair.arguments(), rows.data_ptr(), torch.get_num_threads())
     return rows
 
 
 def full_overlap_lse_backward(grad: Tensor, tensors: Tensors, rows: Tensor, needs: list[bool]) -> list[Tensor]:
-    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
-    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    full = _FullPair(tensors, needs)
     rows, grad = rows.contiguous(), grad.contiguous()
     _C.cpu_full_overlap_lse_backward(
-        *pair.arguments(),
+        *full.pair.arguments(),
         rows.data_ptr(),
         grad.data_ptr(),
-        grad_p.pointers(),
-        grad_q.pointers(),
+        full.grad_p.pointers(),
+        full.grad_q.pointers(),
         torch.get_num_threads(),
     )
-    return grad_p.results() + grad_q.results()
+    return full.results()
 
 
 def full_self_overlap_forward(means: Tensor, covariances: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,26 +296,29 @@ def _weighted_rows(rows: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def full_pairwise_forward(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:
-    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances))
+    pair = _FullPair((p_means, p_covariances, q_means, q_covariances)).pair
     out = pair.new(pair.n, pair.m)
     _C.cpu_full_pairwise_forward(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
     return out
 
 
 def full_pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
-    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
-    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    full = _FullPair(tensors, needs)
     grad = grad.contiguous()
     _C.cpu_full_pairwise_backward(
-        *pair.arguments(), grad.data_ptr(), grad_p.pointers(), grad_q.pointers(), torch.get_num_threads()
+        *full.pair.arguments(),
+        grad.data_ptr(),
+        full.grad_p.pointers(),
+        full.grad_q.pointers(),
+        torch.get_num_threads(),
     )
-    return grad_p.results() + grad_q.results()
+    return full.results()
 
 
 def full_assign(
     p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
 ) -> Tensor:
-    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    pair = _FullPair((p_means, p_covariances, q_means, q_covariances, q_log_weights)).pair
     out = pair.new(pair.n, dtype=torch.int64)
     _C.cpu_full_assign(*pair.arguments(), out.data_ptr(), torch.get_num_threads())
     return out

@@ -7,13 +7,15 @@ and torch's current stream there, in scratch memory of torch's allocator; nothin
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 import csdiv._C as _C
-from csdiv.backends.arrays import Gradients, Pair, flattened, make_side, pointers
+from csdiv import reference
+from csdiv.backends.arrays import Gradients, Pair, flattened, make_full_side, make_side, pointers
 from csdiv.backends.reference import Tensors
 
 native = _C
@@ -231,4 +233,76 @@ def assign(
     pair = Pair(make_side(p_means, p_variances), make_side(q_means, q_variances, q_log_weights))
     out = pair.new(pair.n, dtype=torch.int64)
     _run(native.cuda_assign, out.device, *flattened(pair).arguments(), out.data_ptr())
+    return out
+
+
+def full_overlap_lse_forward(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    rows = pair.new(pair.n)
+    arguments = flattened(pair).arguments()
+    _run(native.cuda_full_overlap_lse_forward, rows.device, *arguments, False, rows.data_ptr())
+    return rows
+
+
+def full_overlap_lse_backward(grad: Tensor, tensors: Tensors, rows: Tensor, needs: list[bool]) -> list[Tensor]:
+    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
+    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    _full_overlap_lse_backward(flattened(pair), rows, grad, grad_p.pointers(), grad_q.pointers())
+    return grad_p.results() + grad_q.results()
+
+
+def _full_overlap_lse_backward(
+    pair: Pair, rows: Tensor, grad: Tensor, grad_p: tuple[int, ...], grad_q: tuple[int, ...]
+) -> None:
+    rows, grad = rows.contiguous(), grad.contiguous()
+    addresses = rows.data_ptr(), grad.data_ptr()
+    _run(native.cuda_full_overlap_lse_backward, rows.device, *pair.arguments(), *addresses, grad_p, grad_q)
+
+
+def full_self_overlap_forward(means: Tensor, covariances: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    p = make_full_side(means, covariances, log_weights)
+    pair = Pair(p, p)
+    rows = pair.new(pair.n)
+    _run(native.cuda_full_overlap_lse_forward, rows.device, *pair.arguments(), True, rows.data_ptr())
+    weighted = torch.where(log_weights == -math.inf, -math.inf, rows + log_weights)
+    return reference.logsumexp(weighted, -1), rows
+
+
+def full_self_overlap_backward(
+    grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    """As rows whose own sides alone have gradients, twice: each pair's share of the total, not of its row."""
+    p, value = make_full_side(*tensors), saved[0].unsqueeze(-1)
+    grads = Gradients(p, tensors, needs)
+    rows = value - tensors[2]
+    nothing = (tensors[2] == -math.inf) | (value == -math.inf)
+    grad_rows = torch.where(nothing, 0.0, 2.0 * grad.unsqueeze(-1))
+    _full_overlap_lse_backward(Pair(p, p), rows, grad_rows, grads.pointers(), (0, 0, 0))
+    return grads.results()
+
+
+def full_pairwise_forward(p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances))
+    out = pair.new(pair.n, pair.m)
+    _run(native.cuda_full_pairwise_forward, out.device, *flattened(pair).arguments(), out.data_ptr())
+    return out
+
+
+def full_pairwise_backward(grad: Tensor, tensors: Tensors, needs: list[bool]) -> list[Tensor]:
+    pair = Pair(make_full_side(*tensors[:2]), make_full_side(*tensors[2:]))
+    grad_p, grad_q = Gradients(pair.p, tensors[:2], needs[:2]), Gradients(pair.q, tensors[2:], needs[2:])
+    grad, arguments = grad.contiguous(), flattened(pair).arguments()
+    sides = grad_p.pointers(), grad_q.pointers()
+    _run(native.cuda_full_pairwise_backward, grad.device, *arguments, grad.data_ptr(), *sides)
+    return grad_p.results() + grad_q.results()
+
+
+def full_assign(
+    p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
+) -> Tensor:
+    pair = Pair(make_full_side(p_means, p_covariances), make_full_side(q_means, q_covariances, q_log_weights))
+    out = pair.new(pair.n, dtype=torch.int64)
+    _run(native.cuda_full_assign, out.device, *flattened(pair).arguments(), out.data_ptr())
     return out

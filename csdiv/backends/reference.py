@@ -12,8 +12,8 @@ where the values are scalars, every tensor that wants one must have all batch di
 that it was not asked for, are given by its backward function.
 
 Functions named ``full_…`` take ``*_covariances`` (*batch, K or 1, D, D) instead, symmetric, with D up to
-``csdiv.backends.MAX_FULL_DIM``, and weights that are always given; all is float64, and values are whole. These two have
-them: "reference" and "cpu".
+``csdiv.backends.MAX_FULL_DIM``, and weights that are always given; all is float64, and values are whole. "reference"
+and those of ``csdiv.backends.FULL`` have them.
 """
 
 from __future__ import annotations

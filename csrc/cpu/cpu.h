@@ -63,6 +63,16 @@ template <class T>
 bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
                            SideGradients<T> grad_q, int threads);
 
+// The two ways to it: term by term, or, where fits_lanes, several problems at once.
+template <class T>
+bool cs_divergence_by_terms(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
+                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
+template <class T>
+bool fits_lanes(const Problem<T>& problem);
+template <class T>
+bool cs_divergence_in_lanes(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
+                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads);
+
 template <class T>
 void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* rows, const double* overlaps,
                             SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
@@ -81,7 +91,8 @@ void assign(const Problem<T>& problem, int64_t* assignment, int threads);
 
 // Full covariances, dim at most kMaxFullDim: `variances`, also of gradients, are symmetric matrices (batch, n, dim,
 // dim), whose lower triangles are read. Nothing is left out of the values. A sum of two that is not positive definite
-// makes its pair NaN.
+// makes its pair NaN. Where p has no variances its components are points, against which each component of q is factored
+// once, and p has no gradients to variances; not for a self overlap.
 void full_overlap_lse_forward(const Problem<double>& problem, double* rows, int threads);
 
 void full_overlap_lse_backward(const Problem<double>& problem, const double* rows, const double* grad_rows,

@@ -6,8 +6,8 @@
 namespace csdiv::cpu {
 
 template <class T>
-bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
-                           SideGradients<T> grad_q, int threads) {
+bool cs_divergence_by_terms(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
+                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads) {
   const AlignedArray<double> pq(problem.batch), pp(problem.p.batch), qq(problem.q.batch);
   bool once = log_overlap_forward(problem, T(-1), rows, pq.get(), grad_p, grad_q, threads);
   grad_p.add = grad_q.add = true;
@@ -21,6 +21,13 @@ bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, do
     divergence[b] = T(0.5 * (terms[1] + terms[2]) - terms[0]);
   }
   return once;
+}
+
+template <class T>
+bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
+                           SideGradients<T> grad_q, int threads) {
+  if (fits_lanes(problem)) return cs_divergence_in_lanes(problem, divergence, rows, overlaps, grad_p, grad_q, threads);
+  return cs_divergence_by_terms(problem, divergence, rows, overlaps, grad_p, grad_q, threads);
 }
 
 template <class T>
@@ -47,6 +54,10 @@ void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* r
   add_self_term(problem.q, 2, grad_q);
 }
 
+template bool cs_divergence_by_terms(const Problem<float>&, float*, float*, double*, SideGradients<float>,
+                                     SideGradients<float>, int);
+template bool cs_divergence_by_terms(const Problem<double>&, double*, double*, double*, SideGradients<double>,
+                                     SideGradients<double>, int);
 template bool cs_divergence_forward(const Problem<float>&, float*, float*, double*, SideGradients<float>,
                                     SideGradients<float>, int);
 template bool cs_divergence_forward(const Problem<double>&, double*, double*, double*, SideGradients<double>,

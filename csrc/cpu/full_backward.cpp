@@ -119,6 +119,7 @@ class FullGradientSweep {
       double* const sums = column_sums_.get() + task * size;
       for (int64_t copy = 1; copy < partition_.column_copies(); ++copy)
         for (int64_t f = 0; f < size; ++f) sums[f] += column_sums_.get()[copy * packed_.size() + task * size + f];
+      if (has_points(problem_)) kernels_.solve_sums(problem_.dim, packed_.block(task), sums);
       const int64_t item = task / blocks, first = task % blocks * step;
       for (int64_t j = 0; j < std::min(step, problem_.q.n - first); ++j)
         write(grad_q_, item * problem_.q.n + first + j, 1.0, sums + j, step);

@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "full_pair.h"
+#include "full_points.h"
 #include "tile_kernels.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
@@ -27,6 +28,12 @@ CSDIV_INLINE Vec<double> given_weight(Vec<double> logit, Vec<double> given) {
   return nothing ? Vec<double>{} : logit == logit ? given : logit;
 }
 
+// Of row r, whose given weights are the vector at `given`.
+CSDIV_INLINE Vec<double> pair_weight(Vec<double> logit, const FullWeights& weights, int64_t r, int64_t given) {
+  return weights.log_normalizers ? row_weight<double>(logit, weights.log_normalizers[r], weights.grads[r])
+                                 : given_weight(logit, load(weights.grads + given * kStep));
+}
+
 template <int kDim>
 void gradients(const FullRows& rows, const FullColumns& columns, const FullWeights& weights,
                const FullGradients& grads) {
@@ -37,9 +44,7 @@ void gradients(const FullRows& rows, const FullColumns& columns, const FullWeigh
     for (int64_t r = 0; r < rows.count; ++r) {
       if (r == 0 || !rows.one_covariance) pair.factor(rows.records + r * size);
       const Vec<double> logit = pair.whiten(rows.records + r * size);
-      const Vec<double> weight = weights.log_normalizers
-                                     ? row_weight<double>(logit, weights.log_normalizers[r], weights.grads[r])
-                                     : given_weight(logit, load(weights.grads + (r * columns.blocks + block) * kStep));
+      const Vec<double> weight = pair_weight(logit, weights, r, r * columns.blocks + block);
       if (!any<double>(weight != 0)) continue;
       pair.solve();
       if (grads.covariances) pair.invert();
@@ -49,6 +54,55 @@ void gradients(const FullRows& rows, const FullColumns& columns, const FullWeigh
         if (to_columns) store(to_columns + k * kStep, load(to_columns + k * kStep) + share);
       });
     }
+  }
+}
+
+template <int kDim>
+void factor_columns(int64_t dim, int64_t blocks, double* records) {
+  constexpr double kPoint[record_size(kMaxFullDim)] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    double* const columns = records + block * record_size(dim) * kStep;
+    FullPair<kDim> pair(columns, dim);
+    pair.factor(kPoint);
+    pair.store_factor(columns);
+  }
+}
+
+constexpr int64_t kGroup = 4;   // points whose differences from the columns, up to D = 3, are all in registers
+
+template <int kDim, int kRows>
+void point_logits(const FullRows& rows, const FullColumns& columns, int64_t block, int64_t first, double* tile) {
+  const int64_t size = record_size(rows.dim);
+  PointGroup<kDim, kRows> group(columns.records + block * size * kStep, rows.dim);
+  Vec<double> logits[kRows];
+  group.whiten(rows.records + first * size, [&](int r) -> Vec<double>& { return logits[r]; });
+  for (int r = 0; r < kRows; ++r) store(tile + ((first + r) * columns.blocks + block) * kStep, logits[r]);
+}
+
+template <int kDim, int kRows>
+void point_gradients(const FullRows& rows, const FullColumns& columns, const FullWeights& weights,
+                     const FullGradients& grads, int64_t block, int64_t first) {
+  const int64_t size = record_size(rows.dim);
+  PointGroup<kDim, kRows> group(columns.records + block * size * kStep, rows.dim);
+  Vec<double> values[kRows];   // logits, then weights
+  group.whiten(rows.records + first * size, [&](int r) -> Vec<double>& { return values[r]; });
+  IntVec<double> contributes{};
+  for (int r = 0; r < kRows; ++r) {
+    values[r] = pair_weight(values[r], weights, first + r, (first + r) * columns.blocks + block);
+    contributes |= values[r] != 0;
+  }
+  if (!any<double>(contributes)) return;
+  group.add_gradients(values, grads.covariances, grads.rows ? grads.rows + first * size * kStep : nullptr,
+                      grads.columns ? grads.columns + block * size * kStep : nullptr);
+}
+
+// f(rows as a constant, block, first row) for every block and group of rows.
+template <class F>
+void for_each_group(int64_t rows, int64_t blocks, const F& f) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    int64_t first = 0;
+    for (; first + kGroup <= rows; first += kGroup) f(std::integral_constant<int, kGroup>(), block, first);
+    for (; first < rows; ++first) f(std::integral_constant<int, 1>(), block, first);
   }
 }
 
@@ -74,18 +128,39 @@ void with_dim(int64_t dim, const F& f) {
 }
 
 void any_logits(const FullRows& rows, const FullColumns& columns, double* tile) {
-  with_dim(rows.dim, [&](auto dim) { logits<dim()>(rows, columns, tile); });
+  with_dim(rows.dim, [&](auto dim) {
+    if (!columns.factored) return logits<dim()>(rows, columns, tile);
+    for_each_group(rows.count, columns.blocks, [&](auto count, int64_t block, int64_t first) {
+      point_logits<dim(), count()>(rows, columns, block, first, tile);
+    });
+  });
 }
 
 void any_gradients(const FullRows& rows, const FullColumns& columns, const FullWeights& weights,
                    const FullGradients& grads) {
-  with_dim(rows.dim, [&](auto dim) { gradients<dim()>(rows, columns, weights, grads); });
+  with_dim(rows.dim, [&](auto dim) {
+    if (!columns.factored) return gradients<dim()>(rows, columns, weights, grads);
+    for_each_group(rows.count, columns.blocks, [&](auto count, int64_t block, int64_t first) {
+      point_gradients<dim(), count()>(rows, columns, weights, grads, block, first);
+    });
+  });
+}
+
+void any_factor_columns(int64_t dim, int64_t blocks, double* records) {
+  with_dim(dim, [&](auto constant) { factor_columns<constant()>(dim, blocks, records); });
+}
+
+void any_solve_sums(int64_t dim, const FullColumns& columns, double* sums) {
+  for (int64_t block = 0; block < columns.blocks; ++block) {
+    const int64_t offset = block * record_size(dim) * kStep;
+    solve_sums(columns.records + offset, int(dim), sums + offset);
+  }
 }
 
 }   // namespace
 
 FullKernels full_kernels() {
-  return {kStep, any_logits, any_gradients};
+  return {kStep, any_factor_columns, any_logits, any_gradients, any_solve_sums};
 }
 
 }   // namespace csdiv::cpu::CSDIV_ISA

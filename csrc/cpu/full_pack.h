@@ -18,6 +18,11 @@ inline int64_t num_full_tiles(const Problem<double>& problem) {
   return ceil_div(problem.p.n, kFullRows);
 }
 
+// Whether the rows are points, so that each column is factored once, not once for every row.
+inline bool has_points(const Problem<double>& problem) {
+  return !problem.p.variances;
+}
+
 // Rows tile * kFullRows ... of a problem, in `records` of kFullRows * record_size numbers.
 FullRows full_rows(const Problem<double>& problem, int64_t b, int64_t tile, double* records);
 
@@ -30,7 +35,10 @@ class PackedFullColumns {
   int64_t chunks() const { return ceil_div(n_, kFullColumns); }   // of one item
   int64_t columns(int64_t chunk) const { return std::min(kFullColumns, n_ - chunk * kFullColumns); }
   FullColumns chunk(int64_t item, int64_t chunk) const {
-    return {records_.get() + offset(item, chunk), ceil_div(columns(chunk), lanes_)};
+    return {records_.get() + offset(item, chunk), ceil_div(columns(chunk), lanes_), factored_};
+  }
+  FullColumns block(int64_t k) const {   // of all items
+    return {records_.get() + k * record_size(dim_) * lanes_, 1, factored_};
   }
 
   // Where a chunk starts in an array of records like this one, of all items.
@@ -44,6 +52,7 @@ class PackedFullColumns {
   void pack(const Mixture<double>& q, int64_t item, int64_t block);
 
   int64_t n_, dim_, lanes_, blocks_;
+  bool factored_;
   AlignedArray<double> records_;
 };
 

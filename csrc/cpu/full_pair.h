@@ -89,6 +89,23 @@ class FullPair {
     }
   }
 
+  // For pairs of points with these columns: L^-1 diag(d)^-1/2 and the logarithm in records of their form.
+  CSDIV_INLINE void store_factor(double* records) {
+    for (int i = 0; i < dim_; ++i) {
+      Value root = valid_ ? lower_[triangle(i, i)] : Value{};
+      for (int64_t lane = 0; lane < kStep; ++lane) root[lane] = __builtin_sqrt(root[lane]);
+      for (int j = 0; j <= i; ++j) {
+        Value value = i == j ? broadcast(1.0) : -lower_[triangle(i, j)];
+        for (int k = j + 1; k < i; ++k) value -= lower_[triangle(i, k)] * inverse_[triangle(k, j)];
+        inverse_[triangle(i, j)] = value;   // of L^-1
+        store(records + (dim_ + triangle(i, j)) * kStep, valid_ ? value * root : Value{});
+      }
+    }
+    double* const log_weights = records + (record_size(dim_) - 1) * kStep;
+    const Value log_weight = load(log_weights) - 0.5 * log_determinant_;
+    store(log_weights, valid_ ? log_weight : broadcast<double>(__builtin_nan("")));
+  }
+
   // add(k, value) for the pair's share of each number k of a record; after solve() and, with covariances, invert().
   template <class Add>
   CSDIV_INLINE void add_gradients(Value weight, bool covariances, const Add& add) const {

@@ -32,6 +32,7 @@ struct FullRows {
 struct FullColumns {
   const double* records;   // (blocks, record_size, lanes)
   int64_t blocks;
+  bool factored;   // by factor_columns(): the rows are points, whose covariances are not read
 };
 
 // The weights of a tile's pairs: grad_ri exp(logit - log_normalizer_r), or, where there is no normalizer, given ones.
@@ -49,11 +50,16 @@ struct FullGradients {
 
 struct FullKernels {
   int64_t lanes;
+  // In records of columns, C = L L' becomes L^-1 and log b becomes log b - log|2 pi C| / 2, NaN where C is not positive
+  // definite.
+  void (*factor_columns)(int64_t dim, int64_t blocks, double* records);
   // tile[r, j] = log b_j + log N(mu_r; nu_j, S_r + T_j), (count, blocks * lanes); NaN where the sum is not positive
   // definite.
   void (*logits)(const FullRows& rows, const FullColumns& columns, double* tile);
   void (*gradients)(const FullRows& rows, const FullColumns& columns, const FullWeights& weights,
                     const FullGradients& grads);
+  // Of factored columns gradients() adds up w z, w z z' and w, z = L^-1 delta: this makes of them the sums above.
+  void (*solve_sums)(int64_t dim, const FullColumns& columns, double* sums);
 };
 
 }   // namespace csdiv::cpu

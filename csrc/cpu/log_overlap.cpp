@@ -83,6 +83,7 @@ bool log_overlap_forward(const Problem<T>& batched, T factor, T* rows, double* v
   const Problem<T> problem = flattened(batched);
   OnlyPassOfPair<T> pass(batched, problem, factor, rows, values);
   if (sweep_gradients(problem, LogWeights::kKept, grad_p, grad_q, threads, pass)) return true;
+  log_overlap_forward(batched, factor, rows, values, {}, {}, threads);
   const AlignedArray<T> ones(batched.batch);
   std::fill_n(ones.get(), batched.batch, T(1));
   log_overlap_backward(batched, ones.get(), factor, rows, values, grad_p, grad_q, threads);

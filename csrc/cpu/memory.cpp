@@ -23,7 +23,8 @@ std::align_val_t alignment(int64_t bytes) {
 Block new_block(int64_t bytes) {
   void* const data = ::operator new(bytes, alignment(bytes));
 #ifdef MADV_HUGEPAGE
-  // Small pages of what is used once cost more than the arithmetic on it. Advice alone: where it fails, nothing is lost.
+  // Small pages of what is used once cost more than the arithmetic on it. Advice alone: where it fails, nothing is
+  // lost.
   if (alignment(bytes) == std::align_val_t(kHugePage)) (void)madvise(data, bytes, MADV_HUGEPAGE);
 #endif
   return {data, bytes};

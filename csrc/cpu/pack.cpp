@@ -24,26 +24,33 @@ int64_t stripe_stride(int64_t columns, int64_t width, int64_t lanes) {
   return width + kCacheLine / int64_t(sizeof(T));
 }
 
-// log2 of the product of the variances, NaN unless all are positive and finite.
-template <class T>
-double log2_of_product(const T* variances, int64_t dim) {
-  constexpr double kSmall = 0x1p-500, kLarge = 0x1p500;
-  double product = 1, log2_of_rest = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    const double variance = variances[d];
-    if (!(variance > 0 && variance <= std::numeric_limits<T>::max())) return std::numeric_limits<double>::quiet_NaN();
-    if (variance < kSmall || variance > kLarge) {
-      log2_of_rest += std::log2(variance);
-      continue;
+// log2 of a product of many numbers > 0, with few logarithms.
+class LogProduct {
+ public:
+  void multiply(double factor) {
+    if (outside(factor)) {
+      log2_of_rest_ += std::log2(factor);
+      return;
     }
-    product *= variance;
-    if (product < kSmall || product > kLarge) {
-      log2_of_rest += std::log2(product);
-      product = 1;
+    product_ *= factor;
+    if (outside(product_)) {
+      log2_of_rest_ += std::log2(product_);
+      product_ = 1;
     }
   }
-  return log2_of_rest + std::log2(product);
-}
+
+  void multiply(const LogProduct& other) {
+    log2_of_rest_ += other.log2_of_rest_;
+    multiply(other.product_);
+  }
+
+  double log2() const { return log2_of_rest_ + std::log2(product_); }
+
+ private:
+  static bool outside(double value) { return !(value > 0x1p-500 && value < 0x1p500); }
+
+  double product_ = 1, log2_of_rest_ = 0;
+};
 
 }   // namespace
 
@@ -119,15 +126,22 @@ template <class T>
 ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
   const int64_t step = ceil_div(side.n, kScaleSample);
   for (int64_t item = 0; item < side.batch; ++item) {
-    double total = 0;
+    LogProduct all;
     int64_t used = 0;
     for (int64_t k = 0; k < side.n; k += step) {
-      const double log2_size = log2_of_product(side.variances + (item * side.n + k) * dim, dim);
-      if (!std::isfinite(log2_size)) continue;
-      total += double(dim) + log2_size;
+      const T* const variances = side.variances + (item * side.n + k) * dim;
+      LogProduct product;
+      bool normal = true;   // all positive and finite
+      for (int64_t d = 0; d < dim; ++d) {
+        normal &= variances[d] > 0 && variances[d] <= std::numeric_limits<T>::max();
+        product.multiply(double(variances[d]));
+      }
+      if (!normal) continue;
+      all.multiply(product);
       ++used;
     }
-    exponents_.get()[item] = used ? 2 * std::llround(total / double(used) / 2) : 0;
+    const double log2_size = double(dim) + all.log2() / double(std::max(used, int64_t(1)));
+    exponents_.get()[item] = used ? 2 * std::llround(log2_size / 2) : 0;
   }
   side.scale_exponents = exponents_.get();
 }

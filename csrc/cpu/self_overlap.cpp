@@ -130,6 +130,7 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
   if (grad.wanted()) {
     OnlyPassOfSelf<T> pass(dim, p, factor, values);
     if (sweep_self_gradients(problem, grad, threads, pass)) return true;
+    self_overlap_forward(dim, p, factor, values, {}, threads);
     const AlignedArray<T> factors(p.batch);
     std::fill_n(factors.get(), p.batch, factor);
     self_overlap_backward(dim, p, values, factors.get(), grad, threads);

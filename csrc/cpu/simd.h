@@ -116,8 +116,8 @@ inline T sum(Vec<T> value) {
   return reduce<T>(value, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
-// Of each lane whose index has the bit kDistance the one `kDistance` before it in b, of the others the same lane of a; or,
-// with kUpper, of b and of the one `kDistance` after it in a.
+// Of each lane whose index has the bit kDistance the one `kDistance` before it in b, of the others the same lane of a;
+// or, with kUpper, of b and of the one `kDistance` after it in a.
 template <int kDistance, bool kUpper, class V, int... kLane>
 inline V interleaved(V a, V b, std::integer_sequence<int, kLane...>) {
   constexpr int L = sizeof...(kLane);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace csdiv::cpu {
 
 constexpr int64_t kTileRows = 16;           // rows whose logits or weights stay in cache together
@@ -89,6 +91,7 @@ struct TileKernels {
                     double* row_sums);
   void (*gradients)(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads);
+  void (*lane_overlap)(const LaneProblem<T>& problem);
 };
 
 }   // namespace csdiv::cpu

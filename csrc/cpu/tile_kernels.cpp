@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "lane_overlap.h"
 #include "pair.h"
 #include "simd.h"
 
@@ -248,9 +249,8 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, const T* weight
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>, certified<T>,   transpose<T>, range<T>,
-                                     logits<T>, partial_sum<T>, weights<T>,   scale<T>,
-                                     gradients<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>,      certified<T>, transpose<T>, range<T>,     logits<T>,
+                                     partial_sum<T>, weights<T>,   scale<T>,     gradients<T>, lane_overlap<T>};
 
 }   // namespace
 

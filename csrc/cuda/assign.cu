@@ -1,3 +1,5 @@
+#include "assign.h"
+
 #include "cuda.h"
 #include "pack.h"
 #include "tile_logits.h"
@@ -6,28 +8,6 @@ namespace csdiv::cuda {
 namespace {
 
 constexpr int kBlocksPerProcessor = 24;
-
-// The largest logit seen and where; NaN is larger than any other, and the lowest index wins.
-template <class T>
-struct Best {
-  T logit = -T(INFINITY);
-  int64_t index = INT64_MAX;
-
-  CSDIV_DEVICE void add(T other, int64_t at) {
-    const bool nan = isnan(logit), other_nan = isnan(other);
-    const bool larger = other_nan ? !nan : other > logit;
-    const bool equal = other_nan ? nan : other == logit;
-    if (larger || (equal && at < index)) logit = other, index = at;
-  }
-};
-
-// Of every row in each part of its columns: (problems, parts, n).
-template <class T>
-struct BestPartials {
-  T* logits;
-  int64_t* indices;
-  int64_t parts;
-};
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
@@ -81,6 +61,13 @@ __global__ void combine_best_kernel(int64_t rows, int64_t n, BestPartials<T> par
 }   // namespace
 
 template <class T>
+void combine_best(const Context& context, int64_t problems, int64_t n, const BestPartials<T>& partials,
+                  int64_t* assignment) {
+  const int64_t rows = problems * n;
+  launch(context, ceil_div(rows, kThreads), 0, combine_best_kernel<T>, rows, n, partials, assignment);
+}
+
+template <class T>
 void assign(Context& context, Problem<T> problem, int64_t* assignment) {
   pack(context, problem);
   const int64_t rows = problem.batch * problem.p.n, row_tiles = problem.batch * problem.p.tiles();
@@ -88,9 +75,11 @@ void assign(Context& context, Problem<T> problem, int64_t* assignment) {
   const int64_t columns = column_tiles(problem), parts = wanted < columns ? wanted : columns;
   const BestPartials<T> partials{context.take<T>(rows * parts), context.take<int64_t>(rows * parts), parts};
   launch(context, row_tiles * parts, sizeof(LogitShared<T>), assign_kernel<T>, problem, partials);
-  launch(context, ceil_div(rows, kThreads), 0, combine_best_kernel<T>, rows, problem.p.n, partials, assignment);
+  combine_best(context, problem.batch, problem.p.n, partials, assignment);
 }
 
+template void combine_best(const Context&, int64_t, int64_t, const BestPartials<float>&, int64_t*);
+template void combine_best(const Context&, int64_t, int64_t, const BestPartials<double>&, int64_t*);
 template void assign(Context&, Problem<float>, int64_t*);
 template void assign(Context&, Problem<double>, int64_t*);
 

@@ -8,6 +8,7 @@
 
 #include "../arguments.h"
 #include "cuda.h"
+#include "full_pair.h"
 #include "pack.h"
 
 namespace csdiv {
@@ -64,32 +65,34 @@ using Number = decltype(number_of(std::declval<P>()));
 
 // f(problem) takes what it needs of Python objects and returns what is to be done with a context, where the lock is
 // released. Returns how much scratch memory that takes.
+template <class T, class F>
+int64_t call(int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q, const py::tuple& context, const F& f) {
+  const Problem<T> problem{batch, dim, side<T>(p, dim), side<T>(q, dim), {}};
+  check_sizes({batch, problem.p.n, problem.q.n});
+  for (const int64_t size : {batch, problem.p.tiles(), problem.q.tiles() * 2})
+    check(size < INT32_MAX, "more components or problems than blocks count");
+  check(problem.q.n > 0, "q must have components");
+  for (const auto* s : {&problem.p, &problem.q})
+    check(batch == 0 || s->index || s->items == batch || s->items == 1, "an index is missing");
+  check(context.size() == 4, "a context has 4 fields");
+  const int device = context[0].cast<int>();
+  Context where{reinterpret_cast<cudaStream_t>(context[1].cast<Pointer>()), context[2].cast<int>(),
+                reinterpret_cast<char*>(context[3].cast<Pointer>())};
+  const auto run = f(problem);
+  const py::gil_scoped_release unlocked;
+  if (where.scratch) {
+    const DeviceGuard guard(device);
+    run(where);
+  } else {
+    run(where);
+  }
+  return where.used;
+}
+
 template <class F>
 int64_t call(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q, const py::tuple& context,
              const F& f) {
-  return with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem{batch, dim, side<T>(p, dim), side<T>(q, dim), {}};
-    check_sizes({batch, problem.p.n, problem.q.n});
-    for (const int64_t size : {batch, problem.p.tiles(), problem.q.tiles() * 2})
-      check(size < INT32_MAX, "more components or problems than blocks count");
-    check(problem.q.n > 0, "q must have components");
-    for (const auto* s : {&problem.p, &problem.q})
-      check(batch == 0 || s->index || s->items == batch || s->items == 1, "an index is missing");
-    check(context.size() == 4, "a context has 4 fields");
-    const int device = context[0].cast<int>();
-    Context where{reinterpret_cast<cudaStream_t>(context[1].cast<Pointer>()), context[2].cast<int>(),
-                  reinterpret_cast<char*>(context[3].cast<Pointer>())};
-    const auto run = f(problem);
-    const py::gil_scoped_release unlocked;
-    if (where.scratch) {
-      const DeviceGuard guard(device);
-      run(where);
-    } else {
-      run(where);
-    }
-    return where.used;
-  });
+  return with_type(itemsize, [&](auto type) { return call<decltype(type)>(batch, dim, p, q, context, f); });
 }
 
 template <class T>
@@ -217,6 +220,66 @@ int64_t assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, con
   });
 }
 
+// f as above, on sides that have covariances, see cuda.h.
+template <class F>
+int64_t call_full(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                  const py::tuple& context, const F& f) {
+  check(itemsize == sizeof(double), "full covariances are computed in double");
+  check(dim <= cuda::kMaxFullDim, "dim must be at most 32 for full covariances");
+  return call<double>(batch, dim, p, q, context, [&](const Problem<double>& problem) {
+    check_sizes({problem.p.items, problem.p.n, dim, dim});
+    check_sizes({problem.q.items, problem.q.n, dim, dim});
+    for (const int64_t size : {problem.p.n, problem.q.n})
+      check(batch * size < INT32_MAX, "more components than parts count");
+    return f(problem);
+  });
+}
+
+int64_t full_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                                 bool self, Pointer rows, const py::tuple& context) {
+  return call_full(itemsize, batch, dim, p, q, context, [&](const Problem<double>& problem) {
+    auto* const out = pointer<double>(rows, has_rows(problem));
+    return [=](Context& where) { cuda::full_overlap_lse_forward(where, problem, self, out); };
+  });
+}
+
+int64_t full_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                                  Pointer rows, Pointer grad_rows, const py::tuple& grad_p, const py::tuple& grad_q,
+                                  const py::tuple& context) {
+  return call_full(itemsize, batch, dim, p, q, context, [&](const Problem<double>& problem) {
+    const auto* const values = pointer<const double>(rows, has_rows(problem));
+    const auto* const grads = pointer<const double>(grad_rows, has_rows(problem));
+    const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
+    return [=](Context& where) { cuda::full_overlap_lse_backward(where, problem, values, grads, to_p, to_q); };
+  });
+}
+
+int64_t full_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                              Pointer densities, const py::tuple& context) {
+  return call_full(itemsize, batch, dim, p, q, context, [&](const Problem<double>& problem) {
+    auto* const out = pointer<double>(densities, has_rows(problem));
+    return [=](Context& where) { cuda::full_pairwise_forward(where, problem, out); };
+  });
+}
+
+int64_t full_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                               Pointer grad_densities, const py::tuple& grad_p, const py::tuple& grad_q,
+                               const py::tuple& context) {
+  return call_full(itemsize, batch, dim, p, q, context, [&](const Problem<double>& problem) {
+    const auto* const grads = pointer<const double>(grad_densities, has_rows(problem));
+    const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
+    return [=](Context& where) { cuda::full_pairwise_backward(where, problem, grads, to_p, to_q); };
+  });
+}
+
+int64_t full_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
+                    Pointer assignment, const py::tuple& context) {
+  return call_full(itemsize, batch, dim, p, q, context, [&](const Problem<double>& problem) {
+    auto* const out = pointer<int64_t>(assignment, has_rows(problem));
+    return [=](Context& where) { cuda::full_assign(where, problem, out); };
+  });
+}
+
 // Versions as 1000 major + 10 minor; a driver of 0 is none.
 py::tuple versions() {
   int runtime = 0, driver = 0;
@@ -248,6 +311,12 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_pairwise_forward", &pairwise_forward);
   module.def("cuda_pairwise_backward", &pairwise_backward);
   module.def("cuda_assign", &assign);
+  module.attr("cuda_max_full_dim") = cuda::kMaxFullDim;
+  module.def("cuda_full_overlap_lse_forward", &full_overlap_lse_forward);
+  module.def("cuda_full_overlap_lse_backward", &full_overlap_lse_backward);
+  module.def("cuda_full_pairwise_forward", &full_pairwise_forward);
+  module.def("cuda_full_pairwise_backward", &full_pairwise_backward);
+  module.def("cuda_full_assign", &full_assign);
 }
 
 }   // namespace csdiv

@@ -65,4 +65,23 @@ void pairwise_backward(Context& context, Problem<T> problem, const T* grad_densi
 template <class T>
 void assign(Context& context, Problem<T> problem, int64_t* assignment);
 
+// Full covariances, in float64 up to kMaxFullDim dimensions: the variances of both sides are covariances, (items, n,
+// dim, dim), symmetric, and so are their gradients. Nothing is packed and nothing is left out of the values. A sum of
+// two that is not positive definite makes its pair NaN. `self`: rows[b, i] = LSE over j >= i, where pairs j > i count
+// twice; p and q are the same mixtures.
+void full_overlap_lse_forward(Context& context, const Problem<double>& problem, bool self, double* rows);
+
+// Gradients of sum_bi grad_rows[b, i] rows[b, i], rows without `self`. That to the log weights of p is the sum of the
+// shares of its row.
+void full_overlap_lse_backward(Context& context, const Problem<double>& problem, const double* rows,
+                               const double* grad_rows, const SideGradients<double>& grad_p,
+                               const SideGradients<double>& grad_q);
+
+void full_pairwise_forward(Context& context, const Problem<double>& problem, double* densities);
+
+void full_pairwise_backward(Context& context, const Problem<double>& problem, const double* grad_densities,
+                            const SideGradients<double>& grad_p, const SideGradients<double>& grad_q);
+
+void full_assign(Context& context, const Problem<double>& problem, int64_t* assignment);
+
 }   // namespace csdiv::cuda
