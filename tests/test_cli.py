@@ -108,6 +108,13 @@ def test_info_names_every_backend() -> None:
         assert re.search(rf"^{name} +(available|not available: \w+)", output, re.MULTILINE)
 
 
+def test_study_says_what_is_wrong(tmp_path: Path) -> None:
+    names = "density, clustering, semisupervised, faces"
+    assert invoke("study", "nothing") == (1, f"error: study: one of {names} expected, got 'nothing'\n")
+    code, output = invoke("study", "density", "--config", str(tmp_path / "none.toml"))
+    assert (code, "No such file" in output) == (1, True)
+
+
 def test_bench_passes_its_flags_on() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "csdiv", "bench", "--help"], capture_output=True, text=True, check=True

@@ -203,6 +203,16 @@ def test_dataset_refuses_test_sets_that_do_not_fit() -> None:
         Dataset.from_tensors(numbered(4, 1), test=(torch.tensor([[0.0], [math.nan]]), None))
 
 
+def test_last_samples_can_be_for_validation() -> None:
+    x = torch.arange(20.0).view(20, 1)
+    data = Dataset.from_tensors(x, test=(x, None), validation_fraction=0.25, validation_split="last")
+    assert data.train.x.flatten().tolist() == list(range(15))
+    assert data.validation.x.flatten().tolist() == list(range(15, 20))
+    alone = Dataset.from_tensors(x, validation_fraction=0.25, validation_split="last")
+    assert [len(split.x) for split in (alone.train, alone.validation, alone.test)] == [11, 5, 4]
+    assert alone.validation.x.flatten().tolist() == list(range(11, 16))
+
+
 # the embedded digits
 
 
