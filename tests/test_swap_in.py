@@ -15,13 +15,13 @@ from csdiv.models.data import load_data
 COMMITTED = Path(__file__).resolve().parent.parent / "bench" / "results" / "swap_in.json"
 
 
-def test_loss_curves_agree_and_orders_of_summation_do_not() -> None:
+def test_loss_curves_agree_to_rounding() -> None:
     curves = swap_in.compare_curves(load_data("digits"), steps=8, seeds=1)
     assert curves["float64"] <= 1e-14
     assert [r["steps"] for r in curves["float32"]] == [2, 4, 6, 8]
     for r in curves["float32"]:
-        assert 0.0 < r["csdiv"] <= 2e-6
-        assert 0.0 < r["eager_orders"] <= 2e-6
+        assert 0.0 <= r["csdiv"] <= 2e-6
+        assert 0.0 <= r["eager_orders"] <= 2e-6
 
 
 @pytest.mark.parametrize("provider", [*swap_in.ORDERS, swap_in.CHUNKED])
