@@ -1,6 +1,6 @@
 """``python -m bench``: csdiv beside its peers, on the CPU (cpu, scaling) and on a GPU (gpu), beside float64 (accuracy),
-inside an autoencoder (epochs); what the kernels for GPUs are made of (static), which needs none. Results are JSON
-files: ``compare`` sets two side by side, ``report`` writes docs/benchmarks.md from those that are committed.
+inside an autoencoder (epochs, swap-in); what the kernels for GPUs are made of (static), which needs none. Results are
+JSON files: ``compare`` sets two side by side, ``report`` writes docs/benchmarks.md from those that are committed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from .measure import run_case
 from .peers import installed, providers
 from .timing import machine
 
+SUITES = ("cpu", "gpu", "static", "scaling", "accuracy", "epochs", "swap-in", "compare", "report")
+
 
 def write(path: Path | None, info: dict[str, str], records: list[dict[str, object]], **more: object) -> None:
     """The results as JSON, with the date and the machine."""
@@ -28,11 +30,11 @@ def write(path: Path | None, info: dict[str, str], records: list[dict[str, objec
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="csdiv bench", description=__doc__)
-    parser.add_argument("suite", choices=["cpu", "gpu", "static", "scaling", "accuracy", "epochs", "compare", "report"])
+    parser.add_argument("suite", choices=SUITES)
     parser.add_argument("files", nargs="*", type=Path, help="compare: two JSON files, of before and of after")
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="cpu, gpu: only these cases")
-    parser.add_argument("--rounds", type=int, default=7, help="cpu, gpu, epochs: how often each call is timed")
-    parser.add_argument("--data", help="epochs: a folder with MNIST's IDX files, or what csdiv train takes")
+    parser.add_argument("--rounds", type=int, default=7, help="cpu, gpu, epochs, swap-in: how often each call is timed")
+    parser.add_argument("--data", help="epochs, swap-in: a folder with MNIST's IDX files, or what csdiv train takes")
     parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         return report.write()
     info = machine()
     records: list[dict[str, object]] = []
-    more: dict[str, list[dict[str, object]]] = {}
+    more: dict[str, object] = {}
     if options.suite == "accuracy":
         records = accuracy.run()
         tables = accuracy.markdown(records, info)
@@ -82,6 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
 
         records = epochs.run(options.data or "digits", options.rounds)
         print(epochs.markdown(records))
+    elif options.suite == "swap-in":
+        from . import swap_in  # needs the extra "train"
+
+        records, curves = swap_in.run(options.data or "digits", options.rounds)
+        more = {"curves": curves}
+        print(swap_in.markdown(records, curves))
     elif options.suite == "scaling":
         for found in scaling.run(options.rounds):
             print(measure.markdown(found), flush=True)
@@ -94,13 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
         for case in cases:
             records += run_case(case, providers(case), options.rounds)
             write(options.output, info, records)  # of a run that is stopped there is that much
-        more = {
+        found_tables = {
             "bounds": limits.run_bounds(cases, options.rounds),
             "instruction_sets": limits.run_instruction_sets(cases, options.rounds),
             "divergences": limits.run_divergences(options.rounds),
         }
+        more = dict(found_tables)
         print(measure.markdown(records))
-        print(limits.tables(**more))
+        print(limits.tables(**found_tables))
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     write(options.output, info, records, **more)
 

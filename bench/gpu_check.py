@@ -144,6 +144,11 @@ def main() -> None:
     if passed["build"]:
         bench = [python, "-m", "bench", "gpu", "--rounds", "5", "--output", str(folder / "gpu.json")]
         passed["bench"] = step("bench", bench, folder, 240, lines=150)
+        if find_spec("lightning") and find_spec("sklearn"):
+            swap = [python, "-m", "bench", "swap-in", "--rounds", "3", "--output", str(folder / "swap_in.json")]
+            passed["swap_in"] = step("swap_in", swap, folder, 120, lines=40)
+        else:
+            print("skipped: the training step, which needs the extra 'train'")
         passed |= check_contract(python, folder, "triton", "gpu_triton", DEADLINE_S)  # last: it compiles every kernel
     (folder / "passed.json").write_text(json.dumps(passed, indent=1) + "\n")
     print("failed:", ", ".join(name for name, good in passed.items() if not good) or "nothing")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import limits, measure, static
+from . import limits, measure, static, swap_in
 from .cases import CPU_CASES
 from .measure import Record
 
@@ -139,6 +139,20 @@ def picture(name: str) -> str:
     return f"![{name}](images/bench-{name.lower()}.png)"
 
 
+def swapped_in() -> list[str]:
+    """The section on a whole training step, once its result is committed."""
+    if not (RESULTS / "swap_in.json").exists():
+        return []
+    found = results("swap_in")
+    return [
+        "## Swapped into a training step",
+        "",
+        f"`csdiv bench swap-in`; float32, {machine_line(found)}.",
+        swap_in.markdown(found["records"], found["curves"]),
+        "",
+    ]
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     cpu, scaling = results("cpu"), results("scaling")
@@ -186,6 +200,7 @@ def page() -> str:
         "",
         measure.markdown(scaling["records"]),
         "",
+        *swapped_in(),
         "## Accuracy",
         "",
         "Tables: [accuracy.md](accuracy.md).",

@@ -52,4 +52,12 @@ def _study(name: str) -> tuple[Any, Any]:
         from csdiv.models.studies.clustering import ClusteringConfig, ClusteringStudy
 
         return ClusteringConfig, ClusteringStudy
+    if name == "semisupervised":
+        from csdiv.models.studies.semisupervised import SemisupervisedConfig, SemisupervisedStudy
+
+        return SemisupervisedConfig, SemisupervisedStudy
+    if name == "faces":
+        from csdiv.models.studies.faces import FacesConfig, FacesStudy
+
+        return FacesConfig, FacesStudy
     raise ValueError(f"study: one of {', '.join(STUDIES)} expected, got {name!r}")
