@@ -434,19 +434,6 @@ def test_what_an_element_costs_in_float32() -> None:
 
 
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize(("capability", "scalar"), [(80, "float"), (90, "float"), (100, "float"), (90, "double")])
-def test_kernels_of_spherical_components(capability: int, scalar: str) -> None:
-    """No local memory; on 9.0 far fewer instructions for an element than the 7.3 of the diagonal form."""
-    rows = compiled(capability, scalar, "[1:]")
-    assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
-    limits = {"spherical logits": 2.6, "spherical gradients": 3.0, "matrix logits": 1.3}
-    if (capability, scalar) == (90, "float"):
-        assert {row["loop"] for row in rows if "loop" in row} >= set(limits)
-        for row in (row for row in rows if row.get("loop") in limits):
-            assert row["instructions_per_element"] <= limits[row["loop"]], row
-
-
 @needs_triton
 @pytest.mark.slow
 def test_every_kernel_compiles_without_local_memory() -> None:
