@@ -111,7 +111,7 @@ def test_full_covariances_in_batches(p_batch: tuple[int, ...], q_batch: tuple[in
 def test_scratch_memory_of_full_covariances(n: int, m: int, dim: int, gradients: int) -> None:
     """A few times the inputs, and what a GPU's warps keep beside that."""
     native = sys.modules[f"csdiv.backends.{emulation.NAME}"].native
-    p, q = ((256, 256, 256, 0, 1, size) for size in (n, m))
+    p, q = ((256, 256, 256, 0, 1, size, False, False) for size in (n, m))
     sides = [(256 * wanted,) * 3 for wanted in (gradients & 1, gradients >> 1)]
     size = native.cuda_full_overlap_lse_backward(8, 1, dim, p, q, 256, 256, *sides, (0, 0, 132, 0))
     assert size <= 2 * 8 * (n + m) * (dim * dim + dim + 1) + 132 * 2**20
@@ -121,7 +121,7 @@ def scratch_bytes(function: str, n: int, m: int, dim: int, gradients: int, items
     """What the function takes on a GPU of 132 multiprocessors; nothing runs, so that addresses may be of anything."""
     anything = 256
     native = sys.modules[f"csdiv.backends.{emulation.NAME}"].native
-    p, q = ((anything, anything, anything, 0, 1, size) for size in (n, m))
+    p, q = ((anything, anything, anything, 0, 1, size, False, False) for size in (n, m))
     outputs = {"cs_divergence": 2, "overlap_lse": 2, "log_overlap": 2}[function]
     sides = [(anything * wanted,) * 3 for wanted in (gradients & 1, gradients >> 1)]
     arguments = (itemsize, 1, dim, p, q, *(anything,) * outputs, *sides, (0, 0, 132, 0))

@@ -45,11 +45,14 @@ def test_cs_divergence_near_zero_stays_within_the_stated_bound(
 def test_the_bound_near_zero_holds_where_variances_are_shared(
     backend: str, structure: str, dim: int, size: int, distance: float
 ) -> None:
-    """One variance in D dimensions: its rounding, and its logarithm's, count D times."""
+    """One variance in D dimensions: its rounding, and its logarithm's, count D times.
+
+    The emulation's logarithms are as approximate as a GPU's.
+    """
     p, q = near_copies(dim, size, distance, structure)
     exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
     error = (csdiv.cs_divergence(p, q, backend=backend).double() - exact).abs()
-    assert error <= BOUND[backend] * max(1.0, dim / 64)
+    assert error <= BOUND["gpu" if backend == "emulation" else backend] * max(1.0, dim / 64)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
