@@ -11,6 +11,8 @@ train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes t
 studies: .venv/built  ## the studies on scikit-learn's digits; reports go to runs/studies/digits
 	$(BIN)/csdiv study density
 	$(BIN)/csdiv study clustering
+	$(BIN)/csdiv study semisupervised
+	$(BIN)/csdiv study faces
 
 test: .venv/built  ## every test
 	$(BIN)/python -m pytest

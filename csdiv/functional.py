@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from csdiv import autograd, backends, ops, reference
-from csdiv.mixture import GaussianMixture, as_float_tensor
+from csdiv.checks import as_float_tensor
+from csdiv.mixture import GaussianMixture
 
 _LOG_4PI = math.log(4.0 * math.pi)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from csdiv import functional, reference
+from csdiv.checks import as_bandwidth, as_float_tensor
 from csdiv.functional import MixtureLike, cs_divergence, log_overlap
-from csdiv.mixture import MATRICES, GaussianMixture, as_bandwidth, as_float_tensor
+from csdiv.mixture import MATRICES, GaussianMixture
 
 _LOG_4PI = math.log(4.0 * math.pi)
 

@@ -36,9 +36,9 @@ RULES = (
     Rule(
         "cuda",
         lambda shape: shape.spherical and shape.dim >= MATRIX_DIM and shape.n * shape.m >= MATRIX_PAIRS,
-        ("triton", "cuda"),
+        ("cuda", "triton"),
         f"one variance for each component, D >= {MATRIX_DIM} and N M >= 2^20: triton has a form for these, with fewer "
-        "instructions for an element than cuda",
+        "instructions for an element, but cuda stays first until a GPU has confirmed its speed and its error bound",
     ),
     Rule(
         "cuda",

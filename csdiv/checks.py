@@ -1,0 +1,131 @@
+"""What a value has to be: the checks of constructors and entries, and tensors made from what users have."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from csdiv.mixture import GaussianMixture
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def as_float_tensor(value: Any, name: str) -> Tensor:
+    """``value`` as a dense floating-point tensor, NumPy arrays included.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        NotImplementedError: sparse, quantised or nested.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: a tensor expected, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantised" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        raise NotImplementedError(f"{name}: a dense tensor expected, got a {kind} one")
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: floating point expected, got {value.dtype}")
+    return value
+
+
+def as_bandwidth(bandwidth: float | Tensor, like: Tensor) -> Tensor:
+    """``bandwidth`` as a tensor; a number takes the dtype and device of ``like``.
+
+    Raises:
+        ValueError: a number ≤ 0. TypeError: neither a number nor floating point.
+    """
+    if not isinstance(bandwidth, int | float):
+        return as_float_tensor(bandwidth, "bandwidth")
+    if not bandwidth > 0.0:
+        raise ValueError(f"bandwidth: a number > 0 expected, got {bandwidth}")
+    return like.new_full((), bandwidth)
+
+
+def values_readable(t: Tensor) -> bool:
+    """Whether the values of ``t`` may decide anything: not while tracing, transforming or on the meta device."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not (
+        torch.compiler.is_compiling()
+        or t.is_meta
+        or isinstance(t, FakeTensor)
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def exactly_one(**values: Any) -> tuple[str, Any]:
+    given = {name: v for name, v in values.items() if v is not None}
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(values)} expected, got {' and '.join(given) or 'none'}")
+    return next(iter(given.items()))
+
+
+def check_covariance_shape(name: str, covariance: Tensor, means: Tensor) -> None:
+    k, d = means.shape[-2:]
+    if name == "variances":
+        form = "(*batch, K or 1, D or 1)"
+        fits = covariance.ndim >= 2 and covariance.shape[-2] in (1, k) and covariance.shape[-1] in (1, d)
+    else:
+        form = "(*batch, K or 1, D, D)"
+        fits = covariance.ndim >= 3 and covariance.shape[-3] in (1, k) and covariance.shape[-2:] == (d, d)
+    if not fits:
+        raise ValueError(
+            f"{name}: {form} with K = {k}, D = {d} expected, "
+            f"got {tuple(covariance.shape)} for means {tuple(means.shape)}"
+        )
+
+
+def check_devices(means: Tensor, covariance: Tensor, log_weights: Tensor | None) -> None:
+    for t in (covariance, log_weights):
+        if t is not None and t.device != means.device:
+            raise ValueError(f"parameters on one device expected, got {means.device} and {t.device}")
+
+
+def _first(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero()[0].tolist())
+
+
+def check_factors(p: GaussianMixture) -> None:
+    """Raises ValueError unless every scale_tril is a Cholesky factor and every covariance is positive definite."""
+    if p.scale_tril is not None:
+        r = p.scale_tril.detach()
+        bad = (r.triu(1) != 0).any(-1).any(-1) | ~(r.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"scale_tril: lower triangular with a positive diagonal expected, component {_first(bad)} is not"
+            )
+    if p.covariance_matrix is not None:
+        s = p.covariance_matrix.detach()
+        s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+        tolerance = 1e3 * torch.finfo(p.covariance_matrix.dtype).eps * s.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+        bad = ~((s - s.mT).abs().amax((-2, -1)) <= tolerance)
+        if bool(bad.any()):
+            raise ValueError(f"covariance_matrix: symmetric matrices expected, component {_first(bad)} is not")
+        bad = torch.linalg.cholesky_ex(s).info != 0
+        if bool(bad.any()):
+            raise ValueError(f"covariance_matrix: positive definite expected, component {_first(bad)} is not")
+
+
+def check_values(p: GaussianMixture) -> None:
+    """Raises ValueError naming the first bad value."""
+    for name in ("means", "variances", "scale_tril", "covariance_matrix"):
+        t = getattr(p, name)
+        if t is not None and bool((bad := ~t.isfinite()).any()):
+            raise ValueError(f"{name}: finite values expected, got {t[_first(bad)].item()} at index {_first(bad)}")
+    if p.variances is not None and bool((bad := p.variances < 0).any()):
+        value = p.variances[_first(bad)].item()
+        raise ValueError(f"variances: values >= 0 expected, got {value} at index {_first(bad)}")
+    if p.log_weights is not None:
+        bad = p.log_weights.isnan() | (p.log_weights == math.inf)
+        if bool(bad.any()):
+            value = p.log_weights[_first(bad)].item()
+            raise ValueError(f"log_weights: values below +inf expected, got {value} at index {_first(bad)}")
+        bad = (p.log_weights == -math.inf).all(-1)
+        if bool(bad.any()):
+            raise ValueError(f"log_weights: a component of positive weight expected, none in mixture {_first(bad)}")
