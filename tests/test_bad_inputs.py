@@ -333,6 +333,7 @@ def test_infinite_or_undefined_weight(value: float, backend: str) -> None:
         csdiv.cs_divergence(p, q, backend=backend),
         csdiv.cs_divergence(q, p, backend=backend),
         csdiv.log_overlap(p, q, backend=backend),
+        csdiv.log_overlap(q, p, backend=backend),
         csdiv.log_overlap(q, backend=backend),
         csdiv.component_log_overlap(p, q, backend=backend),
     ):

@@ -9,10 +9,11 @@
 namespace csdiv::cpu {
 namespace {
 
-// log a_i + row_i; a component of weight zero counts nothing, whatever its row.
+// log a_i + row_i; a component of weight zero counts nothing, whatever its row, and an infinite weight is none.
 template <class T>
 double row_logit(const Problem<T>& problem, int64_t b, int64_t i, double row) {
   const double log_weight = problem.p.log_weight(problem.p.item(b), i);
+  if (log_weight == INFINITY) return NAN;
   return log_weight == -INFINITY ? -INFINITY : log_weight + row;
 }
 
