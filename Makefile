@@ -14,8 +14,8 @@ studies: .venv/built  ## the studies on scikit-learn's digits; reports go to run
 	$(BIN)/csdiv study semisupervised
 	$(BIN)/csdiv study faces
 
-test: .venv/built  ## every test
-	$(BIN)/python -m pytest
+test: .venv/built  ## every test, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 mutate: .venv/built  ## change every arithmetic line of the CPU kernels in turn: a test must turn red (hours)
 	$(BIN)/python tests/mutate.py --output tests/mutation.json
