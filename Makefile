@@ -3,7 +3,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: train studies test mutate lint format bench bench-suite gpu-check figures clean
+.PHONY: train studies test test-slow mutate lint format bench bench-suite gpu-check figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
 	$(BIN)/csdiv train --output-dir runs/digits --overwrite --num-threads 1
@@ -14,8 +14,11 @@ studies: .venv/built  ## the studies on scikit-learn's digits; reports go to run
 	$(BIN)/csdiv study semisupervised
 	$(BIN)/csdiv study faces
 
-test: .venv/built  ## every test, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: .venv/built  ## every test but those that compile or train for minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/built  ## those: sanitizers, wheels, kernels for every architecture, seeded bugs, killed runs
+	$(BIN)/python -m pytest -m slow
 
 mutate: .venv/built  ## change every arithmetic line of the CPU kernels in turn: a test must turn red (hours)
 	$(BIN)/python tests/mutate.py --output tests/mutation.json

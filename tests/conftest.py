@@ -18,10 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     interpreter.install()  # first: the next line imports triton
     # torch.empty is filled with NaN in this mode, so that an output that was never written shows.
     torch.use_deterministic_algorithms(True)
-    folder = emulation.ROOT / "build" / "emulation"
-    if not hasattr(config, "workerinput"):  # the process that starts the workers builds for them, before
-        emulation.build(folder)
-    emulation.install(emulation.load(emulation.built(folder)))
+    emulation.install(emulation.load(emulation.build(emulation.ROOT / "build" / "emulation")))
     gpu.install()
 
 

@@ -26,11 +26,6 @@ def build(folder: Path, *options: str) -> Path:
     for command in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
-    return built(folder)
-
-
-def built(folder: Path) -> Path:
-    """The file of the module that was built in ``folder``."""
     (module,) = folder.glob("csdiv_emulation.*.so")
     return module
 

@@ -47,12 +47,13 @@ def test_the_bound_near_zero_holds_where_variances_are_shared(
 ) -> None:
     """One variance in D dimensions: its rounding, and its logarithm's, count D times.
 
-    The emulation's logarithms are as approximate as a GPU's.
+    The CPU kernels keep the stated bound, as they keep what rounding took. Those of GPUs do not: they err by up to
+    9.4e-6 on the emulation (docs/kernels.md), and are held to 12e-6.
     """
     p, q = near_copies(dim, size, distance, structure)
     exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
     error = (csdiv.cs_divergence(p, q, backend=backend).double() - exact).abs()
-    assert error <= BOUND["gpu" if backend == "emulation" else backend] * max(1.0, dim / 64)
+    assert error <= (BOUND[backend] if backend == "cpu" else 12e-6) * max(1.0, dim / 64)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
