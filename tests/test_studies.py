@@ -65,6 +65,7 @@ def column(path: Path, name: str) -> list[str]:
         return [row[name] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_density_study(protocol: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run.run_study("density", str(protocol), {}, publish=protocol.parent / "published", only_report=False)
     directory = protocol.parent / "runs" / "density"
