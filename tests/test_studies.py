@@ -76,7 +76,7 @@ def test_density_study(protocol: Path, capsys: pytest.CaptureFixture[str], monke
     assert all(20 < float(value) < 60 for value in column(directory / "headline.csv", nll))  # 64 log 2 = 44
     assert column(directory / "headline.csv", "seeds") == ["2"] * 4
     assert column(directory / "selection.csv", "").count("chosen") == 4
-    assert len(column(directory / "ablations.csv", "model")) == 3
+    assert len(column(directory / "ablations.csv", "model")) == 5
     page = (directory / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert (protocol.parent / "published" / "report.md").read_text().startswith("# Density estimation on few")
@@ -100,6 +100,7 @@ def test_clustering_study(protocol: Path) -> None:
     many = set(zip(*names, strict=True))
     assert ("components", "12", "many-to-one") in many
     assert ("components, merged by overlap", "10", "one-to-one") in many
+    assert len(column(directory / "ablations.csv", "CSRAE")) == 1 + 2 + 4
     pixels = dict(zip(column(directory / "few.csv", "of"), column(directory / "few.csv", "accuracy"), strict=True))
     assert 0.5 < float(pixels["pixels"]) <= 1.0  # k-means sorts most digits of 8 x 8 pixels
     assert (directory / "report.html").read_text().count("data:image/png;base64,") == 2

@@ -21,7 +21,7 @@ from csdiv.models.evaluation import TEST_SEED, TRAIN_SEED, match_clusters, merge
 from csdiv.models.figures import STYLE, draw_prototypes
 from csdiv.models.networks import BernoulliDecoder
 from csdiv.models.studies.cells import Cell, Results, digest, model_name, training_cell
-from csdiv.models.studies.config import StudyConfig
+from csdiv.models.studies.config import ABLATIONS, StudyConfig
 from csdiv.models.studies.report import StudyReport, Table, Value
 
 Assignments = tuple[Tensor, Tensor]
@@ -35,6 +35,7 @@ class ClusteringConfig(StudyConfig):
     weight: Annotated[float, Option("λ of CSRAE; the VAE has β = λ / 2.", above=0)] = 1.0
     many_components: Annotated[int, Option("K of the second model, above the number of classes.", at_least=2)] = 50
     kmeans_starts: Annotated[int, Option("Of which k-means keeps the best.", at_least=1)] = 10
+    ablation_weights: Annotated[tuple[float, ...], Option("Other λ, for the ablations.", above=0)] = (0.6, 2.0)
 
 
 class ClusteringStudy:
@@ -57,21 +58,35 @@ class ClusteringStudy:
         self.sizes = (data.num_classes, config.many_components)
 
     def cells(self, results: Results) -> list[Cell]:
-        """Seed by seed: models and their scores; pixels once."""
+        """Pixels once; seed by seed, models and their scores; then the ablations."""
         found = [self._pixels()]
-        for seed in range(self.config.seeds):
-            for training in (self._csrae(k, seed) for k in self.sizes):
-                found += [training_cell(training, self.data, self.config.output_dir)]
-                found += [self._score(training)] if not self._stopped(training, results) else []
-            vae = self._vae(seed)
-            found += [training_cell(vae, self.data, self.config.output_dir), self._score(vae)]
-        return found
+        for training in (*self._headline(), *self._ablations().values()):
+            found += [training_cell(training, self.data, self.config.output_dir)]
+            found += [self._score(training)] if not self._stopped(training, results) else []
+        return list({cell.name: cell for cell in found}.values())
 
-    def _csrae(self, num_components: int, seed: int) -> TrainConfig:
-        return self.config.training("csrae", self.config.weight, num_components, seed)
+    def _headline(self) -> list[TrainConfig]:
+        seeds, weight = range(self.config.seeds), self.config.weight
+        return [
+            training
+            for seed in seeds
+            for training in (
+                *(self._csrae(k, seed) for k in self.sizes),
+                self.config.training("vae", weight, 1, seed),
+            )
+        ]
 
-    def _vae(self, seed: int) -> TrainConfig:
-        return self.config.training("vae", self.config.weight, 1, seed)
+    def _ablations(self) -> dict[str, TrainConfig]:
+        """CSRAE with as many components as classes and one option changed, seed 0."""
+        classes, epochs = self.sizes[0], self._csrae(self.sizes[0], 0).epochs
+        others = ABLATIONS | {"half of the epochs as warm-up": {"warmup_epochs": epochs // 2}}
+        weights = self.config.ablation_weights
+        return {f"λ = {w:g}": self.config.training("csrae", w, classes, 0) for w in weights} | {
+            name: self._csrae(classes, 0, **options) for name, options in others.items()
+        }
+
+    def _csrae(self, num_components: int, seed: int, **options: Any) -> TrainConfig:
+        return self.config.training("csrae", self.config.weight, num_components, seed, **options)
 
     def _stopped(self, training: TrainConfig, results: Results) -> bool:
         return "stopped" in results.get(model_name(training), {})
@@ -105,11 +120,10 @@ class ClusteringStudy:
         """Of what is finished."""
         classes, many = self.sizes
         rows: dict[tuple[str, str, int, str], list[dict[str, float]]] = {}
-        for name, result in results.items():
-            if name.startswith("clustering/"):
-                for row in result["rows"]:
-                    key = (row["method"], row["features"], row["num_clusters"], row["matching"])
-                    rows.setdefault(key, []).append(row)
+        for cell in (self._pixels(), *map(self._score, self._headline())):
+            for row in results.get(cell.name, {"rows": []})["rows"]:
+                key = (row["method"], row["features"], row["num_clusters"], row["matching"])
+                rows.setdefault(key, []).append(row)
         few = [key for key in rows if key[2] == classes and "merged" not in key[0]]
         rest = [key for key in rows if key not in few]
         protocol = (
@@ -123,6 +137,7 @@ class ClusteringStudy:
         tables = [
             self._table("few", f"K = {classes}, as many as classes", few, rows),
             self._table("many", f"K = {many}, and merged by overlaps without labels to {classes}", rest, rows),
+            self._ablation_table(results),
         ]
         stopped = [
             f"CSRAE, K = {k}, seed {seed}: {results[name]['stopped']}."
@@ -144,6 +159,23 @@ class ClusteringStudy:
             shown.append([*key, len(accuracies), measured[0], spread, *measured[1:]])
         columns = ("clusters", "of", "K", "matching", "seeds", "accuracy", "sd over seeds", "NMI", "ARI")
         return Table(name, title, columns, shown, "Accuracies, NMI and ARI in [0, 1], means over seeds.", digits=3)
+
+    def _ablation_table(self, results: Results) -> Table:
+        classes = self.sizes[0]
+        compared = {f"as above, λ = {self.config.weight:g}": self._csrae(classes, 0)} | self._ablations()
+        shown: list[list[Value]] = []
+        for name, training in compared.items():
+            if stopped := results.get(model_name(training), {}).get("stopped"):
+                shown.append([f"{name}: {stopped}", *[None] * 5])
+            elif found := results.get(self._score(training).name):
+                own = {row["method"]: row for row in found["rows"]}
+                last, components = results.get(model_name(training), {}), own["components"]
+                shown.append([name, *(components[score] for score in ("accuracy", "nmi", "ari")),
+                              own["k-means"]["accuracy"], last.get("effective_components")])  # fmt: skip
+        columns = ("CSRAE", f"one-to-one accuracy, K = {classes}", "NMI", "ARI",
+                   f"one-to-one accuracy of k-means {classes} on its codes", "effective components")  # fmt: skip
+        title = f"Ablations: CSRAE of K = {classes}, seed 0, one option changed"
+        return Table("ablations", title, columns, shown, digits=3)
 
     def _verdicts(self, rows: dict[Any, list[dict[str, float]]]) -> list[str]:
         found = []

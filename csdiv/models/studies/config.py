@@ -11,6 +11,12 @@ from csdiv.models.data import Dataset, load_data
 
 PROTOCOLS = Path(__file__).parent
 STUDIES = ("density", "clustering", "semisupervised", "faces")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "random initialisation": {"initialisation": "random"},
+    "no warm-up": {"warmup_epochs": 0},
+    "initial variances of at least 1": {"variance_floor": 1.0},
+}
+"""Options of training that a study changes one at a time, by what its table says of them."""
 
 
 @dataclass(frozen=True)

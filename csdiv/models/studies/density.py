@@ -21,7 +21,7 @@ from csdiv.models.figures import STYLE, draw_images
 from csdiv.models.likelihood import LogDensity, importance_sampled_nlls, refitted_prior, squared_prior
 from csdiv.models.networks import BernoulliDecoder
 from csdiv.models.studies.cells import Cell, Results, digest, model_name, training_cell
-from csdiv.models.studies.config import StudyConfig
+from csdiv.models.studies.config import ABLATIONS, StudyConfig
 from csdiv.models.studies.report import StudyReport, Table, Value
 
 NAMES = {
@@ -31,10 +31,6 @@ NAMES = {
     "csrae": "CSRAE",
 }
 PRIORS = {"own": "own prior", "squared": "p²/V(p, p)", "refitted": "refitted mixture"}
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "random initialisation": {"initialisation": "random"},
-    "λ as a multiplier": {"learn_divergence_weight": True},
-}
 SECONDS_PER_SAMPLE = 3e-11  # and parameter of the decoder, measured on two CPU cores
 
 
@@ -125,7 +121,7 @@ class DensityStudy:
     def _ablations(self, results: Results) -> Iterator[tuple[str, tuple[Cell, Cell]]]:
         best = self.chosen("csrae", results)
         yield "as chosen", self._pair(best, 0, "ablation", tuple(PRIORS))
-        for name, options in ABLATIONS.items():
+        for name, options in (ABLATIONS | {"λ as a multiplier": {"learn_divergence_weight": True}}).items():
             yield name, self._pair(best, 0, "ablation", tuple(PRIORS), **options)
 
     def _pair(
