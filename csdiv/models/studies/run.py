@@ -39,6 +39,7 @@ def run_study(name: str, protocol: str, given: dict[str, Any], *, publish: Path 
     directory = config.output_dir / name
     report = study.report(results, directory / "figures")
     options = {key: value for key, value in asdict(config).items() if key not in ("data", "output_dir")}
+    options["run time of all cells (s)"] = round(sum(result.get("seconds", 0.0) for result in results.values()))
     write_study(directory, report, options, publish)
 
 
