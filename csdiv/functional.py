@@ -320,6 +320,18 @@ def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tenso
     return value if offset is None else value + offset
 
 
+def channel_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
+    """log V of every pair of channels, (*batch, C, C') float64, in one pass, for log weights (*batch, C, K)."""
+    weights = p.log_weights, q.log_weights
+    if _has_full(p, q):
+        wide = [None if w is None else w.double() for w in weights]
+        if white := _whitened(p, q):
+            value = autograd.channel_overlap(backend, *_unweighted(white.p), *_unweighted(white.q), *wide)
+            return value - white.log_det[..., None, None]
+        return autograd.full_channel_overlap(backend, *_matrices(p)[:2], *_matrices(q)[:2], *wide)
+    return autograd.channel_overlap(backend, *_unweighted(p), *_unweighted(q), *weights)
+
+
 def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
     if takes_reference(backend, p):
