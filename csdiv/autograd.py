@@ -314,7 +314,7 @@ _pairwise = _entry(
 _channel_overlap = _entry(
     _OpPair(
         lambda backend, needs, *t: (*ops.channel_overlap_forward(*t, False, backend), []),
-        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out, needs, False, backend),
+        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out[::2], needs, False, backend),
         reference.channel_overlap,
         (2, 2, 2, 2, 2, 2),
         at_once="none",
@@ -323,7 +323,7 @@ _channel_overlap = _entry(
 _full_channel_overlap = _entry(
     _OpPair(
         lambda backend, needs, *t: (*ops.channel_overlap_forward(*t, True, backend), []),
-        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out, needs, True, backend),
+        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out[::2], needs, True, backend),
         reference.full_channel_overlap,
         (2, 3, 2, 3, 2, 2),
         at_once="none",
@@ -383,13 +383,13 @@ def pairwise(backend: str, *tensors: Tensor | None) -> Tensor:
     return _pairwise(backend, *tensors)[0]
 
 
-def channel_overlap(backend: str, *tensors: Tensor | None) -> Tensor:
-    """log V of channels for p_means, p_variances, q_means, q_variances, p_log_weights, q_log_weights."""
-    return _channel_overlap(backend, *tensors)[0]
+def channel_overlap(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """log V of channels for p_means, p_variances, q_means, q_variances and the weights of both: value and offset."""
+    return _split(_channel_overlap(backend, *tensors))
 
 
 def full_channel_overlap(backend: str, *tensors: Tensor) -> Tensor:
-    """log V of channels for p_means, p_covariances, q_means, q_covariances, p_log_weights, q_log_weights."""
+    """log V of channels for p_means, p_covariances, q_means, q_covariances and the weights of both."""
     return _full_channel_overlap(backend, *tensors)[0]
 
 

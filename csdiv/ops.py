@@ -253,12 +253,13 @@ def _fake_channel_overlap_forward(
     q_log_weights: Tensor,
     full: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     spreads = [t[..., 0] if full else t for t in (p_spread, q_spread)]
     rows_batch = _batch(p_means, q_means, *spreads, q_log_weights)
     batch = torch.broadcast_shapes(rows_batch, p_log_weights.shape[:-2])
-    c, d, wide = p_log_weights.shape[-2], q_log_weights.shape[-2], torch.float64
-    return p_means.new_empty(*batch, c, d, dtype=wide), p_means.new_empty(*rows_batch, p_means.shape[-2], d, dtype=wide)
+    count = q_log_weights.shape[-2]
+    value = p_means.new_empty(*batch, p_log_weights.shape[-2], count, dtype=torch.float64)
+    return value, torch.empty_like(value), value.new_empty(*rows_batch, p_means.shape[-2], count)
 
 
 def _pairwise(backend: str, tensors: Sequence[Tensor], full: bool) -> channels.Pairwise:
@@ -273,7 +274,7 @@ def _pairwise(backend: str, tensors: Sequence[Tensor], full: bool) -> channels.P
 
 @_define(
     "channel_overlap_forward(Tensor p_means, Tensor p_spread, Tensor q_means, Tensor q_spread, Tensor p_log_weights,"
-    " Tensor q_log_weights, bool full, str backend) -> (Tensor, Tensor)",
+    " Tensor q_log_weights, bool full, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_channel_overlap_forward,
 )
 def channel_overlap_forward(
@@ -285,7 +286,7 @@ def channel_overlap_forward(
     q_log_weights: Tensor,
     full: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     tensors = [p_means, p_spread, q_means, q_spread, p_log_weights, q_log_weights]
     return channels.forward(_pairwise(backend, tensors, full), tensors)
 

@@ -14,8 +14,9 @@ from csdiv.mixture import MATRICES, GaussianMixture
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
-CHANNELS_AT_ONCE = 2
-"""From how many channels of the smaller side on one pass over the pairs for all takes less time than one for each."""
+COSTS = (8, 28, 2**20)
+"""Of passes over the pairs of components, measured on CPUs, in dimensions of a pair: each costs 8 + D for a pair, or
+8 + D² with full covariances; one for all channels 28 more, and 2²⁰ for the call."""
 
 
 def renyi2_entropy(p: MixtureLike, *, backend: str = "auto") -> Tensor:
@@ -116,8 +117,9 @@ def channel_log_overlap(
     """log V of every pair of channels: weightings c of p's components with weightings c′ of q's, equation (16).
 
     Soft assignments, class posteriors and bags of samples are such weightings. ``log_overlap`` of a batch of mixtures
-    that share their components would go over all pairs of components C C′ times; this goes min(C, C′) times, and takes
-    one log-sum over the components of a side for each pair of channels.
+    that share their components would go over all pairs of components C C′ times; this goes over them once, and takes
+    the sums of all channels from matrix products in float64. Where that is slower, for few channels or few pairs, it
+    goes min(C, C′) times, by a rule that depends on sizes alone; "reference" always does.
 
     Args:
         p, q: mixtures with N and M components; their own weights are not used.
@@ -128,8 +130,10 @@ def channel_log_overlap(
     Returns:
         (*batch, C, C′) nats.
 
-    Gradients: to means and covariances of both sides, and to the weights. Memory O((N + M) D + min(C, C′) (N + M)) and
-    at most ``csdiv.reference.CHUNK_ELEMENTS`` numbers. Raises: as :func:`cs_divergence`.
+    Gradients: to means and covariances of both sides, and to the weights, in one more pass. Memory
+    O((N + M) (D + C + C′)) and a few times ``csdiv.reference.CHUNK_ELEMENTS`` numbers.
+
+    Raises: as :func:`cs_divergence`.
     """
     p, q = functional.as_pair(p, q)
     (p, p_batch), (q, q_batch) = _with_channels(p, p_log_weights, "p"), _with_channels(q, q_log_weights, "q")
@@ -198,12 +202,21 @@ def _overlap_of_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -
     """log V of p's channels with q's, (*batch, C, C'), C ≥ C'."""
     if functional.takes_reference(backend, p, q):
         return reference.channel_overlap(functional.components(p), functional.components(q))
-    if _num_channels(q) >= CHANNELS_AT_ONCE:
+    if _takes_one_pass(p, q):
         return functional.channel_overlap(p, q, backend).to(p.dtype)
     assert p.log_weights is not None
     rows, offset = functional.overlap_rows(_by_channel(p), _by_channel(q), backend)
     value = reference.channel_lse(p.log_weights.to(rows.dtype), rows)
     return (value if offset is None else value + offset.mT).to(p.dtype)
+
+
+def _takes_one_pass(p: GaussianMixture, q: GaussianMixture) -> bool:
+    """Whether one pass for all channels costs less than one for each of q's."""
+    pair, added, call = COSTS
+    pair += p.dim if p.variances is not None and q.variances is not None else p.dim**2
+    batch = torch.broadcast_shapes(p.means.shape[:-2], q.means.shape[:-2])
+    pairs = math.prod(batch) * p.num_components * q.num_components
+    return ((_num_channels(q) - 1) * pair - added) * pairs >= call
 
 
 def _by_channel(p: GaussianMixture) -> GaussianMixture:

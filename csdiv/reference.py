@@ -58,11 +58,10 @@ def cs_divergence(p: Components, q: Components) -> Tensor:
 
 
 def channel_overlap(p: Components, q: Components) -> Tensor:
-    """log V of each channel of p with each of q, (*batch, C, C'), for log weights (*batch, C, N) and (*batch, C', M)."""
-    assert p.log_weights is not None
-    p, q = _for_channels(p), _for_channels(q)
-    absent = p.log_weights.amax(-2, keepdim=True)  # −inf for components without weight in any channel
-    return channel_lse(p.log_weights, overlap_lse(neutralise(p._replace(log_weights=absent)), q))
+    """log V of the channels of p and q, (*batch, C, C'), for log weights (*batch, C, N) and (*batch, C', M)."""
+    p, q, a = _for_channels(p), _for_channels(q), log_weights(p)
+    absent = a.amax(-2, keepdim=True)  # −inf for components without weight in any channel
+    return channel_lse(a, overlap_lse(neutralise(p._replace(log_weights=absent)), q))
 
 
 def _for_channels(p: Components) -> Components:

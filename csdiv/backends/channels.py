@@ -16,7 +16,7 @@ from torch import Tensor
 from csdiv import reference
 from csdiv.backends.reference import Tensors
 
-TILE, TILE_ROWS = 2**18, 32
+TILE, TILE_ROWS = 2**19, 32
 """Pairs in a tile on CPUs, so that it stays in the cache, and rows where there are more columns than that."""
 BLOCK = 64
 """Terms that one matrix product adds: so few that BLAS does not cut the sum by the number of threads."""
@@ -31,24 +31,26 @@ class Pairwise(NamedTuple):
     elements: int = 1  # temporary numbers for a pair
 
 
-def forward(pairwise: Pairwise, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """log V (*batch, C, C'), and the row sums ℓ (*batch, N, C') for the backward pass; both float64.
+def forward(pairwise: Pairwise, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """log V: value and offset, both (*batch, C, C'); row sums (*batch, N, C') for the backward pass; all float64.
 
     ``tensors``: means and variances, or covariances, of p and of q, then p's channels (*batch, C, N) and q's.
     """
-    *sides, a, b = _prepared(pairwise, tensors)
+    sides, a, b, unit = _prepared(pairwise, tensors)
+    scratch = Scratch()
     pieces = [
-        log_product(pairwise.forward(*_tile(pairwise, sides, *tile)).double(), b) for tile in _tiles(pairwise, sides, b)
+        log_product(pairwise.forward(*_tile(pairwise, sides, *tile)), b, scratch) for tile in _tiles(pairwise, sides, b)
     ]
     rows = torch.cat(pieces, -2)
-    return log_product(rows.mT, a).mT.contiguous(), rows
+    value = log_product(rows.mT, a).mT.contiguous()
+    return value, torch.zeros_like(value) - sides[0].shape[-1] * unit.log(), rows
 
 
 def backward(
     pairwise: Pairwise, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]
 ) -> list[Tensor]:
-    """Gradients of Σ grad · log V, equation (19). ``saved`` is what the forward gave."""
-    *sides, a, b = _prepared(pairwise, tensors)
+    """Gradients of Σ grad · log V, equation (19). ``saved`` is the forward's value and row sums."""
+    sides, a, b, unit = _prepared(pairwise, tensors)
     value, rows = saved
     of_sides = any(needs[:4])
     grad_rows, grad_a = log_product_gradients(rows.mT, a, value.mT, grad.double().mT, of_sides or needs[5], needs[4])
@@ -56,12 +58,12 @@ def backward(
     if sums[4] is not None:
         sums[4] += grad_a.sum_to_size(a.shape)
     if of_sides or needs[5]:
-        grad_rows = grad_rows.sum_to_size(rows.mT.shape).mT
+        grad_rows, scratch = grad_rows.sum_to_size(rows.mT.shape).mT, Scratch()
         for start, length in _tiles(pairwise, sides, b):
             tile = _tile(pairwise, sides, start, length)
             logits = pairwise.forward(*tile)
-            own = (t.narrow(-2, start, length) for t in (rows, grad_rows))
-            grad_logits, grad_b = log_product_gradients(logits.double(), b, *own, of_sides, needs[5])
+            ours, grad = (t.narrow(-2, start, length) for t in (rows, grad_rows))
+            grad_logits, grad_b = log_product_gradients(logits, b, ours, grad, of_sides, needs[5], scratch)
             if sums[5] is not None:
                 sums[5] += grad_b.sum_to_size(b.shape)
             if of_sides:
@@ -70,44 +72,66 @@ def backward(
                 for whole in _tile(pairwise, sums[:4], start, length):
                     if whole is not None:
                         whole += next(found)
-    return [s.to(t.dtype) for s, t in zip(sums, tensors, strict=True) if s is not None]
+    units = (unit, unit**2, unit, unit**2, torch.ones_like(unit), torch.ones_like(unit))
+    return [(s / u).to(t.dtype) for s, u, t in zip(sums, units, tensors, strict=True) if s is not None]
 
 
-def log_product(x: Tensor, y: Tensor) -> Tensor:
-    """log Σ_k exp(x_nk + y_ck), (*batch, n, c), for float64 x (*batch, n, k) and weights y (*batch, c, k).
+class Scratch:
+    """Memory that tiles of one shape after the other write to: fresh pages would take longer than what is written."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Tensor] = {}
+
+    def array(self, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """A float64 array on the device of ``like``, with what was written under this name before."""
+        found = self._arrays.get(name)
+        if found is None or found.shape != shape:
+            found = self._arrays[name] = like.new_empty(shape, dtype=torch.float64)
+        return found
+
+
+def log_product(x: Tensor, y: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """log Σ_k exp(x_nk + y_ck), (*batch, n, c) float64, for x (*batch, n, k) and float64 weights y (*batch, c, k).
 
     A weight of −inf counts nothing, whatever x. Sums that underflow, though their terms may not, are taken anew.
     """
-    (e, x_max), (w, y_max) = _exponentials(x), _exponentials(y)
+    scratch = scratch or Scratch()
+    (e, x_max), (w, y_max) = _exponentials(x, scratch), _exponentials(y, Scratch())
     total = _product(e, w.mT)
     y_max = y_max.mT
     empty = (y_max == -math.inf) | (x_max == -math.inf) & ~y_max.isnan()
-    inexact = ~(total >= _smallest(x)) & ~empty
+    inexact = ~(total >= _smallest(e)) & ~empty
     value = torch.where(empty | inexact, -math.inf, total.log() + x_max + y_max)
     for c in _channels_with(inexact):
-        exact = reference.logsumexp(_weighted(x, y[..., c : c + 1, :]), -1)
+        weight = y[..., c : c + 1, :]
+        exact = reference.logsumexp(torch.where(weight == -math.inf, -math.inf, x + weight), -1)
         value[..., c] = torch.where(inexact[..., c], exact, value[..., c])
     return value
 
 
 def log_product_gradients(
-    x: Tensor, y: Tensor, value: Tensor, grad: Tensor, of_x: bool, of_y: bool
+    x: Tensor, y: Tensor, value: Tensor, grad: Tensor, of_x: bool, of_y: bool, scratch: Scratch | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of Σ grad · log_product(x, y) where they are wanted, else zero; with the batch of both.
+    """Gradients of Σ grad · log_product(x, y), those that are wanted, float64 and with the batch of both.
 
-    The share of a term, exp(x + y − value), is the product of three factors: of its own two exponentials, and of one for
-    n and c. Where that one is too large the share is taken as a whole.
+    The share of a term, exp(x + y − value), is the product of its own two exponentials and of a factor for n and c.
+    Where that is too large the share is taken as a whole.
     """
-    (e, x_max), (w, y_max) = _exponentials(x), _exponentials(y)
+    scratch = scratch or Scratch()
+    (e, x_max), (w, y_max) = _exponentials(x, scratch), _exponentials(y, Scratch())
     grad = torch.where(value == -math.inf, 0.0, grad)
     factor = (x_max + y_max.mT - value).exp()
-    inexact = ~(factor * _smallest(x) <= 1.0) & (grad != 0.0)
+    inexact = ~(factor * _smallest(e) <= 1.0) & (grad != 0.0)
     scaled = torch.where(inexact | (grad == 0.0), 0.0, grad * factor)
-    grad_x = _product(scaled, w).mul_(e) if of_x else torch.zeros_like(x)
-    grad_y = _product(scaled.mT, e).mul_(w) if of_y else torch.zeros_like(y)
+    grad_x, grad_y = x, y  # not wanted
+    if of_x:
+        grad_x = scratch.array("grad", x, (*scaled.shape[:-1], x.shape[-1]))
+        torch.matmul(scaled, w, out=grad_x).mul_(e)
+    if of_y:
+        grad_y = _product(scaled.mT, e).mul_(w)
     for c in _channels_with(inexact):
-        shares = (_weighted(x, y[..., c : c + 1, :]) - value[..., c : c + 1]).exp()
-        shares = torch.where(inexact[..., c : c + 1], grad[..., c : c + 1] * shares, 0.0)
+        weight, (own, upstream, taken) = y[..., c : c + 1, :], (t[..., c : c + 1] for t in (value, grad, inexact))
+        shares = torch.where(taken & (weight != -math.inf), upstream * (x + weight - own).exp(), 0.0)
         if of_x:
             grad_x += shares
         if of_y:
@@ -115,18 +139,14 @@ def log_product_gradients(
     return grad_x, grad_y
 
 
-def _exponentials(x: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(x − largest) of each row, zero where the largest is not finite; and the largest."""
-    largest = x.amax(-1, keepdim=True)
+def _exponentials(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """exp(x − largest) of each row, zero where the largest is not finite; and the largest; float64."""
+    largest = x.amax(-1, keepdim=True).double()
     finite = largest.isfinite()
-    result = (x - torch.where(finite, largest, math.inf)).exp_()
+    result = scratch.array("exponentials", x, x.shape).copy_(x).sub_(torch.where(finite, largest, math.inf)).exp_()
     if _may_hold(~finite):
-        result = result.masked_fill_(~finite, 0.0)  # of a row with NaN or +inf
+        result.masked_fill_(~finite, 0.0)  # of a row with NaN or +inf
     return result, largest
-
-
-def _weighted(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.where(weight == -math.inf, -math.inf, x + weight)
 
 
 def _smallest(x: Tensor) -> float:
@@ -156,8 +176,11 @@ def _may_hold(mask: Tensor) -> bool:
     return (mask.is_cuda and torch.cuda.is_current_stream_capturing()) or bool(mask.any())
 
 
-def _prepared(pairwise: Pairwise, tensors: Tensors) -> list[Tensor]:
-    """The tensors, weights in float64 and NaN for +inf; components without weight in any channel are N(0, I)."""
+def _prepared(pairwise: Pairwise, tensors: Tensors) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Both sides in units of length ``unit``, their weights in float64 and NaN for +inf, and ``unit``.
+
+    Components without weight in any channel are N(0, I).
+    """
     *sides, a, b = tensors
     prepared = []
     for (means, spread), channels in zip((sides[:2], sides[2:]), (a, b), strict=True):
@@ -166,9 +189,32 @@ def _prepared(pairwise: Pairwise, tensors: Tensors) -> list[Tensor]:
         prepared.append(torch.where(_somewhere(present, means.shape[:-1]).unsqueeze(-1), means, 0.0))
         if spread.shape[pairwise.axis] == means.shape[-2]:
             kept = _somewhere(present, spread.shape[: pairwise.axis + 1])
-            spread = torch.where(kept[(..., *(None,) * (-1 - pairwise.axis))], spread, own)
+            spread = torch.where(kept.view(*kept.shape, *(1,) * (-1 - pairwise.axis)), spread, own)
         prepared.append(spread)
-    return [*prepared, *(torch.where(t == math.inf, math.nan, t).double() for t in (a, b))]
+    unit = torch.ones((), dtype=torch.float64, device=a.device)
+    if pairwise.axis == -2:
+        prepared, unit = _in_units(prepared)
+    a, b = (torch.where(t == math.inf, math.nan, t).double() for t in (a, b))
+    return prepared, a, b, unit
+
+
+def _in_units(sides: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Means divided by a power of two near √(4πs), s the middle of the variances, variances by its square; and it.
+
+    Logits of pairs, then, have no large term in common, and float32 rounds what differs. It is 1 where numbers would
+    leave the range.
+    """
+    logs = [t.abs().log2() for t in sides[1::2]]
+    middles = [torch.where(t.isfinite(), t, math.nan).nanmean(dtype=torch.float64) for t in logs]
+    middle = torch.stack(middles).nanmean() + math.log2(4.0 * math.pi)
+    unit = torch.exp2((0.5 * middle).round().nan_to_num(0.0))
+    scaled = [t / power for t, power in zip(sides, (unit, unit**2) * 2, strict=True)]
+    outside = [((t.abs() > 2.0**100) & whole.isfinite()).any() for t, whole in zip(scaled, sides, strict=True)]
+    outside += [
+        ((t.abs() < 2.0**-100) & (whole != 0.0)).any() for t, whole in zip(scaled[1::2], sides[1::2], strict=True)
+    ]
+    fits = ~torch.stack(outside).any()
+    return [torch.where(fits, *pair) for pair in zip(scaled, sides, strict=True)], torch.where(fits, unit, 1.0)
 
 
 def _somewhere(mask: Tensor, shape: torch.Size) -> Tensor:

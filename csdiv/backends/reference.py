@@ -238,7 +238,10 @@ def full_channel_overlap(
     p_log_weights: Tensor,
     q_log_weights: Tensor,
 ) -> Tensor:
-    p, q = Components(p_means, None, p_covariances, p_log_weights), Components(q_means, None, q_covariances, q_log_weights)
+    p, q = (
+        Components(p_means, None, p_covariances, p_log_weights),
+        Components(q_means, None, q_covariances, q_log_weights),
+    )
     return reference.channel_overlap(p, q)
 
 
