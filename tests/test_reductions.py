@@ -342,7 +342,7 @@ def test_channels_go_over_the_pairs_once(backend: str, monkeypatch: pytest.Monke
         return logits
 
     monkeypatch.setattr(module, "pairwise_forward", counted)
-    monkeypatch.setattr(reductions, "COSTS", (8, 28, 1000))
+    monkeypatch.setattr(reductions, "COSTS", (8, 28, 10_000))
     p, q, a, b = mixture(30, 8), mixture(50, 8), torch.randn(7, 5, 30), torch.randn(4, 50)
     with torch.no_grad():
         csdiv.channel_log_overlap(p, q, a, b, backend=backend)

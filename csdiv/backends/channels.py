@@ -1,5 +1,7 @@
 """log V of every pair of channels in one pass over the pairs of components, on the pairwise functions of any backend.
 
+Equations (16) and (19) of docs/math.md.
+
 Logits of a tile of rows come from the backend, in the dtype of the mixtures; what follows is float64, where an
 exponential keeps 700 nats below the largest and a matrix product is one, whatever precision torch was told to take.
 """
@@ -54,7 +56,7 @@ def backward(
     value, rows = saved
     of_sides = any(needs[:4])
     grad_rows, grad_a = log_product_gradients(rows.mT, a, value.mT, grad.double().mT, of_sides or needs[5], needs[4])
-    sums = [torch.zeros_like(t, dtype=torch.float64) if need else None for t, need in zip(tensors, needs, strict=True)]
+    sums = [t.new_zeros(t.shape, dtype=torch.float64) if need else None for t, need in zip(tensors, needs, strict=True)]
     if sums[4] is not None:
         sums[4] += grad_a.sum_to_size(a.shape)
     if of_sides or needs[5]:
@@ -162,7 +164,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if whole:
         a = a[..., :whole].unflatten(-1, (-1, BLOCK)).movedim(-2, -3)
         b = b[..., :whole, :].unflatten(-2, (-1, BLOCK))
-        result += (a @ b).sum(-3)
+        at_once = max(1, TILE // max(1, result.numel()))
+        for some, others in zip(a.split(at_once, -3), b.split(at_once, -3), strict=True):
+            result += (some @ others).sum(-3)
     return result
 
 
