@@ -311,6 +311,24 @@ _pairwise = _entry(
         at_once="none",
     )
 )
+_channel_overlap = _entry(
+    _OpPair(
+        lambda backend, needs, *t: (*ops.channel_overlap_forward(*t, False, backend), []),
+        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out[::2], needs, False, backend),
+        reference.channel_overlap,
+        (2, 2, 2, 2, 2, 2),
+        at_once="none",
+    )
+)
+_full_channel_overlap = _entry(
+    _OpPair(
+        lambda backend, needs, *t: (*ops.channel_overlap_forward(*t, True, backend), []),
+        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out[::2], needs, True, backend),
+        reference.full_channel_overlap,
+        (2, 3, 2, 3, 2, 2),
+        at_once="none",
+    )
+)
 _full_overlap_lse = _entry(
     _OpPair(
         lambda backend, needs, *t: (ops.full_overlap_lse_forward(*t, backend), []),
@@ -363,6 +381,16 @@ def cs_divergence(backend: str, *tensors: Tensor | None) -> Tensor:
 def pairwise(backend: str, *tensors: Tensor | None) -> Tensor:
     """log N(μ_i; ν_j, S_i + T_j) for p_means, p_variances, q_means, q_variances."""
     return _pairwise(backend, *tensors)[0]
+
+
+def channel_overlap(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """log V of channels for p_means, p_variances, q_means, q_variances and the weights of both: value and offset."""
+    return _split(_channel_overlap(backend, *tensors))
+
+
+def full_channel_overlap(backend: str, *tensors: Tensor) -> Tensor:
+    """log V of channels for p_means, p_covariances, q_means, q_covariances and the weights of both."""
+    return _full_channel_overlap(backend, *tensors)[0]
 
 
 def full_overlap_lse(backend: str, *tensors: Tensor) -> Tensor:

@@ -320,6 +320,21 @@ def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tenso
     return value if offset is None else value + offset
 
 
+def channel_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
+    """log V of every pair of channels, (*batch, C, C') float64, in one pass, for log weights (*batch, C, K)."""
+    if not _has_full(p, q):
+        value, offset = autograd.channel_overlap(
+            backend, *_unweighted(p), *_unweighted(q), p.log_weights, q.log_weights
+        )
+        return value if offset is None else value + offset
+    *p_matrices, a = _matrices(p)
+    *q_matrices, b = _matrices(q)
+    if white := _whitened(p, q):
+        value, offset = autograd.channel_overlap(backend, *_unweighted(white.p), *_unweighted(white.q), a, b)
+        return (value if offset is None else value + offset) - white.log_det[..., None, None]
+    return autograd.full_channel_overlap(backend, *p_matrices, *q_matrices, a, b)
+
+
 def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
     if takes_reference(backend, p):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from csdiv import backends
+from csdiv.backends import channels
 
 _library = torch.library.Library("csdiv", "DEF")
 _Fake = Callable[..., Any]
@@ -241,6 +242,64 @@ def pairwise_forward(
 )
 def pairwise_backward(grad: Tensor, tensors: list[Tensor | None], needs: list[bool], backend: str) -> list[Tensor]:
     return _module(backend, tensors).pairwise_backward(grad, tensors, needs)
+
+
+def _fake_channel_overlap_forward(
+    p_means: Tensor,
+    p_spread: Tensor,
+    q_means: Tensor,
+    q_spread: Tensor,
+    p_log_weights: Tensor,
+    q_log_weights: Tensor,
+    full: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spreads = [t[..., 0] if full else t for t in (p_spread, q_spread)]
+    rows_batch = _batch(p_means, q_means, *spreads, q_log_weights)
+    batch = torch.broadcast_shapes(rows_batch, p_log_weights.shape[:-2])
+    count = q_log_weights.shape[-2]
+    value = p_means.new_empty(*batch, p_log_weights.shape[-2], count, dtype=torch.float64)
+    return value, torch.empty_like(value), value.new_empty(*rows_batch, p_means.shape[-2], count)
+
+
+def _pairwise(backend: str, tensors: Sequence[Tensor], full: bool) -> channels.Pairwise:
+    """What the backend of a pair has for the logits of all its pairs."""
+    device, dim = tensors[0].device, tensors[0].shape[-1]
+    module = backends.resolve_full(backend, device) if full else _module(backend, tensors[:4])
+    elements = 1 if module is not backends.resolve("reference", device) else dim * dim if full else dim
+    if full:
+        return channels.Pairwise(module.full_pairwise_forward, module.full_pairwise_backward, -3, elements)
+    return channels.Pairwise(module.pairwise_forward, module.pairwise_backward, -2, elements)
+
+
+@_define(
+    "channel_overlap_forward(Tensor p_means, Tensor p_spread, Tensor q_means, Tensor q_spread, Tensor p_log_weights,"
+    " Tensor q_log_weights, bool full, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_channel_overlap_forward,
+)
+def channel_overlap_forward(
+    p_means: Tensor,
+    p_spread: Tensor,
+    q_means: Tensor,
+    q_spread: Tensor,
+    p_log_weights: Tensor,
+    q_log_weights: Tensor,
+    full: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = [p_means, p_spread, q_means, q_spread, p_log_weights, q_log_weights]
+    return channels.forward(_pairwise(backend, tensors, full), tensors)
+
+
+@_define(
+    "channel_overlap_backward(Tensor grad, Tensor[] tensors, Tensor[] saved, bool[] needs, bool full, str backend)"
+    " -> Tensor[]",
+    lambda grad, tensors, saved, needs, full, backend: _fake_gradients(tensors, needs),
+)
+def channel_overlap_backward(
+    grad: Tensor, tensors: list[Tensor], saved: list[Tensor], needs: list[bool], full: bool, backend: str
+) -> list[Tensor]:
+    return channels.backward(_pairwise(backend, tensors, full), grad, tensors, saved, needs)
 
 
 def _fake_assign(

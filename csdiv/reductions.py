@@ -14,6 +14,10 @@ from csdiv.mixture import MATRICES, GaussianMixture
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
+COSTS = (8, 28, 2**20)
+"""Of passes over the pairs of components, measured on CPUs, in dimensions of a pair: each costs 8 + D for a pair, or
+8 + D² with full covariances; one for all channels 28 more, and 2²⁰ for the call."""
+
 
 def renyi2_entropy(p: MixtureLike, *, backend: str = "auto") -> Tensor:
     """Rényi entropy of order 2, H₂(p) = −log ∫ p(x)² dx, (*batch,) nats. Raises: as :func:`cs_divergence`."""
@@ -113,8 +117,9 @@ def channel_log_overlap(
     """log V of every pair of channels: weightings c of p's components with weightings c′ of q's, equation (16).
 
     Soft assignments, class posteriors and bags of samples are such weightings. ``log_overlap`` of a batch of mixtures
-    that share their components would go over all pairs of components C C′ times; this goes min(C, C′) times, and takes
-    one log-sum over the components of a side for each pair of channels.
+    that share their components would go over all pairs of components C C′ times; this goes over them once, and takes
+    the sums of all channels from matrix products in float64. Where that is slower, for few channels or few pairs, it
+    goes min(C, C′) times, by a rule that depends on sizes alone; "reference" always does.
 
     Args:
         p, q: mixtures with N and M components; their own weights are not used.
@@ -125,15 +130,18 @@ def channel_log_overlap(
     Returns:
         (*batch, C, C′) nats.
 
-    Gradients: to means and covariances of both sides, and to the weights. Memory O((N + M) D + min(C, C′) (N + M)) and
-    at most ``csdiv.reference.CHUNK_ELEMENTS`` numbers. Raises: as :func:`cs_divergence`.
+    Gradients: to means and covariances of both sides, and to the weights, in one more pass. Memory
+    O((N + M) (D + C + C′)) and a few times ``csdiv.reference.CHUNK_ELEMENTS`` numbers.
+
+    Raises: as :func:`cs_divergence`.
     """
     p, q = functional.as_pair(p, q)
-    p, q = functional.one_dtype(_channels(p, p_log_weights, "p"), _channels(q, q_log_weights, "q"))
-    functional.check_batches(p.batch_shape[:-1], q.batch_shape[:-1], "p", "q")
-    if p.batch_shape[-1] < q.batch_shape[-1]:
-        return _overlap_by_channels(q, p, backend).mT
-    return _overlap_by_channels(p, q, backend)
+    (p, p_batch), (q, q_batch) = _with_channels(p, p_log_weights, "p"), _with_channels(q, q_log_weights, "q")
+    functional.check_batches(p_batch, q_batch, "p", "q")
+    p, q = functional.one_dtype(p, q)
+    if _num_channels(p) < _num_channels(q):
+        return _overlap_of_channels(q, p, backend).mT
+    return _overlap_of_channels(p, q, backend)
 
 
 def _scaled_overlaps(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -169,8 +177,8 @@ def _convolved(p: GaussianMixture, variance: Tensor) -> GaussianMixture:
     return GaussianMixture._unchecked(means=p.means, covariance_matrix=covariance, log_weights=p.log_weights)
 
 
-def _channels(p: GaussianMixture, log_weights: Tensor, name: str) -> GaussianMixture:
-    """The batch of mixtures (*batch, C) that p's components make with ``log_weights`` (*batch, C, K)."""
+def _with_channels(p: GaussianMixture, log_weights: Tensor, name: str) -> tuple[GaussianMixture, torch.Size]:
+    """p with the log weights of its channels, (*batch, C, K), in place of its own; and *batch."""
     log_weights = as_float_tensor(log_weights, f"{name}_log_weights")
     if log_weights.ndim < 2 or log_weights.shape[-1] != p.num_components:
         raise ValueError(
@@ -179,20 +187,41 @@ def _channels(p: GaussianMixture, log_weights: Tensor, name: str) -> GaussianMix
     if log_weights.device != p.device:
         raise ValueError(f"one device expected, got {name} on {p.device} and weights on {log_weights.device}")
     functional.check_batches(p.batch_shape, log_weights.shape[:-2], name, f"{name}_log_weights")
+    batch = torch.broadcast_shapes(p.batch_shape, log_weights.shape[:-2])
+    full = {n: t for n in MATRICES if (t := getattr(p, n)) is not None}
+    p = GaussianMixture._unchecked(means=p.means, variances=p.variances, log_weights=log_weights, **full)
+    return p, batch
+
+
+def _num_channels(p: GaussianMixture) -> int:
+    assert p.log_weights is not None
+    return p.log_weights.shape[-2]
+
+
+def _overlap_of_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
+    """log V of p's channels with q's, (*batch, C, C'), C ≥ C'."""
+    if functional.takes_reference(backend, p, q):
+        return reference.channel_overlap(functional.components(p), functional.components(q))
+    if _takes_one_pass(p, q):
+        return functional.channel_overlap(p, q, backend).to(p.dtype)
+    assert p.log_weights is not None
+    rows, offset = functional.overlap_rows(_by_channel(p), _by_channel(q), backend)
+    value = reference.channel_lse(p.log_weights.to(rows.dtype), rows)
+    return (value if offset is None else value + offset.mT).to(p.dtype)
+
+
+def _takes_one_pass(p: GaussianMixture, q: GaussianMixture) -> bool:
+    """Whether one pass for all channels costs less than one for each of q's."""
+    pair, added, call = COSTS
+    pair += p.dim if p.variances is not None and q.variances is not None else p.dim**2
+    batch = torch.broadcast_shapes(p.means.shape[:-2], q.means.shape[:-2])
+    pairs = math.prod(batch) * p.num_components * q.num_components
+    return ((_num_channels(q) - 1) * pair - added) * pairs >= call
+
+
+def _by_channel(p: GaussianMixture) -> GaussianMixture:
+    """The channels of p as a batch of mixtures that share their components."""
     full = {n: t.unsqueeze(-4) for n in MATRICES if (t := getattr(p, n)) is not None}
     variances = None if p.variances is None else p.variances.unsqueeze(-3)
     means = p.means.unsqueeze(-3)
-    return GaussianMixture._unchecked(means=means, variances=variances, log_weights=log_weights, **full)
-
-
-def _overlap_by_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
-    """log V of p's channels with q's, (*batch, C, C′): one pass over the pairs for each of q's."""
-    assert p.log_weights is not None
-    if functional.takes_reference(backend, p, q):
-        absent = p.log_weights.amax(-2, keepdim=True)  # −inf for components without weight in any channel
-        components = reference.neutralise(functional.components(p)._replace(log_weights=absent))
-        rows, offset = reference.overlap_lse(components, functional.components(q)), None
-    else:
-        rows, offset = functional.overlap_rows(p, q, backend)
-    value = reference.channel_lse(p.log_weights.to(rows.dtype), rows)
-    return (value if offset is None else value + offset.mT).to(p.dtype)
+    return GaussianMixture._unchecked(means=means, variances=variances, log_weights=p.log_weights, **full)

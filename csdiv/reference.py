@@ -57,6 +57,20 @@ def cs_divergence(p: Components, q: Components) -> Tensor:
     return 0.5 * (log_overlap(p, p) + log_overlap(q, q)) - log_overlap(p, q)
 
 
+def channel_overlap(p: Components, q: Components) -> Tensor:
+    """log V of the channels of p and q, (*batch, C, C'), for log weights (*batch, C, N) and (*batch, C', M)."""
+    p, q, a = _for_channels(p), _for_channels(q), log_weights(p)
+    absent = a.amax(-2, keepdim=True)  # −inf for components without weight in any channel
+    return channel_lse(a, overlap_lse(neutralise(p._replace(log_weights=absent)), q))
+
+
+def _for_channels(p: Components) -> Components:
+    """The channels of p as a batch of mixtures."""
+    covariance = None if p.covariance is None else p.covariance.unsqueeze(-4)
+    variances = None if p.variances is None else p.variances.unsqueeze(-3)
+    return Components(p.means.unsqueeze(-3), variances, covariance, p.log_weights)
+
+
 def channel_lse(channels: Tensor, rows: Tensor) -> Tensor:
     """LSE_i(log a_ci + ℓ_c'i), (*batch, C, C'), for weights (*batch, C, N) and rows (*batch, C', N); equation (16)."""
     channels = torch.where(channels == math.inf, math.nan, channels).unsqueeze(-2)  # (*batch, C, 1, N)

@@ -36,6 +36,13 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         pairs = add("full_pairwise_forward", pm, pc, qm, qc)
         add("full_pairwise_backward", pairs.cos(), [pm, pc, qm, qc], [True, True, False, True])
         add("full_assign", pm, pc, qm, qc, qw)
+        add_channels(pm, pc, qm, qc, full=True)
+
+    def add_channels(*pair: Tensor, full: bool) -> None:
+        weights = [t.new_zeros(c, t.shape[-2]) for t, c in zip(pair[::2], (2, 3), strict=True)]
+        value, _, rows = add("channel_overlap_forward", *pair, *weights, full)
+        needs = [True, True, False, True, True, True]
+        add("channel_overlap_backward", value.cos(), [*pair, *weights], [value, rows], needs, full)
 
     for t in samples():
         pm, pv, pw, qm, qv, qw = t
@@ -53,6 +60,7 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         pairs = add("pairwise_forward", pm, pv, qm, qv)
         add("pairwise_backward", pairs.cos(), [pm, pv, qm, qv], [True, True, False, True])
         add("assign", pm, pv, qm, qv, qw)
+        add_channels(pm, pv, qm, qv, full=False)
         if backend in ("auto", "reference", *backends.FULL):
             add_full(pm, pv.diag_embed(), qm, qv.diag_embed(), q_log_weights=torch.zeros(qm.shape[:-1]))
     return result

@@ -42,7 +42,7 @@ from test_near_zero import near_copies
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, backends, testing
+from csdiv import GaussianMixture, backends, reductions, testing
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -91,6 +91,17 @@ def test_the_chosen_cases_cover_the_kernels() -> None:
         assert {case.needs for case in cases} >= set(subsets(INPUTS[entry]))
         assert {case.dtype for case in cases} == set(DTYPES[:2])
         assert {case.scale for case in cases} == {"plain", *SCALES}
+
+
+@interpreted
+def test_channels_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reductions, "COSTS", (1, 0, 0))
+    p, q = (testing.random_mixture(k, 3, dtype=torch.float64).map(lambda t: t.requires_grad_()) for k in (5, 6))
+    a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    values = [csdiv.channel_log_overlap(p, q, a, b, backend=backend) for backend in (NAME, "reference")]
+    torch.testing.assert_close(*values)
+    leaves = [p.means, p.variances, q.means, q.variances]
+    torch.testing.assert_close(*(torch.autograd.grad(value.sin().sum(), leaves) for value in values))
 
 
 @interpreted

@@ -218,6 +218,33 @@ def pairwise(p_means: Tensor, p_variances: Tensor, q_means: Tensor, q_variances:
     return reference.pairwise_log_overlap(Components(p_means, p_variances), Components(q_means, q_variances))
 
 
+def channel_overlap(
+    p_means: Tensor,
+    p_variances: Tensor,
+    q_means: Tensor,
+    q_variances: Tensor,
+    p_log_weights: Tensor,
+    q_log_weights: Tensor,
+) -> Tensor:
+    p, q = Components(p_means, p_variances, None, p_log_weights), Components(q_means, q_variances, None, q_log_weights)
+    return reference.channel_overlap(p, q)
+
+
+def full_channel_overlap(
+    p_means: Tensor,
+    p_covariances: Tensor,
+    q_means: Tensor,
+    q_covariances: Tensor,
+    p_log_weights: Tensor,
+    q_log_weights: Tensor,
+) -> Tensor:
+    p, q = (
+        Components(p_means, None, p_covariances, p_log_weights),
+        Components(q_means, None, q_covariances, q_log_weights),
+    )
+    return reference.channel_overlap(p, q)
+
+
 def full_overlap_lse(
     p_means: Tensor, p_covariances: Tensor, q_means: Tensor, q_covariances: Tensor, q_log_weights: Tensor
 ) -> Tensor:
