@@ -28,11 +28,6 @@ def has_tools() -> bool:
 with_kernels = pytest.mark.skipif(not _C.has_cuda or not has_tools(), reason="no CUDA kernels, or no nvdisasm")
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[static.Kernel]:
-    return static.read()
-
-
 @with_kernels
 def test_the_kernels_are_those_that_are_launched(kernels: list[static.Kernel]) -> None:
     sources = "".join(path.read_text() for path in CUDA_SOURCES.glob("*.cu"))
