@@ -42,7 +42,9 @@ from test_near_zero import near_copies
 from torch import Tensor
 
 import csdiv
+from bench import tune
 from csdiv import GaussianMixture, backends, testing
+from csdiv.kernels import configurations
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -176,8 +178,7 @@ def test_near_pairs_take_the_direct_form(spread: float, direct_sums: list[int]) 
 def test_columns_in_parts(entry: str, wanted: tuple[str, ...]) -> None:
     """Two parts or more of the rows' sums, and of the sweeps; the same bits with gradients and without."""
     p, q = (testing.random_mixture(k, 1, generator=torch.Generator().manual_seed(k)) for k in (3, 390))
-    cut = importlib.import_module("csdiv.kernels.configurations").cut
-    assert cut(interpreter.PROCESSORS * 16, 1, 390 // 128 + 1) == 2
+    assert configurations.cut(interpreter.PROCESSORS * 16, 1, 390 // 128 + 1) == 2
     test_kernels_edges.check(entry, NAME, p, q, wanted)
     if wanted:
         with_gradients = [side.map(lambda t: t.clone().requires_grad_()) for side in (p, q)]
@@ -320,6 +321,16 @@ def test_a_cold_capture_is_refused_until_warmup() -> None:
         csdiv.log_overlap(p, backend=NAME)
 
 
+@interpreted
+@pytest.mark.parametrize("key", configurations.COUNTED, ids=str)
+def test_every_tile_that_is_timed_gives_the_same(key: tuple[str, str, torch.dtype], capsys) -> None:
+    """bench tune, with the interpreter in place of the GPU: warps and stages are nothing to it."""
+    tiles = list({tile.block_n: tile for tile in tune.candidates(*key[1:])}.values())
+    dim, options = 16 if key[1] == "matrix" else 3, {"size": 3, "rounds": 1, "device": "cpu"}
+    assert list(tune.measure(*key, dim, tiles, **options)) == tiles
+    assert capsys.readouterr().out == ""
+
+
 # What the backend says where it cannot run
 
 
@@ -405,7 +416,7 @@ def compiled(
     code = f"""if True:
         import json
         from bench import static, static_triton
-        launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms})
+        launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms}, {capability})
         print(json.dumps(static.records([static_triton.compiled(launch, {capability}) for launch in launches])))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
