@@ -411,12 +411,14 @@ def test_nothing_of_triton_is_imported_without_need() -> None:
 
 
 def compiled(
-    capability: int, scalar: str, forms: str = "[:1]", batches: str = "(static_triton.ALONE,)"
+    capability: int, scalar: str, forms: str = "[:1]", batches: str = "(static_triton.ALONE,)", only: str = ""
 ) -> list[dict[str, Any]]:
+    """What the launches cost whose names match ``only``; more shared memory than there is would be an error."""
     code = f"""if True:
-        import json
+        import json, re
         from bench import static, static_triton
         launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms}, {capability})
+        launches = [launch for launch in launches if re.search({only!r}, launch.name)]
         print(json.dumps(static.records([static_triton.compiled(launch, {capability}) for launch in launches])))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -457,3 +459,26 @@ def test_every_kernel_compiles_without_local_memory() -> None:
     for row in (row for rows in (*found, batches.result()) for row in rows):
         assert row["local_memory_bytes"] == 0, row
         assert row["registers"] <= 255, row
+
+
+SPHERICAL_LIMITS = {"matrix logits": 1.3, "spherical logits": 3.3, "spherical gradients": 2.9}
+"""Instructions of an element, as docs/kernels.md has them."""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_spherical_kernels_compile_without_local_memory(capability: int) -> None:
+    """Of each form the kernels, one variant each: all of them would take minutes for an architecture."""
+    variants = r"row_sums_kernel<F>|gradient_sweep_kernel<F, DIMENSIONS, no factors, no given>|(assign|pairwise\w+)<F>"
+    rows = compiled(capability, "float", "[1:]", only=variants.replace("F", r"float, (spherical|matrix)"))
+    names = sorted({row["kernel"].removeprefix("triton ") for row in rows})
+    assert [name.split(",")[0] + name.split(",")[1][:10].rstrip(">") for name in names] == [
+        "assign_kernel<float spherical", "gradient_sweep_kernel<float matrix", "gradient_sweep_kernel<float spherical",
+        "pairwise_forward_kernel<float spherical", "row_sums_kernel<float matrix", "row_sums_kernel<float spherical",
+    ]  # fmt: skip
+    assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
+    for row in (row for row in rows if "loop" in row):
+        assert row["instructions_per_element"] <= SPHERICAL_LIMITS[row["loop"]], row
+    if capability == 90:
+        assert {row["loop"] for row in rows if "loop" in row} == set(SPHERICAL_LIMITS)
