@@ -1,6 +1,7 @@
 """``python -m bench``: csdiv beside its peers, on the CPU (cpu, scaling) and on a GPU (gpu), beside float64 (accuracy),
-inside an autoencoder (epochs, swap-in); what the kernels for GPUs are made of (static), which needs none. Results are
-JSON files: ``compare`` sets two side by side, ``report`` writes docs/benchmarks.md from those that are committed.
+inside an autoencoder (epochs, swap-in); which tiles suit the Triton kernels on a GPU (tune); what the kernels for GPUs
+are made of (static), which needs none. Results are JSON files: ``compare`` sets two side by side, ``report`` writes
+docs/benchmarks.md from those that are committed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .measure import run_case
 from .peers import installed, providers
 from .timing import machine
 
-SUITES = ("cpu", "gpu", "static", "scaling", "accuracy", "epochs", "swap-in", "compare", "report")
+SUITES = ("cpu", "gpu", "tune", "static", "scaling", "accuracy", "epochs", "swap-in", "compare", "report")
 
 
 def write(path: Path | None, info: dict[str, str], records: list[dict[str, object]], **more: object) -> None:
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("files", nargs="*", type=Path, help="compare: two JSON files, of before and of after")
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="cpu, gpu: only these cases")
-    parser.add_argument("--rounds", type=int, default=7, help="cpu, gpu, epochs, swap-in: how often each call is timed")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each call is timed where calls take turns")
     parser.add_argument("--data", help="epochs, swap-in: a folder with MNIST's IDX files, or what csdiv train takes")
     parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -79,6 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
         more = {"full_covariances": gpu.full_covariances()}
         print(*more["full_covariances"], sep="\n")
         print(", ".join(f"{key} {value}" for key, value in info.items()))
+    elif options.suite == "tune":
+        from . import tune
+
+        records, entry = tune.run(options.rounds)
+        print(tune.markdown(records), entry, sep="\n\n")
+        more = {"entry": entry}
     elif options.suite == "epochs":
         from . import epochs  # needs the extra "train"
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import ROW_PROGRAMS, ROW_TILES, cut
+from csdiv.kernels.configurations import ROW_PROGRAMS, cut
 from csdiv.kernels.device import TILE, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.spherical import tile_densities
@@ -58,8 +58,8 @@ def assign_kernel(
 def launch_assign(problem: Problem, processors: int) -> Tensor:
     """The column of the largest logit of every row, (batch, n) int64."""
     p, q, form = problem.p, problem.q, problem.form(exact=True)
-    block_n, options = ROW_TILES[form, problem.dtype]
-    row_tiles = problem.batch * -(-p.n // block_n)
+    tile = problem.tile("rows", form)
+    row_tiles = problem.batch * -(-p.n // tile.block_n)
     parts = cut(processors * ROW_PROGRAMS, row_tiles, q.padded // 128)
     logits = p.values.new_empty(problem.batch, parts, p.n)
     indices = logits.new_empty(logits.shape, dtype=torch.int64)
@@ -67,7 +67,7 @@ def launch_assign(problem: Problem, processors: int) -> Tensor:
         sides = (p.values, p.flags, q.values, q.flags, q.log2_weights, problem.scale.scales)
         sizes = (p.n, q.n, problem.dim, problem.scale.stride, parts)
         arguments = (*sides, problem.p_index, problem.q_index, logits, indices, *sizes)
-        assign_kernel[(row_tiles * parts,)](*arguments, FORM=form, BLOCK_N=block_n, **options)
+        assign_kernel[(row_tiles * parts,)](*arguments, FORM=form, BLOCK_N=tile.block_n, **tile.options)
     if parts == 1:
         return indices.squeeze(1)
     return indices.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)

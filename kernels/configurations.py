@@ -1,5 +1,7 @@
 """How kernels are launched: one static table, so that results do not depend on a search at run time."""
 
+import bisect
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -7,8 +9,6 @@ import torch
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 """Of every kernel: multiplications and additions contract. Four warps are device.TILE threads."""
 PACK_OPTIONS = OPTIONS | {"num_warps": 16}
-TILE_OPTIONS = OPTIONS | {"maxnreg": 255}
-"""Of those that go through tiles of pairs: what ptxas takes by itself may be less, and spill."""
 
 FORMS = ("diagonal", "spherical", "matrix")
 """Of the pair term: of any variances, of one for each component, and the latter by matrix products (spherical.py)."""
@@ -17,22 +17,40 @@ MATRIX_DIM = 16
 
 
 class Tile(NamedTuple):
-    """Rows of a tile of pairs, and the compiler's options."""
+    """Rows of a tile of pairs, and how its program is compiled."""
 
     block_n: int
-    options: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For a launch. The registers that ptxas takes by itself may be less than there are, and spill."""
+        return OPTIONS | {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": 255}
 
 
-ROW_TILES = {
-    ("diagonal", torch.float32): Tile(16, TILE_OPTIONS),
-    ("diagonal", torch.float64): Tile(4, TILE_OPTIONS),
-    ("spherical", torch.float32): Tile(16, TILE_OPTIONS),
-    ("spherical", torch.float64): Tile(4, TILE_OPTIONS),
-    ("matrix", torch.float32): Tile(32, TILE_OPTIONS | {"num_warps": 8}),
+BUCKETS = (MATRIX_DIM - 1, 63)
+"""The largest D of every bucket but the last."""
+Table = dict[tuple[str, str, torch.dtype], tuple[Tile, ...]]
+"""By kernel, form and dtype: a tile for each bucket. "rows" are sums of rows, assignments and densities; "sweep" are
+gradients, which add to the sums of a column once for so many rows."""
+COUNTED: Table = {
+    ("rows", "diagonal", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("rows", "diagonal", torch.float64): (Tile(4), Tile(4), Tile(4)),
+    ("rows", "spherical", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("rows", "spherical", torch.float64): (Tile(4), Tile(4), Tile(4)),
+    ("rows", "matrix", torch.float32): (Tile(32, 8), Tile(32, 8), Tile(32, 8)),
+    ("sweep", "diagonal", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("sweep", "diagonal", torch.float64): (Tile(4), Tile(4), Tile(4)),
+    ("sweep", "spherical", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("sweep", "spherical", torch.float64): (Tile(4), Tile(4), Tile(4)),
+    ("sweep", "matrix", torch.float32): (Tile(16), Tile(16), Tile(16)),
 }
-"""Of row sums, assignments and densities, by form and dtype: the same for every architecture until one is measured."""
-SWEEP_TILES = ROW_TILES | {("matrix", torch.float32): Tile(16, TILE_OPTIONS)}
-"""Of gradients, which add to the sums of a column once for so many rows."""
+"""From counts of registers and instructions of a few tiles, without spills, compiled for 8.0, 9.0 and 10.0: nothing in
+it has been timed, on any GPU, so no D and no architecture has a line of its own."""
+TABLES: dict[int, Table] = {80: COUNTED, 90: COUNTED, 100: COUNTED}
+"""By compute capability: a GPU takes the last that is not above its own. ``python -m bench tune`` prints such an entry
+for the GPU at hand."""
 
 ROW_PROGRAMS, SWEEP_PROGRAMS = 16, 4
 """Programs for each multiprocessor, where there are rows or columns enough: several waves; sums cost memory."""
@@ -45,6 +63,21 @@ def form_of(spherical: bool, dtype: torch.dtype, dim: int, *, exact: bool = Fals
     if not spherical:
         return "diagonal"
     return "matrix" if dtype == torch.float32 and dim >= MATRIX_DIM and not exact else "spherical"
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """Such as 90; where kernels are interpreted, the first that the table knows."""
+    if device.type != "cuda":
+        return min(TABLES)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tile_of(kernel: str, form: str, dtype: torch.dtype, dim: int, capability: int) -> Tile:
+    """What the table has."""
+    known = max((c for c in TABLES if c <= capability), default=min(TABLES))
+    return TABLES[known][kernel, form, dtype][bisect.bisect_left(BUCKETS, dim)]
 
 
 def cut(wanted_programs: int, programs: int, tiles: int) -> int:

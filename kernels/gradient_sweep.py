@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import SWEEP_PROGRAMS, SWEEP_TILES, cut
+from csdiv.kernels.configurations import SWEEP_PROGRAMS, cut
 from csdiv.kernels.device import (
     FLAG_DIMS,
     GROUP,
@@ -159,9 +159,9 @@ def launch_gradient_sweep(
     q_log2 = None if weights.p_log2 is None else problem.q.log2_weights
     given = weights.given.mT.contiguous() if of_p and weights.given is not None else weights.given
     form = problem.form()
-    block_n, options = SWEEP_TILES[form, problem.dtype]
+    tile = problem.tile("sweep", form)
     column_tiles = problem.batch * (columns.padded // 128)
-    parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // block_n))
+    parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // tile.block_n))
     padded = -(-problem.dim // 4) * 4
     shape = (problem.batch, parts, 2 * padded + 1, columns.padded)
     sums = columns.values.new_zeros(shape, dtype=torch.float64)
@@ -169,6 +169,6 @@ def launch_gradient_sweep(
         sides = (rows.values, rows.flags, columns.values, columns.flags, problem.scale.scales, row_index, column_index)
         arguments = (*sides, weights.p_log2, q_log2, weights.p_factors, given, sums)
         sizes = (rows.n, columns.n, problem.dim, problem.scale.stride, parts)
-        flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "FORM": form, "BLOCK_N": block_n}
-        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, sizes, **flags, **options)
+        flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "FORM": form, "BLOCK_N": tile.block_n}
+        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, sizes, **flags, **tile.options)
     return sums.sum(1) if parts > 1 else sums.squeeze(1)

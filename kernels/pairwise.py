@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import ROW_TILES
 from csdiv.kernels.device import LOG_2, TILE, item_of, place, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.spherical import tile_densities
@@ -35,10 +34,10 @@ def pairwise_forward_kernel(
 def launch_pairwise_forward(problem: Problem, densities: Tensor) -> None:
     """Into ``densities`` (batch, n, m), in nats; weights count nothing."""
     p, q, scale, form = problem.p, problem.q, problem.scale, problem.form(exact=True)
-    block_n, options = ROW_TILES[form, problem.dtype]
-    programs = problem.batch * -(-p.n // block_n) * (q.padded // 128)
+    tile = problem.tile("rows", form)
+    programs = problem.batch * -(-p.n // tile.block_n) * (q.padded // 128)
     if programs:
         sides = (p.values, p.flags, q.values, q.flags)
         arguments = (*sides, scale.scales, scale.offsets, problem.p_index, problem.q_index, densities)
         sizes = (p.n, q.n, problem.dim, scale.stride, scale.offset_stride)
-        pairwise_forward_kernel[(programs,)](*arguments, *sizes, FORM=form, BLOCK_N=block_n, **options)
+        pairwise_forward_kernel[(programs,)](*arguments, *sizes, FORM=form, BLOCK_N=tile.block_n, **tile.options)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import PART_TILES, ROW_PROGRAMS, ROW_TILES, cut
+from csdiv.kernels.configurations import PART_TILES, ROW_PROGRAMS, cut
 from csdiv.kernels.device import TILE, approximate_exp2, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.spherical import tile_densities
@@ -75,8 +75,8 @@ def launch_row_sums(problem: Problem, processors: int, *, self_overlap: bool = F
     """log2 of the sums of the rows over parts of their columns, (batch, parts, n) float64."""
     p, q = problem.p, problem.q
     form = problem.form()
-    block_n, options = ROW_TILES[form, problem.dtype]
-    row_tiles = problem.batch * -(-p.n // block_n)
+    tile = problem.tile("rows", form)
+    row_tiles = problem.batch * -(-p.n // tile.block_n)
     tiles = q.padded // 128
     parts = max(cut(processors * ROW_PROGRAMS, row_tiles, tiles), -(-tiles // PART_TILES))
     partials = p.values.new_empty(problem.batch, parts, p.n, dtype=torch.float64)
@@ -84,6 +84,6 @@ def launch_row_sums(problem: Problem, processors: int, *, self_overlap: bool = F
         sides = (p.values, p.flags, q.values, q.flags, q.log2_weights)
         arguments = (*sides, problem.scale.scales, problem.p_index, problem.q_index, partials)
         sizes = (p.n, q.n, problem.dim, problem.scale.stride, parts)
-        flags = {"SELF": self_overlap, "FORM": form, "BLOCK_N": block_n}
-        row_sums_kernel[(row_tiles * parts,)](*arguments, *sizes, **flags, **options)
+        flags = {"SELF": self_overlap, "FORM": form, "BLOCK_N": tile.block_n}
+        row_sums_kernel[(row_tiles * parts,)](*arguments, *sizes, **flags, **tile.options)
     return partials

@@ -2,13 +2,17 @@
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_static import with_kernels
 
-from bench import accuracy, compare, gpu, gpu_check, measure, report, static
+import csdiv
+from bench import accuracy, compare, gpu, gpu_check, measure, report, static, tune
+from bench.__main__ import main as bench_main
 from bench.cases import CPU_CASES, Case, make_inputs
 from bench.peers import (
     ChunkedEager,
@@ -21,7 +25,8 @@ from bench.peers import (
     Textbook,
     TorchDistributions,
 )
-from bench.timing import interleave
+from bench.timing import Timing, interleave
+from csdiv.kernels import configurations
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "bench" / "results" / "accuracy.json"
@@ -164,3 +169,70 @@ def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:
     table = gpu.markdown([head | passed | {"provider": "csdiv cuda"}, head | {"provider": "other"}]).splitlines()
     assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.500 | 1.0 | 80% | 3.0 | 1.0e-07 |"
     assert "refused: error 1.0e-07" in table[3]
+
+
+# The tiles of the Triton kernels
+
+
+TABLE = configurations.TABLES[min(configurations.TABLES)]
+
+
+def test_a_tuned_table_has_the_format_of_the_one_in_force(monkeypatch) -> None:
+    fastest = configurations.Tile(8, 8, 3)
+    timings = {False: Timing(2.0, 2.0, 2.0, 1), True: Timing(1.0, 1.0, 1.0, 1)}
+    monkeypatch.setattr(csdiv, "backend_status", lambda: {"triton": csdiv.backends.BackendStatus(True, "")})
+    monkeypatch.setattr(tune, "capability_of", lambda device: 97)
+    monkeypatch.setattr(tune, "measure", lambda *a, **_: {tile: timings[tile == fastest] for tile in (*a[-1], fastest)})
+    records, entry = tune.run(rounds=1)
+    assert len(records) == tune.markdown(records).count("(8, 8, 3) | 1.000")
+    (best,) = eval(f"{{{entry}}}", {"torch": torch, "Tile": configurations.Tile}).values()
+    assert entry.startswith("    97: {")
+    assert list(best) == list(TABLE)
+    for (kernel, form, dtype), row in best.items():
+        for tile, dim, shipped in zip(row, tune.SIZES, TABLE[kernel, form, dtype], strict=True):
+            assert tile == (fastest if tune.is_taken(kernel, form, dtype, dim) else shipped)
+
+
+def test_candidates_of_tiles_are_valid() -> None:
+    """Tiles of rows divide those of columns; tensor cores take 16 rows; a block may have so many threads."""
+    for kernel, form, dtype in TABLE:
+        tiles = tune.candidates(form, dtype)
+        assert len(set(tiles)) == len(tiles) >= 4
+        assert set(TABLE[kernel, form, dtype]) <= set(tiles)
+        for tile in tiles:
+            assert 128 % tile.block_n == 0
+            assert form != "matrix" or tile.block_n >= 16
+            assert 32 * tile.num_warps * tile.options["maxnreg"] <= 2**16
+
+
+def test_tuning_without_a_gpu_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(csdiv, "backend_status", lambda: {"triton": csdiv.backends.BackendStatus(False, "no GPU here")})
+    with pytest.raises(SystemExit, match=r"^bench tune: no GPU to time the Triton kernels on: no GPU here$"):
+        bench_main(["tune"])
+
+
+@pytest.mark.skipif(csdiv.backend_status()["triton"].available, reason="a GPU")
+def test_the_command_for_tuning_fails_without_a_gpu() -> None:
+    done = subprocess.run([sys.executable, "-m", "bench", "tune"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_table_covers_every_launch() -> None:
+    for table in configurations.TABLES.values():
+        assert table.keys() == TABLE.keys()
+        assert all(len(row) == len(configurations.BUCKETS) + 1 == len(tune.SIZES) for row in table.values())
+    ends = [0, *configurations.BUCKETS, math.inf]
+    for begin, end, dim in zip(ends, ends[1:], tune.SIZES, strict=False):
+        assert begin < dim <= end
+
+
+def test_a_gpu_takes_the_last_table_that_is_not_newer(monkeypatch) -> None:
+    key, rows = ("rows", "diagonal", torch.float32), {80: (1, 2, 3), 90: (4, 5, 6)}
+    tables = {capability: {key: tuple(map(configurations.Tile, row))} for capability, row in rows.items()}
+    monkeypatch.setattr(configurations, "TABLES", tables)
+    for capability, known in ((0, 80), (75, 80), (80, 80), (89, 80), (90, 90), (120, 90)):
+        taken = [configurations.tile_of(*key, dim, capability).block_n for dim in (1, 15, 16, 63, 64, 10**6)]
+        assert taken == [row for row in rows[known] for _ in range(2)]
+    assert configurations.capability_of(torch.device("cpu")) == 80

@@ -42,7 +42,9 @@ from test_near_zero import near_copies
 from torch import Tensor
 
 import csdiv
+from bench import tune
 from csdiv import GaussianMixture, backends, reductions, testing
+from csdiv.kernels import configurations
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -187,8 +189,7 @@ def test_near_pairs_take_the_direct_form(spread: float, direct_sums: list[int]) 
 def test_columns_in_parts(entry: str, wanted: tuple[str, ...]) -> None:
     """Two parts or more of the rows' sums, and of the sweeps; the same bits with gradients and without."""
     p, q = (testing.random_mixture(k, 1, generator=torch.Generator().manual_seed(k)) for k in (3, 390))
-    cut = importlib.import_module("csdiv.kernels.configurations").cut
-    assert cut(interpreter.PROCESSORS * 16, 1, 390 // 128 + 1) == 2
+    assert configurations.cut(interpreter.PROCESSORS * 16, 1, 390 // 128 + 1) == 2
     test_kernels_edges.check(entry, NAME, p, q, wanted)
     if wanted:
         with_gradients = [side.map(lambda t: t.clone().requires_grad_()) for side in (p, q)]
@@ -331,6 +332,16 @@ def test_a_cold_capture_is_refused_until_warmup() -> None:
         csdiv.log_overlap(p, backend=NAME)
 
 
+@interpreted
+@pytest.mark.parametrize("key", configurations.COUNTED, ids=str)
+def test_every_tile_that_is_timed_gives_the_same(key: tuple[str, str, torch.dtype], capsys) -> None:
+    """bench tune, with the interpreter in place of the GPU: warps and stages are nothing to it."""
+    tiles = list({tile.block_n: tile for tile in tune.candidates(*key[1:])}.values())
+    dim, options = 16 if key[1] == "matrix" else 3, {"size": 3, "rounds": 1, "device": "cpu"}
+    assert list(tune.measure(*key, dim, tiles, **options)) == tiles
+    assert capsys.readouterr().out == ""
+
+
 # What the backend says where it cannot run
 
 
@@ -411,12 +422,14 @@ def test_nothing_of_triton_is_imported_without_need() -> None:
 
 
 def compiled(
-    capability: int, scalar: str, forms: str = "[:1]", batches: str = "(static_triton.ALONE,)"
+    capability: int, scalar: str, forms: str = "[:1]", batches: str = "(static_triton.ALONE,)", only: str = ""
 ) -> list[dict[str, Any]]:
+    """What the launches cost whose names match ``only``; more shared memory than there is would be an error."""
     code = f"""if True:
-        import json
+        import json, re
         from bench import static, static_triton
-        launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms})
+        launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms}, {capability})
+        launches = [launch for launch in launches if re.search({only!r}, launch.name)]
         print(json.dumps(static.records([static_triton.compiled(launch, {capability}) for launch in launches])))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -457,3 +470,26 @@ def test_every_kernel_compiles_without_local_memory() -> None:
     for row in (row for rows in (*found, batches.result()) for row in rows):
         assert row["local_memory_bytes"] == 0, row
         assert row["registers"] <= 255, row
+
+
+SPHERICAL_LIMITS = {"matrix logits": 1.3, "spherical logits": 3.3, "spherical gradients": 2.9}
+"""Instructions of an element, as docs/kernels.md has them."""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_spherical_kernels_compile_without_local_memory(capability: int) -> None:
+    """Of each form the kernels, one variant each: all of them would take minutes for an architecture."""
+    variants = r"row_sums_kernel<F>|gradient_sweep_kernel<F, DIMENSIONS, no factors, no given>|(assign|pairwise\w+)<F>"
+    rows = compiled(capability, "float", "[1:]", only=variants.replace("F", r"float, (spherical|matrix)"))
+    names = sorted({row["kernel"].removeprefix("triton ") for row in rows})
+    assert [name.split(",")[0] + name.split(",")[1][:10].rstrip(">") for name in names] == [
+        "assign_kernel<float spherical", "gradient_sweep_kernel<float matrix", "gradient_sweep_kernel<float spherical",
+        "pairwise_forward_kernel<float spherical", "row_sums_kernel<float matrix", "row_sums_kernel<float spherical",
+    ]  # fmt: skip
+    assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
+    for row in (row for row in rows if "loop" in row):
+        assert row["instructions_per_element"] <= SPHERICAL_LIMITS[row["loop"]], row
+    if capability == 90:
+        assert {row["loop"] for row in rows if "loop" in row} == set(SPHERICAL_LIMITS)

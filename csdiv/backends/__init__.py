@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from csdiv.backends.dispatch import Shape, order_of, rule_of
+from csdiv.kernels.configurations import MATRIX_DIM, form_of
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 FULL, MAX_FULL_DIM = ("cpu", "cuda"), 32
@@ -114,8 +115,6 @@ def explain(device: str, shape: Shape) -> list[str]:
 def _form(backend: str, shape: Shape) -> str:
     if backend != "triton" or not shape.spherical:
         return "diagonal, a variance for each component and dimension"
-    from csdiv.kernels.configurations import MATRIX_DIM, form_of
-
     forms = {dtype: form_of(True, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
     reasons = {
         "matrix": "matrix products, in tiles whose error bound fits the budget, else the sum of squares",

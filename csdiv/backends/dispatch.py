@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-MATRIX_DIM, MATRIX_PAIRS = 16, 2**20
-"""From where on matrix products pay: dimensions, and pairs that keep a GPU busy for longer than launches take."""
+from csdiv.kernels.configurations import MATRIX_DIM  # which imports no triton
+
+MATRIX_PAIRS = 2**20
+"""From where on matrix products pay: pairs that keep a GPU busy for longer than launches take."""
 
 
 class Shape(NamedTuple):

@@ -1,0 +1,146 @@
+"""Which tile suits each Triton kernel on the GPU at hand: all sensible ones are timed, for every bucket of D.
+
+Prints an entry of ``TABLES`` in kernels/configurations.py, for a person to put there, and the times beside those of the
+tiles in force. Nothing is timed when csdiv runs, so its results do not depend on a search.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import csdiv
+from csdiv import testing
+from csdiv.kernels.configurations import TABLES, Table, Tile, capability_of, form_of, tile_of
+
+from .measure import GATE, relative_error
+from .timing import Timing, interleave
+
+SIZES = {8: 2**15, 32: 2**14, 128: 2**13}
+"""For a dimension of each bucket a size N = M: 8.6e9 elements, so that launches do not show."""
+Record = dict[str, Any]
+
+
+def candidates(form: str, dtype: torch.dtype) -> list[Tile]:
+    """Those with 4 to 32 pairs for a thread (2 to 8 in float64); matrix products take 16 rows or more, and they alone
+    have loads that may run ahead."""
+    pairs = range(2, 9) if dtype == torch.float64 else range(4, 33)
+    rows, stages = ((16, 32, 64), (1, 2, 3)) if form == "matrix" else ((2, 4, 8, 16, 32), (1,))
+    tiles = (Tile(n, warps, k) for n in rows for warps in (4, 8) for k in stages)
+    return [tile for tile in tiles if tile.block_n * 4 // tile.num_warps in pairs]
+
+
+def is_taken(kernel: str, form: str, dtype: torch.dtype, dim: int) -> bool:
+    """Whether anything asks for this form: where equal pairs are to give equal bits, some rows have another."""
+    forms = {form_of(form != "diagonal", dtype, dim, exact=exact) for exact in (False, kernel == "rows")}
+    return form in forms
+
+
+def call_of(kernel: str, form: str, dtype: torch.dtype, dim: int, size: int, device: str) -> Callable[[], list[Tensor]]:
+    """log V(p, q), which is sums of rows for the most part, or its gradients, which are two sweeps."""
+    backend = importlib.import_module("csdiv.backends.triton")
+    g, structure = torch.Generator().manual_seed(dim), "diagonal" if form == "diagonal" else "spherical"
+    p, q = (testing.random_mixture(size, dim, structure=structure, dtype=dtype, generator=g) for _ in range(2))
+    tensors = [t.to(device) for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
+
+    def forward() -> list[Tensor]:
+        return backend.log_overlap_forward(*tensors, [False] * 6)[:3]
+
+    saved = forward()
+    grad = torch.ones_like(saved[0])
+    return (lambda: [forward()[2]]) if kernel == "rows" else lambda: backend.log_overlap_backward(
+        grad, tensors, saved, [True] * 6
+    )  # fmt: skip
+
+
+def measure(
+    kernel: str,
+    form: str,
+    dtype: torch.dtype,
+    dim: int,
+    tiles: list[Tile],
+    *,
+    size: int,
+    rounds: int,
+    device: str,
+) -> dict[Tile, Timing]:
+    """The times of those tiles that compile, and give what the first one gives."""
+    pack, triton = importlib.import_module("csdiv.kernels.pack"), importlib.import_module("triton")
+
+    def with_tile(call: Callable[[], list[Tensor]], tile: Tile) -> list[Tensor]:
+        replaced = {"form_of": lambda *_, **__: form, "tile_of": lambda *_: tile}
+        with mock.patch.multiple(pack, **replaced):
+            return call()
+
+    call = call_of(kernel, form, dtype, dim, size, device)
+    expected = [t.double() for t in with_tile(call, tiles[0])]
+    able = []
+    for tile in tiles:
+        try:
+            error = relative_error(with_tile(call, tile), expected)
+        except (triton.TritonError, RuntimeError) as refused:
+            print(f"{kernel}, {form}, D = {dim}: {tile} left out: {str(refused).splitlines()[0]}")
+            continue
+        if error <= GATE:
+            able.append(tile)
+        else:
+            print(f"{kernel}, {form}, D = {dim}: {tile} left out: its results differ by {error:.1e}")
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    timings = interleave([lambda tile=tile: with_tile(call, tile) for tile in able], rounds, wait)
+    return dict(zip(able, timings, strict=True))
+
+
+def run(rounds: int) -> tuple[list[Record], str]:
+    """A record for each kernel, form, dtype and bucket, and the entry for the table that has the best tiles.
+
+    Raises:
+        SystemExit: no GPU that triton can use.
+    """
+    status = csdiv.backend_status()["triton"]
+    if not status.available:
+        sys.exit(f"bench tune: no GPU to time the Triton kernels on: {status.reason}")
+    capability, records, best = capability_of(torch.device("cuda")), list[Record](), Table()
+    for kernel, form, dtype in TABLES[min(TABLES)]:
+        row = []
+        for dim, size in SIZES.items():
+            force = tile_of(kernel, form, dtype, dim, capability)
+            if not is_taken(kernel, form, dtype, dim):
+                row.append(force)
+                continue
+            tiles = [force, *(tile for tile in candidates(form, dtype) if tile != force)]
+            times = measure(kernel, form, dtype, dim, tiles, size=size, rounds=rounds, device="cuda")
+            row.append(min(times, key=lambda tile: times[tile].median_ms))
+            found = {"best": row[-1], "best_ms": times[row[-1]].median_ms, "in_force": force}
+            records.append({"kernel": kernel, "form": form, "dtype": str(dtype), "dim": dim, **found})
+            records[-1] |= {"in_force_ms": times[force].median_ms, "tiles": len(times)}
+            print(records[-1], flush=True)
+        best[kernel, form, dtype] = tuple(row)
+    return records, entry(capability, best)
+
+
+def entry(capability: int, table: Table) -> str:
+    """As it stands in kernels/configurations.py."""
+    lines = [f"    {capability}: {{"]
+    for (kernel, form, dtype), tiles in table.items():
+        lines.append(f'        ("{kernel}", "{form}", {dtype}): ({", ".join(f"Tile{tuple(t)}" for t in tiles)}),')
+    return "\n".join([*lines, "    },"])
+
+
+def markdown(records: list[Record]) -> str:
+    """The best tiles beside those in force."""
+    lines = [
+        "(rows, warps, stages) of a tile, and the median time of a call that is that kernel for the most part\n",
+        "| kernel | form | dtype | N = M | D | best | ms | in force | ms | timed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        best, force = (f"{tuple(r[name])} | {r[f'{name}_ms']:.3f}" for name in ("best", "in_force"))
+        head = f"| {r['kernel']} | {r['form']} | {r['dtype']} | {SIZES[r['dim']]} | {r['dim']} "
+        lines.append(f"{head}| {best} | {force} | {r['tiles']} |")
+    return "\n".join(lines)
