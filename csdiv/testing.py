@@ -12,7 +12,8 @@ log c₀ = ½ (mean_i log 2s_i + mean_j log 2t_j).
 Gradients are sums of r_ij w_ij with w = δ/c, ½ (δ²/c² − 1/c) or 1. To first order the relative error of r_ij is the
 error of the pair's exponent, 4 eps S_ij, plus that of log V, 4 eps S; w adds a few eps. So the band of a gradient is
 4 eps Σ_ij r_ij |w_ij| (1 + S_ij + S), |w_ij| with δ²/c² + 1/c; it needs no tuning and holds for each element. A share
-below the smallest normal number may be flushed to zero, which adds Σ_ij min(r_ij, tiny) |w_ij|.
+below the smallest normal number may be flushed to zero, and so may what it is with the gradient g of its sum, which
+adds Σ_ij min(|g| r_ij, max(|g|, 1) tiny) |w_ij|.
 
 With full covariances C = L Lᵀ, the computed factor is that of C + E, |E| ≤ eps F, F = |L||L|ᵀ (Higham, Accuracy and
 Stability of Numerical Algorithms, theorem 10.3), which changes δᵀC⁻¹δ by uᵀEu, u = C⁻¹δ, and log|C| by tr C⁻¹E. So in
@@ -182,7 +183,8 @@ def gradient_bands(
             outer = size.sum(-1) if entry == "cs_regularizer" and term.normalised == 2 else size
             outer = term.factor * _unsqueeze(outer, term.normalised)
         errors = unit * term.shares * (1.0 + term.sizes + _unsqueeze(term.total, term.normalised))
-        total = total + _absolute(term, outer * (errors + term.shares.clamp(max=tiny)))
+        flushed = torch.minimum(outer * term.shares, tiny * outer.clamp(min=1.0))
+        total = total + _absolute(term, outer * errors + flushed)
     if entry == "cs_regularizer":
         total = total + 0.25 * unit * (size.unsqueeze(-1) * _variances(p).log()).sum()
     return [g.abs() for g in torch.autograd.grad(total, inputs, materialize_grads=True, allow_unused=True)]

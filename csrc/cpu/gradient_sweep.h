@@ -65,7 +65,7 @@ class GradientSweep {
         threads_(threads),
         fill_(fill),
         dim_(problem.dim),
-        packed_(problem, log_weights, threads),
+        packed_(problem, log_weights, threads, Products::kYes),
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
         tiles_(num_row_tiles(problem)),

@@ -56,7 +56,7 @@ bool overlap_lse_forward(const Problem<T>& batched, T* rows, const SideGradients
     return false;
   }
   threads = useful_threads(problem, threads);
-  const PackedColumns<T> columns(problem, LogWeights::kKept, threads);
+  const PackedColumns<T> columns(problem, LogWeights::kKept, threads, Products::kYes);
   const int64_t tiles = num_row_tiles(problem),
                 groups = choose_partition(problem, columns, tiles, true, true).column_groups;
   RowSums<T> sums(problem, groups);

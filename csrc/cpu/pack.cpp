@@ -12,6 +12,9 @@ namespace {
 
 constexpr int64_t kMinSphericalDim = 9;      // below, the logarithm of each pair costs more than its dimensions save
 constexpr int64_t kMaxSharedDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
+constexpr int64_t kMinProductDim = 16;       // below, sums of squares are as fast
+constexpr int64_t kCenterSample = 16;        // columns of a stripe that its center is the mean of: any will do
+constexpr int64_t kLane = 16;                // numbers that an array is a multiple of
 constexpr int64_t kScaleSample = 4096;       // components, of an item, that its scale exponent is taken from
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
@@ -24,6 +27,11 @@ template <class T>
 int64_t stripe_stride(int64_t columns, int64_t width, int64_t lanes) {
   if (columns < width) return ceil_div(columns, lanes) * lanes;
   return width + kCacheLine / int64_t(sizeof(T));
+}
+
+// Of a stripe, what products take: its center, means relative to it, and their norms.
+int64_t centered_size(int64_t dim, int64_t stride) {
+  return ceil_div(dim, kLane) * kLane + (dim + 1) * stride;
 }
 
 // log2 of a product of many numbers > 0, with few logarithms.
@@ -90,7 +98,7 @@ RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
 }
 
 template <class T>
-PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads)
+PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products)
     : form_(form_of(problem)),
       width_(stripe_width(problem.q.n)),
       stride_(stripe_stride<T>(problem.q.n, width_, tile_kernels<T>().lanes)),
@@ -100,10 +108,14 @@ PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weight
                       : form_ == Form::kSphericalTiedRows ? 1
                                                           : 0),
       precisions_(precision_dims_ ? problem.q.batch * stripes_ * (precision_dims_ + 1) * stride_ : 0),
+      products_(products == Products::kYes && problem.dim >= kMinProductDim &&
+                (form_ == Form::kSpherical || form_ == Form::kSphericalTiedRows)),
+      centered_(products_ ? problem.q.batch * stripes_ * centered_size(problem.dim, stride_) : 0),
       all_(problem.q.batch * stripes_) {
   parallel_for(all_.size(), threads, [&](int64_t task) {
     pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_);
     if (precision_dims_) pack_precisions(problem, task / stripes_, task % stripes_);
+    if (products_) pack_centered(problem.dim, task / stripes_, task % stripes_);
   });
 }
 
@@ -142,8 +154,15 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
     range.finite = false;
   }
   const int64_t padded = ceil_div(count, kernels.lanes) * kernels.lanes;
-  all_[item * stripes_ + s] = {means,   variances, packed_weights, count,   padded,
-                               stride_, range,     form_,          nullptr, nullptr};
+  Stripe<T>& stripe = all_[item * stripes_ + s] = {};
+  stripe.means = means;
+  stripe.variances = variances;
+  stripe.log_weights = packed_weights;
+  stripe.count = count;
+  stripe.padded = padded;
+  stripe.stride = stride_;
+  stripe.range = range;
+  stripe.form = form_;
 }
 
 template <class T>
@@ -158,8 +177,34 @@ void PackedColumns<T>::pack_precisions(const Problem<T>& problem, int64_t item, 
 }
 
 template <class T>
+void PackedColumns<T>::pack_centered(int64_t dim, int64_t item, int64_t s) {
+  Stripe<T>& columns = all_[item * stripes_ + s];
+  if (!columns.range.finite) return;   // takes the exact form
+  T* const center = centered_.get() + (item * stripes_ + s) * centered_size(dim, stride_);
+  T* const centered = center + ceil_div(dim, kLane) * kLane;
+  T* const norms = centered + dim * stride_;
+  const int64_t step = ceil_div(columns.count, kCenterSample);
+  std::fill_n(norms, stride_, T(0));
+  for (int64_t d = 0; d < dim; ++d) {
+    const T* const means = columns.means + d * stride_;
+    T sum = 0;
+    for (int64_t j = 0; j < columns.count; j += step) sum += means[j];
+    center[d] = sum / T(ceil_div(columns.count, step));
+    for (int64_t j = 0; j < stride_; ++j) {
+      const T mean = j < columns.count ? means[j] - center[d] : T(0);
+      centered[d * stride_ + j] = mean;
+      norms[j] += mean * mean;
+    }
+  }
+  columns.center = center;
+  columns.centered = centered;
+  columns.norms = norms;
+}
+
+template <class T>
 ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
-  const int64_t step = ceil_div(side.n, kScaleSample);
+  const int64_t step = side.same_components ? std::max(side.n, int64_t(1)) : ceil_div(side.n, kScaleSample);
+  const int64_t factors = side.same_dims ? std::min(dim, int64_t(1)) : dim;
   for (int64_t item = 0; item < side.batch; ++item) {
     LogProduct all;
     int64_t used = 0;
@@ -167,15 +212,16 @@ ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(si
       const T* const variances = side.variances + (item * side.n + k) * dim;
       LogProduct product;
       bool normal = true;   // all positive and finite
-      for (int64_t d = 0; d < dim; ++d) {
-        normal &= variances[d] > 0 && variances[d] <= std::numeric_limits<T>::max();
-        product.multiply(double(variances[d]));
+      for (int64_t d = 0; d < factors && normal; ++d) {
+        normal = variances[d] > 0 && variances[d] <= std::numeric_limits<T>::max();
+        if (normal) product.multiply(double(variances[d]));
       }
       if (!normal) continue;
       all.multiply(product);
       ++used;
     }
-    const double log2_size = double(dim) + all.log2() / double(std::max(used, int64_t(1)));
+    const double repeated = double(dim) / double(std::max(factors, int64_t(1)));
+    const double log2_size = double(dim) + repeated * all.log2() / double(std::max(used, int64_t(1)));
     exponents_.get()[item] = used ? 2 * std::llround(log2_size / 2) : 0;
   }
   side.scale_exponents = exponents_.get();

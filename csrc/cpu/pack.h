@@ -26,13 +26,15 @@ template <class T>
 RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile);
 
 enum class LogWeights { kKept, kZero };
+enum class Products { kNo, kYes };
 
 // All items of q as stripes. A component of weight zero (log weight -inf) is neutral, whatever its parameters;
 // one with a negative variance or a log weight of +inf is NaN.
 template <class T>
 class PackedColumns {
  public:
-  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads);
+  // Products: whether equal pairs may differ by rounding, which then depends on the components beside them.
+  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products = Products::kNo);
 
   int64_t width() const { return width_; }   // columns of a stripe, but for the last of an item
   int64_t stride() const { return stride_; }
@@ -42,12 +44,15 @@ class PackedColumns {
  private:
   void pack(const Mixture<T>& q, int64_t dim, LogWeights log_weights, int64_t item, int64_t s);
   void pack_precisions(const Problem<T>& problem, int64_t item, int64_t s);
+  void pack_centered(int64_t dim, int64_t item, int64_t s);
 
   const Form form_;
   int64_t width_, stride_, stripes_;
   AlignedArray<T> memory_;
   const int64_t precision_dims_;   // of tied rows, else 0
   AlignedArray<T> precisions_;
+  const bool products_;
+  AlignedArray<T> centered_;
   std::vector<Stripe<T>> all_;
 };
 

@@ -138,7 +138,7 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
     return false;
   }
   threads = useful_threads(problem, threads);
-  const PackedColumns<T> columns(problem, LogWeights::kKept, threads);
+  const PackedColumns<T> columns(problem, LogWeights::kKept, threads, Products::kYes);
   const int64_t tiles = num_row_tiles(problem),
                 groups = choose_partition(problem, columns, tiles, true, true).column_groups;
   SelfSums<T> sums(dim, p, groups);

@@ -2,10 +2,11 @@
 //   kSpherical: one c for all dimensions, so that log|c| = D log c; a reciprocal and a logarithm for a pair.
 //   kTiedRows, kTiedColumns: 1 / c and log|c| were found beforehand, for every column or for every row.
 //   kSphericalTiedRows: both.
-// Distances are sums of delta^2, nowhere |x|^2 - 2 xy + |y|^2: nothing cancels, however far the means are.
+// Distances of spherical components come from products.h where they may, else they are sums of delta^2.
 #pragma once
 
 #include "pair.h"
+#include "products.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
 
@@ -97,10 +98,8 @@ struct SharedVariance {
 };
 
 template <Form kForm, int kRows, int kVectors, class T>
-CSDIV_INLINE void shared_logits_block(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
-                                      T* tile) {
-  Vec<T> quadratic[kRows][kVectors];
-  quadratic_forms<kForm>(rows, row, columns, column, quadratic);
+CSDIV_INLINE void store_logits(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                               const Vec<T> (&quadratic)[kRows][kVectors], T* tile) {
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t j = column + v * kLanes<T>;
@@ -121,16 +120,46 @@ CSDIV_INLINE void shared_logits_block(const RowTile<T>& rows, int64_t row, const
   }
 }
 
+// From what `products` left in the tile.
+template <Form kForm, int kRows, class T>
+void logits_of_products(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t first_column,
+                        const T* norms, T* tile) {
+  for (int64_t column = first_column; column < columns.padded; column += kLanes<T>) {
+    Vec<T> squares[kRows][1];
+    if (!squares_of_products(rows, row, columns, column, tile, norms, squares))
+      quadratic_forms<kForm>(rows, row, columns, column, squares);
+    store_logits<kForm>(rows, row, columns, column, squares, tile);
+  }
+}
+
 template <Form kForm, int kVectors, class T>
 void shared_logits_columns(const RowTile<T>& rows, const Stripe<T>& columns, int64_t column, T* tile) {
   int64_t row = 0;
-  for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
-    shared_logits_block<kForm, kRegisterRows, kVectors>(rows, row, columns, column, tile);
-  for (; row < rows.count; ++row) shared_logits_block<kForm, 1, kVectors>(rows, row, columns, column, tile);
+  for (; row + kRegisterRows <= rows.count; row += kRegisterRows) {
+    Vec<T> quadratic[kRegisterRows][kVectors];
+    quadratic_forms<kForm>(rows, row, columns, column, quadratic);
+    store_logits<kForm>(rows, row, columns, column, quadratic, tile);
+  }
+  for (; row < rows.count; ++row) {
+    Vec<T> quadratic[1][kVectors];
+    quadratic_forms<kForm>(rows, row, columns, column, quadratic);
+    store_logits<kForm>(rows, row, columns, column, quadratic, tile);
+  }
 }
 
 template <Form kForm, class T>
 void shared_logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
+  if constexpr (is_spherical(kForm)) {
+    if (columns.centered) {
+      T norms[kTileRows];
+      products(rows, columns, first_column, tile, norms);
+      int64_t row = 0;
+      for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
+        logits_of_products<kForm, kRegisterRows>(rows, row, columns, first_column, norms, tile);
+      for (; row < rows.count; ++row) logits_of_products<kForm, 1>(rows, row, columns, first_column, norms, tile);
+      return;
+    }
+  }
   constexpr int64_t kStep = kRegisterVectors * kLanes<T>;
   int64_t column = first_column;
   for (; column + kStep <= columns.padded; column += kStep)
@@ -141,12 +170,14 @@ void shared_logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t fir
 // Spherical: v = w / c in place of the weights; and the sums for the variances, w (sum_d delta^2 / c^2 - D / c), which
 // take the place of dimension 0.
 template <bool kRowGrads, bool kColumnGrads, int kRows, class T>
-void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, T* weights,
-                         const TileGradients<T>& grads) {
+void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, const T* products,
+                         const T* norms, T* weights, const TileGradients<T>& grads) {
   Vec<T> row_sums[kRows] = {};
   for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
-    Vec<T> quadratic[kRows][1], column_sum{};
-    if (grads.variances_wanted) quadratic_forms<Form::kSpherical>(rows, row, columns, j, quadratic);
+    Vec<T> quadratic[kRows][1] = {}, column_sum{};
+    if (grads.variances_wanted &&
+        !(columns.centered && squares_of_products(rows, row, columns, j, products, norms, quadratic)))
+      quadratic_forms<Form::kSpherical>(rows, row, columns, j, quadratic);
     for (int r = 0; r < kRows; ++r) {
       T* const at = weights + (row + r) * columns.stride + j;
       const SharedVariance<T> shared(rows.variances[(row + r) * rows.dim], load(columns.variances + j));
@@ -183,15 +214,19 @@ void spherical_means(const RowTile<T>& rows, int64_t row, int64_t d, const Strip
     }
     if constexpr (kColumnGrads) store(grad_means + j, column_sum);
   }
-  if constexpr (kRowGrads)
-    for (int r = 0; r < kRows; ++r) grads.row_means[(row + r) * rows.dim + d] += sum<T>(row_sums[r]);
+  if constexpr (kRowGrads) {
+    const Vec<T> total = sums<T>(row_sums);
+    for (int r = 0; r < kRows; ++r) grads.row_means[(row + r) * rows.dim + d] += total[r];
+  }
 }
 
 template <bool kRowGrads, bool kColumnGrads, class T>
 void spherical_gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
                          const TileGradients<T>& grads) {
+  T tile[kTileRows * kMaxStride], norms[kTileRows];
+  if (columns.centered && grads.variances_wanted) products(rows, columns, 0, tile, norms);
   for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
-    spherical_variances<kRowGrads, kColumnGrads, count>(rows, row, columns, weights, grads);
+    spherical_variances<kRowGrads, kColumnGrads, count>(rows, row, columns, tile, norms, weights, grads);
   });
   for (int64_t d = 0; d < rows.dim; ++d) {
     for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {

@@ -140,6 +140,24 @@ CSDIV_INLINE void transpose_block(Vec<T> (&block)[kLanes<T>]) {
   if constexpr (kDistance > 1) transpose_block<T, kDistance / 2>(block);
 }
 
+// sum(values[k]) in lane k, for which fewer lanes change places than one by one.
+template <class T, int kCount, int kDistance = 1>
+CSDIV_INLINE Vec<T> sums(const Vec<T> (&values)[kCount]) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes<T>>();
+  if constexpr (kCount > 1) {
+    Vec<T> pairs[kCount / 2];
+    for (int k = 0; k < kCount; k += 2)
+      pairs[k / 2] = interleaved<kDistance, false>(values[k], values[k + 1], kAll) +
+                     interleaved<kDistance, true>(values[k], values[k + 1], kAll);
+    return sums<T, kCount / 2, 2 * kDistance>(pairs);
+  } else if constexpr (kDistance < kLanes<T>) {
+    const Vec<T> total[1] = {values[0] + swapped<kDistance>(values[0], kAll)};
+    return sums<T, 1, 2 * kDistance>(total);
+  } else {
+    return values[0];
+  }
+}
+
 // The second where either is NaN, as the hardware has it.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
@@ -180,6 +198,20 @@ inline Vec<float> fast_reciprocal<float>(Vec<float> c) {
   return r + r * (1.0f - c * r);   // one Newton step
 }
 #endif
+
+// While it lives, results that would be subnormal are 0: on Intel's CPUs each of them costs as much as a hundred
+// others.
+class [[maybe_unused]] FlushSubnormals {
+#if defined(__SSE2__)
+ public:
+  FlushSubnormals() : state_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(state_ | 0x8000); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(state_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+
+ private:
+  const unsigned state_;
+#endif
+};
 
 // A positive normal x = mantissa * 2^(exponent - bias + 1), mantissa in [0.5, 1).
 template <class T>

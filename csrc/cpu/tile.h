@@ -8,8 +8,9 @@
 
 namespace csdiv::cpu {
 
-constexpr int64_t kTileRows = 16;           // rows whose logits or weights stay in cache together
-constexpr int64_t kStripeColumns = 256;     // of a stripe at most; also bounds the terms of one accumulator
+constexpr int64_t kTileRows = 16;                     // rows whose logits or weights stay in cache together
+constexpr int64_t kStripeColumns = 256;               // of a stripe at most; also bounds the terms of one accumulator
+constexpr int64_t kMaxStride = kStripeColumns + 16;   // numbers from one dimension of a stripe to the next
 constexpr int64_t kMaxDim = 1 << 22;        // the sum of D exponents must fit the 32-bit lanes of the float kernels
 constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it starts from
 
@@ -58,6 +59,10 @@ struct Stripe {
   Form form;
   const T* precisions;   // (dim, stride) 1 / c, of tied rows; if spherical (stride); right where the tile is certified
   const T* log_scales;   // (stride) log_weights - (log|c| - E ln 2) / 2, of tied rows
+  // Where distances may be taken from products, of the spherical forms; else null. See products.h.
+  const T* center;     // (dim)
+  const T* centered;   // (dim, stride) means - center
+  const T* norms;      // (stride) |means - center|^2
 };
 
 // sum of exp(logit) = exp(max) * sum where max is finite, and sum itself otherwise: 0, infinite or NaN.

@@ -168,6 +168,7 @@ CSDIV_INLINE uint32_t weigh_rows(const RowTile<T>& rows, const Stripe<T>& column
 template <class T>
 uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile, T* column_sums,
                  double* row_sums) {
+  const FlushSubnormals flush;
   return weigh_rows(rows, columns, tile, column_sums, row_sums, [&](int64_t row, Vec<T> logits) {
     return row_weight<T>(logits, scale.log_normalizers[row], scale.grads[row]);
   });
@@ -176,6 +177,7 @@ uint32_t weights(const RowTile<T>& rows, const Stripe<T>& columns, const RowScal
 template <class T>
 uint32_t scale(const RowTile<T>& rows, const Stripe<T>& columns, const T* factors, T* tile, T* column_sums,
                double* row_sums) {
+  const FlushSubnormals flush;
   return weigh_rows(rows, columns, tile, column_sums, row_sums,
                     [&](int64_t row, Vec<T> terms) { return factors[row] == 0 ? Vec<T>{} : factors[row] * terms; });
 }
@@ -229,9 +231,10 @@ void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe
     }
   }
   if constexpr (kRowGrads) {
+    const Vec<T> mean = sums<T>(row_grad_mean), variance = sums<T>(row_grad_variance);
     for (int r = 0; r < kRows; ++r) {
-      grads.row_means[(row + r) * dim + d] += sum<T>(row_grad_mean[r]);
-      grads.row_variances[(row + r) * dim + d] += sum<T>(row_grad_variance[r]);
+      grads.row_means[(row + r) * dim + d] += mean[r];
+      grads.row_variances[(row + r) * dim + d] += variance[r];
     }
   }
 }

@@ -1,0 +1,92 @@
+// |x - y|^2 = |x - m|^2 + |y - m|^2 - 2 (x - m)(y - m): one instruction for an element, where delta^2 takes two.
+// m is a center of the stripe's columns. It errs by about eps (|x - m|^2 + |y - m|^2) / 2c in the exponent, where the
+// budget is at least 4 eps max(1, |x - y|^2 / 2c): pairs in which norms are larger than kProductFits times their
+// max(2c, |x - y|^2) do not take it, nor those beside them in a register tile.
+#pragma once
+
+#include "pair.h"
+
+namespace csdiv::cpu::CSDIV_ISA {
+
+constexpr int kProductVectors = 4;   // of columns in a register tile
+constexpr int kProductFits = 4;
+
+// Adds (x - m)(y - m) over dimensions [begin, end) of kRows rows of `centered` (kBlockedDims apart) to the tile.
+template <int kRows, int kVectors, class T>
+CSDIV_INLINE void add_products(const T* centered, int64_t begin, int64_t end, const Stripe<T>& columns, int64_t column,
+                               T* tile) {
+  Vec<T> sums[kRows][kVectors] = {};
+  for (int64_t d = begin; d < end; ++d) {
+    Vec<T> means[kVectors];
+    for (int v = 0; v < kVectors; ++v) means[v] = load(columns.centered + d * columns.stride + column + v * kLanes<T>);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> mean = broadcast<T>(centered[r * kBlockedDims + d - begin]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += mean * means[v];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      T* const at = tile + r * columns.stride + column + v * kLanes<T>;
+      store(at, begin ? load(at) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+template <int kRows, class T>
+void add_product_rows(const T* centered, int64_t begin, int64_t end, const Stripe<T>& columns, int64_t first_column,
+                      T* tile) {
+  int64_t column = first_column;
+  for (; column + kProductVectors * kLanes<T> <= columns.padded; column += kProductVectors * kLanes<T>)
+    add_products<kRows, kProductVectors>(centered, begin, end, columns, column, tile);
+  for (; column < columns.padded; column += kLanes<T>)
+    add_products<kRows, 1>(centered, begin, end, columns, column, tile);
+}
+
+// tile[r, j] = (x - m)(y - m) for j >= first_column, norms[r] = |x - m|^2.
+template <class T>
+void products(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile, T* norms) {
+  T centered[kTileRows * kBlockedDims];
+  for (int64_t r = 0; r < rows.count; ++r) norms[r] = 0;
+  for (int64_t begin = 0; begin < rows.dim; begin += kBlockedDims) {
+    const int64_t count = rows.dim - begin < kBlockedDims ? rows.dim - begin : kBlockedDims;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const T* const means = rows.means + r * rows.dim + begin;
+      T* const to = centered + r * kBlockedDims;
+      Vec<T> norm{};
+      int64_t d = 0;
+      for (; d + kLanes<T> <= count; d += kLanes<T>) {
+        const Vec<T> mean = load(means + d) - load(columns.center + begin + d);
+        store(to + d, mean);
+        norm += mean * mean;
+      }
+      norms[r] += sum<T>(norm);
+      for (; d < count; ++d) {
+        to[d] = means[d] - columns.center[begin + d];
+        norms[r] += to[d] * to[d];
+      }
+    }
+    int64_t row = 0;
+    for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
+      add_product_rows<kRegisterRows>(centered + row * kBlockedDims, begin, begin + count, columns, first_column,
+                                      tile + row * columns.stride);
+    for (; row < rows.count; ++row)
+      add_product_rows<1>(centered + row * kBlockedDims, begin, begin + count, columns, first_column,
+                          tile + row * columns.stride);
+  }
+}
+
+// |x - y|^2 of kRows rows and a vector of columns, from what `products` left; false: not exact enough.
+template <int kRows, class T>
+CSDIV_INLINE bool squares_of_products(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                                      const T* tile, const T* norms, Vec<T> (&squares)[kRows][1]) {
+  IntVec<T> wrong{};
+  for (int r = 0; r < kRows; ++r) {
+    const Vec<T> sum_of_norms = norms[row + r] + load(columns.norms + column);
+    const Vec<T> c = rows.variances[(row + r) * rows.dim] + load(columns.variances + column);
+    squares[r][0] = sum_of_norms - 2 * load(tile + (row + r) * columns.stride + column);
+    wrong |= sum_of_norms > kProductFits * maximum<T>(2 * c, squares[r][0]);
+  }
+  return !any<T>(wrong);
+}
+
+}   // namespace csdiv::cpu::CSDIV_ISA
