@@ -481,8 +481,9 @@ SPHERICAL_LIMITS = {"matrix logits": 1.3, "spherical logits": 3.3, "spherical gr
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_spherical_kernels_compile_without_local_memory(capability: int) -> None:
     """Of each form the kernels, one variant each: all of them would take minutes for an architecture."""
-    variants = r"row_sums_kernel<F>|gradient_sweep_kernel<F, DIMENSIONS, no factors, no given>|(assign|pairwise\w+)<F>"
-    rows = compiled(capability, "float", "[1:]", only=variants.replace("F", r"float, (spherical|matrix)"))
+    form, plain = "float, (spherical|matrix)", "(row_sums|assign|pairwise_forward)"
+    only = rf"{plain}_kernel<{form}>|gradient_sweep_kernel<{form}, DIMENSIONS, no factors, no given>"
+    rows = compiled(capability, "float", "[1:]", only=only)
     names = sorted({row["kernel"].removeprefix("triton ") for row in rows})
     assert [name.split(",")[0] + name.split(",")[1][:10].rstrip(">") for name in names] == [
         "assign_kernel<float spherical", "gradient_sweep_kernel<float matrix", "gradient_sweep_kernel<float spherical",

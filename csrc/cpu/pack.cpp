@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kMinSphericalDim = 9;      // below, the logarithm of each pair costs more than its dimensions save
 constexpr int64_t kMaxSharedDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
 constexpr int64_t kMinProductDim = 16;       // below, sums of squares are as fast
+constexpr int64_t kMinProductBytes = 64;     // of a vector: shorter ones have ports of their own for differences
 constexpr int64_t kCenterSample = 16;        // columns of a stripe that its center is the mean of: any will do
 constexpr int64_t kLane = 16;                // numbers that an array is a multiple of
 constexpr int64_t kScaleSample = 4096;       // components, of an item, that its scale exponent is taken from
@@ -109,6 +110,7 @@ PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weight
                                                           : 0),
       precisions_(precision_dims_ ? problem.q.batch * stripes_ * (precision_dims_ + 1) * stride_ : 0),
       products_(products == Products::kYes && problem.dim >= kMinProductDim &&
+                tile_kernels<T>().lanes * int64_t(sizeof(T)) >= kMinProductBytes &&
                 (form_ == Form::kSpherical || form_ == Form::kSphericalTiedRows)),
       centered_(products_ ? problem.q.batch * stripes_ * centered_size(problem.dim, stride_) : 0),
       all_(problem.q.batch * stripes_) {
