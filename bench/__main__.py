@@ -1,7 +1,7 @@
-"""``python -m bench``: csdiv beside its peers, on the CPU (cpu, scaling) and on a GPU (gpu), beside float64 (accuracy),
-inside an autoencoder (epochs, swap-in); which tiles suit the Triton kernels on a GPU (tune); what the kernels for GPUs
-are made of (static), which needs none. Results are JSON files: ``compare`` sets two side by side, ``report`` writes
-docs/benchmarks.md from those that are committed.
+"""``python -m bench``: csdiv beside its peers, on the CPU (cpu, scaling) and on a GPU (gpu), beside what the CPU could
+do (limits), beside float64 (accuracy), inside an autoencoder (epochs, swap-in); which tiles suit the Triton kernels on
+a GPU (tune); what the kernels for GPUs are made of (static), which needs none. Results are JSON files: ``compare`` sets
+two side by side, ``report`` writes docs/benchmarks.md from those that are committed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .measure import run_case
 from .peers import installed, providers
 from .timing import machine
 
-SUITES = ("cpu", "gpu", "tune", "static", "scaling", "accuracy", "epochs", "swap-in", "compare", "report")
+SUITES = ("cpu", "limits", "gpu", "tune", "static", "scaling", "accuracy", "epochs", "swap-in", "compare", "report")
 
 
 def write(path: Path | None, info: dict[str, str], records: list[dict[str, object]], **more: object) -> None:
@@ -86,6 +86,14 @@ def main(arguments: list[str] | None = None) -> None:
         records, entry = tune.run(options.rounds)
         print(tune.markdown(records), entry, sep="\n\n")
         more = {"entry": entry}
+    elif options.suite == "limits":
+        cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]
+        records = limits.run_bounds(cases, options.rounds)
+        more = {
+            "instruction_sets": limits.run_instruction_sets(cases[: limits.PLAIN_CASES], options.rounds),
+            "divergences": limits.run_divergences(options.rounds),
+        }
+        print(limits.tables(records, **more))
     elif options.suite == "epochs":
         from . import epochs  # needs the extra "train"
 
@@ -109,14 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         for case in cases:
             records += run_case(case, providers(case), options.rounds)
             write(options.output, info, records)  # of a run that is stopped there is that much
-        found_tables = {
-            "bounds": limits.run_bounds(cases, options.rounds),
-            "instruction_sets": limits.run_instruction_sets(cases, options.rounds),
-            "divergences": limits.run_divergences(options.rounds),
-        }
-        more = dict(found_tables)
         print(measure.markdown(records))
-        print(limits.tables(**found_tables))
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     write(options.output, info, records, **more)
 

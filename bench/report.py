@@ -128,7 +128,7 @@ def draw_both_directions(left: Axes, right: Axes, records: list[Record]) -> None
 
 FIGURES: dict[str, tuple[float, Any]] = {
     "Speed": (4.6, lambda axes: draw_both_directions(*axes, results("cpu")["records"])),
-    "Limits": (4.6, lambda axes: draw_limits(*axes, results("cpu")["bounds"], results("static")["records"])),
+    "Limits": (4.6, lambda axes: draw_limits(*axes, results("limits")["records"], results("static")["records"])),
     "Scaling": (4.0, lambda axes: draw_scaling(*axes, results("scaling")["records"])),
     "Accuracy": (3.6, lambda axes: draw_accuracy(*axes, results("accuracy")["records"])),
 }
@@ -155,7 +155,7 @@ def swapped_in() -> list[str]:
 
 def page() -> str:
     """docs/benchmarks.md."""
-    cpu, scaling = results("cpu"), results("scaling")
+    cpu, scaling, limit = results("cpu"), results("scaling"), results("limits")
     reasons = {case.name: case.reason for case in CPU_CASES}
     lines = [
         "# Benchmarks",
@@ -179,13 +179,14 @@ def page() -> str:
         "",
         "## How near the limit",
         "",
-        f"The bound counts {', '.join(map(str, limits.OPERATIONS.values()))} multiplications of an element, forward",
-        "and with gradients, of a self term of half the elements, at the rate of a matrix product on the same threads,",
-        "and nothing for loads, exponentials, logarithms and calls.",
+        "The bound counts the vector instructions of the inner loops, exponentials and logarithms included, of a self",
+        "term half of the elements: multiplications (fused too), and other arithmetic where the units that multiply",
+        "do that as well, as Intel's 512-bit units. The rate is that of a matrix product on the same threads. Loads,",
+        f"packing and calls count nothing. float32, {machine_line(limit)}.",
         "",
         picture("Limits"),
         "",
-        limits.tables(cpu["bounds"], cpu["instruction_sets"], cpu["divergences"]),
+        limits.tables(limit["records"], limit["instruction_sets"], limit["divergences"]),
         "",
         "## Over the number of components",
         "",
