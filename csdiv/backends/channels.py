@@ -64,8 +64,8 @@ def backward(
         for start, length in _tiles(pairwise, sides, b):
             tile = _tile(pairwise, sides, start, length)
             logits = pairwise.forward(*tile)
-            own = (t.narrow(-2, start, length) for t in (rows, grad_rows))
-            grad_logits, grad_b = log_product_gradients(logits, b, *own, of_sides, needs[5], scratch)
+            own_rows, own_grad = (t.narrow(-2, start, length) for t in (rows, grad_rows))
+            grad_logits, grad_b = log_product_gradients(logits, b, own_rows, own_grad, of_sides, needs[5], scratch)
             if sums[5] is not None:
                 sums[5] += grad_b.sum_to_size(b.shape)
             if of_sides:
