@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from csdiv import functional, reference
+from csdiv import pairs, reference
 from csdiv.checks import as_bandwidth, as_float_tensor
-from csdiv.functional import MixtureLike, cs_divergence, log_overlap
+from csdiv.functional import cs_divergence, log_overlap
 from csdiv.mixture import MATRICES, GaussianMixture
+from csdiv.pairs import MixtureLike
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
@@ -57,7 +58,7 @@ def ise(p: MixtureLike, q: MixtureLike, *, log: bool = False, backend: str = "au
     Source: Williams, Maybeck, "Cost-function-based Gaussian mixture reduction for target tracking", FUSION 2003; Hoang,
     Vo, Vo, Mahler, "The Cauchy–Schwarz divergence for Poisson point processes", IEEE Trans. Inf. Theory 61, 2015.
     """
-    p, q = functional.as_pair(p, q)
+    p, q = pairs.as_pair(p, q)
     scale, pq, pp, qq = _scaled_overlaps(p, q, backend)
     return _unscaled(scale, (pp - pq) + (qq - pq), log).to(p.dtype)
 
@@ -71,7 +72,7 @@ def nise(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
 
     Gradients: to every parameter. Memory O((N + M) D). Raises: as :func:`cs_divergence`. Source: equation (14).
     """
-    p, q = functional.as_pair(p, q)
+    p, q = pairs.as_pair(p, q)
     _, pq, pp, qq = _scaled_overlaps(p, q, backend)
     return (((pp - pq) + (qq - pq)) / (pp + qq)).to(p.dtype)
 
@@ -99,12 +100,12 @@ def mmd2(
 
     Source: Gretton et al., "A kernel two-sample test", JMLR 13, 2012.
     """
-    p, q = functional.as_pair(p, q)
+    p, q = pairs.as_pair(p, q)
     bandwidth = as_bandwidth(bandwidth, p.means).to(p.dtype)
     if bandwidth.device != p.device:
         raise ValueError(f"one device expected, got p on {p.device} and bandwidth on {bandwidth.device}")
     for side, name in ((p, "p"), (q, "q")):
-        functional.check_batches(side.batch_shape, bandwidth.shape, name, "bandwidth")
+        pairs.check_batches(side.batch_shape, bandwidth.shape, name, "bandwidth")
     half_squared = 0.5 * torch.where(bandwidth > 0.0, bandwidth, math.nan).square()
     scale, pq, pp, qq = _scaled_overlaps(_convolved(p, half_squared), _convolved(q, half_squared), backend)
     log_factor = 0.5 * p.dim * (half_squared.double().log() + _LOG_4PI)
@@ -135,10 +136,10 @@ def channel_log_overlap(
 
     Raises: as :func:`cs_divergence`.
     """
-    p, q = functional.as_pair(p, q)
+    p, q = pairs.as_pair(p, q)
     (p, p_batch), (q, q_batch) = _with_channels(p, p_log_weights, "p"), _with_channels(q, q_log_weights, "q")
-    functional.check_batches(p_batch, q_batch, "p", "q")
-    p, q = functional.one_dtype(p, q)
+    pairs.check_batches(p_batch, q_batch, "p", "q")
+    p, q = pairs.one_dtype(p, q)
     if _num_channels(p) < _num_channels(q):
         return _overlap_of_channels(q, p, backend).mT
     return _overlap_of_channels(p, q, backend)
@@ -147,9 +148,9 @@ def channel_log_overlap(
 def _scaled_overlaps(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The larger log self overlap, and V(p, q), V(p, p) and V(q, q) divided by its exponential; float64."""
     overlaps = (
-        functional.cross_overlap(p, q, backend),
-        functional.self_overlap(p, backend),
-        functional.self_overlap(q, backend),
+        pairs.cross_overlap(p, q, backend),
+        pairs.self_overlap(p, backend),
+        pairs.self_overlap(q, backend),
     )
     pq, pp, qq = (value.double() for value in overlaps)
     scale = torch.maximum(pp, qq).detach()  # the result does not depend on it, and has no gradient through it
@@ -170,7 +171,7 @@ def _convolved(p: GaussianMixture, variance: Tensor) -> GaussianMixture:
     if p.variances is not None:
         variances = reference.nan_if_negative(p.variances) + variance[..., None, None]
         return GaussianMixture._unchecked(means=p.means, variances=variances, log_weights=p.log_weights)
-    covariance = functional.components(p).covariance
+    covariance = pairs.components(p).covariance
     assert covariance is not None
     eye = torch.eye(p.dim, dtype=covariance.dtype, device=covariance.device)
     covariance = covariance + variance[..., None, None, None] * eye
@@ -186,7 +187,7 @@ def _with_channels(p: GaussianMixture, log_weights: Tensor, name: str) -> tuple[
         )
     if log_weights.device != p.device:
         raise ValueError(f"one device expected, got {name} on {p.device} and weights on {log_weights.device}")
-    functional.check_batches(p.batch_shape, log_weights.shape[:-2], name, f"{name}_log_weights")
+    pairs.check_batches(p.batch_shape, log_weights.shape[:-2], name, f"{name}_log_weights")
     batch = torch.broadcast_shapes(p.batch_shape, log_weights.shape[:-2])
     full = {n: t for n in MATRICES if (t := getattr(p, n)) is not None}
     p = GaussianMixture._unchecked(means=p.means, variances=p.variances, log_weights=log_weights, **full)
@@ -200,12 +201,12 @@ def _num_channels(p: GaussianMixture) -> int:
 
 def _overlap_of_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V of p's channels with q's, (*batch, C, C'), C ≥ C'."""
-    if functional.takes_reference(backend, p, q):
-        return reference.channel_overlap(functional.components(p), functional.components(q))
+    if pairs.takes_reference(backend, p, q):
+        return reference.channel_overlap(pairs.components(p), pairs.components(q))
     if _takes_one_pass(p, q):
-        return functional.channel_overlap(p, q, backend).to(p.dtype)
+        return pairs.channel_overlap(p, q, backend).to(p.dtype)
     assert p.log_weights is not None
-    rows, offset = functional.overlap_rows(_by_channel(p), _by_channel(q), backend)
+    rows, offset = pairs.overlap_rows(_by_channel(p), _by_channel(q), backend)
     value = reference.channel_lse(p.log_weights.to(rows.dtype), rows)
     return (value if offset is None else value + offset.mT).to(p.dtype)
 

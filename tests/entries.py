@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, functional
+from csdiv import GaussianMixture, pairs
 
 Entry = Callable[..., Tensor]
 
@@ -33,8 +33,8 @@ def _channels_at_once(*t: Tensor, backend: str = "auto") -> Tensor:
     """Three channels of p, two of q, in the one pass that :func:`csdiv.channel_log_overlap` takes for larger ones."""
     a, b = torch.stack([t[2], 2.0 * t[2], -t[2]], -2), torch.stack([t[5], 0.5 * t[5]], -2)
     sides = [GaussianMixture._unchecked(means=m, variances=v, log_weights=w) for m, v, w in ((*t[:2], a), (*t[3:5], b))]
-    p, q = functional.one_dtype(*sides)
-    return functional.channel_overlap(p, q, backend).to(p.dtype)
+    p, q = pairs.one_dtype(*sides)
+    return pairs.channel_overlap(p, q, backend).to(p.dtype)
 
 
 ENTRIES: dict[str, tuple[int, Entry]] = {

@@ -327,10 +327,10 @@ def test_full_batch_of_single_components_does_not_copy_what_it_shares(structure:
     """The sums of (200, 1, 4, 4) and (300, 4, 4) covariances, or the means whitened by each, would take 4 to 7 MiB."""
     p = testing.random_mixture(1, 4, structure="full", batch_shape=(200,), dtype=torch.float64)
     q = testing.random_mixture(300, 4, structure=structure, dtype=torch.float64)
-    wide_p, wide_q = (csdiv.functional._matrices(side) for side in (p, q))
+    wide_p, wide_q = (csdiv.pairs.matrices(side) for side in (p, q))
     full = csdiv.backends.cpu._FullPair((*wide_p[:2], *wide_q)).pair  # type: ignore[attr-defined]
     assert full.q.variances.shape == (300, 4, 4)
-    assert csdiv.functional._whitened(p, q) is None
+    assert csdiv.pairs.whitened(p, q) is None
     found = csdiv.component_log_overlap(p, q, backend="cpu")
     torch.testing.assert_close(found, csdiv.component_log_overlap(p, q, backend="reference"))
 

@@ -17,8 +17,9 @@ LAYERS = {
     "distributed": {"functional", "mixture", "autograd", "ops", "reference"},
     "testing": {"functional", "mixture", "reference"},
     "nn": {"functional", "mixture"},
-    "reductions": {"functional", "mixture", "checks", "reference"},
-    "functional": {"mixture", "checks", "autograd", "ops", "backends", "reference"},
+    "reductions": {"functional", "pairs", "mixture", "checks", "reference"},
+    "functional": {"pairs", "mixture", "checks", "autograd", "ops", "backends", "reference"},
+    "pairs": {"mixture", "autograd", "backends", "reference"},
     "mixture": {"conversions", "checks"},
     "conversions": set(),
     "checks": set(),
@@ -28,7 +29,8 @@ LAYERS = {
     "reference": set(),
 }
 """What each module may import of csdiv, itself aside: models → nn → functional → mixture, autograd → ops → backends →
-{kernels, _C, reference}. ``functional`` checks names and calls the specification directly for full covariances."""
+{kernels, _C, reference}. ``pairs``, below functional, checks names and calls the specification directly for full
+covariances."""
 LAZY = {"mixture": {"functional"}}
 """What may be imported inside a function only."""
 OPTIONAL = {"conversions": {"sklearn"}}
