@@ -42,30 +42,41 @@ class Operations:
 
 LOGIT, LOGARITHM, EXPONENTIAL = Operations(1, 1), Operations(14, 6), Operations(11, 7)
 SPHERICAL_PAIR, SPHERICAL_GRADIENT_PAIR = Operations(28, 20), Operations(10, 8)
-WEIGHT = Operations(1, 4)
-DISTANCE = {"tied": Operations(2, 1), "spherical": Operations(1, 1)}
-GRADIENT = {"diagonal": Operations(7, 6), "tied": Operations(4, 5), "spherical": Operations(3, 2)}
+WEIGHT, PRODUCT_PAIR = Operations(1, 4), Operations(3, 6)
+DISTANCE = {"tied": Operations(2, 1), "spherical": Operations(1, 1), "products": Operations(1, 0)}
+GRADIENT = {"diagonal": Operations(7, 6), "tied": Operations(4, 5), "spherical": Operations(2, 1)}
 
 
-def operations_of_pair(case: Case, backward: bool) -> Operations:
+def operations_of_pair(case: Case, backward: bool, *, products: bool = False) -> Operations:
     """What one pair of components takes, forward, or with all gradients in the same pass.
 
     Points count as tied: both kinds have 1 / c beforehand. ``case.structure``: "diagonal", "spherical" or "tied".
+    ``products``: whether distances of spherical components are taken from products (csrc/cpu/products.h).
     """
     form = "tied" if case.entry == "log_prob" else case.structure
     found = LOGIT + EXPONENTIAL
     if form == "diagonal":
         groups = [4] * (case.d // 4) + [case.d % 4] * (case.d % 4 > 0)  # k dimensions share a reciprocal
-        found += LOGARITHM + Operations(sum(4 * k + 2 for k in groups), sum(2 * k + 3 for k in groups))
+        distance = LOGARITHM + Operations(sum(4 * k + 2 for k in groups), sum(2 * k + 3 for k in groups))
     else:
-        found += DISTANCE[form] * case.d
+        distance = DISTANCE["products" if products else form] * case.d + (
+            PRODUCT_PAIR if products else Operations(0, 0)
+        )
+    found += distance
     if form == "spherical":
         found += SPHERICAL_PAIR
     if backward:
         found += WEIGHT + GRADIENT[form] * case.d
         if form == "spherical":
-            found += SPHERICAL_GRADIENT_PAIR
+            found += distance + SPHERICAL_GRADIENT_PAIR  # found again, for the gradient of the variance
     return found
+
+
+def takes_products(case: Case) -> bool:
+    """As csrc/cpu/pack.cpp decides it."""
+    import csdiv._C as _C
+
+    return case.structure == "spherical" and case.d >= 16 and _C.cpu_isa() == "avx512"
 
 
 def shares_ports() -> bool:
@@ -108,7 +119,7 @@ def run_bounds(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
             rate = n**3 / product.median_ms / 1e6
             for direction, timing in zip(DIRECTIONS, timings, strict=True):
                 speed = computed(case) / timing.median_ms / 1e6
-                needed = operations_of_pair(case, direction != DIRECTIONS[0])
+                needed = operations_of_pair(case, direction != DIRECTIONS[0], products=takes_products(case))
                 operations = (needed.multiplications + shared * needed.others) / case.d
                 records.append(
                     {

@@ -311,23 +311,19 @@ _pairwise = _entry(
         at_once="none",
     )
 )
-_channel_overlap = _entry(
-    _OpPair(
-        lambda backend, needs, *t: (*ops.channel_overlap_forward(*t, False, backend), []),
-        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out[::2], needs, False, backend),
-        reference.channel_overlap,
-        (2, 2, 2, 2, 2, 2),
-        at_once="none",
+_channel_overlap, _full_channel_overlap = (
+    _entry(
+        _OpPair(
+            lambda backend, needs, *t, full=full: (*ops.channel_overlap_forward(*t, full, backend), []),
+            lambda backend, needs, grad, t, out, full=full: ops.channel_overlap_backward(
+                grad, t, out[::2], needs, full, backend
+            ),
+            reference.full_channel_overlap if full else reference.channel_overlap,
+            (2, 3, 2, 3, 2, 2) if full else (2, 2, 2, 2, 2, 2),
+            at_once="none",
+        )
     )
-)
-_full_channel_overlap = _entry(
-    _OpPair(
-        lambda backend, needs, *t: (*ops.channel_overlap_forward(*t, True, backend), []),
-        lambda backend, needs, grad, t, out: ops.channel_overlap_backward(grad, t, out[::2], needs, True, backend),
-        reference.full_channel_overlap,
-        (2, 3, 2, 3, 2, 2),
-        at_once="none",
-    )
+    for full in (False, True)
 )
 _full_overlap_lse = _entry(
     _OpPair(

@@ -11,7 +11,7 @@ import torch
 from test_static import with_kernels
 
 import csdiv
-from bench import accuracy, compare, gpu, gpu_check, measure, report, static, tune
+from bench import accuracy, compare, gpu, gpu_check, limits, measure, report, static, tune
 from bench.__main__ import main as bench_main
 from bench.cases import CPU_CASES, Case, make_inputs
 from bench.peers import (
@@ -161,6 +161,18 @@ def test_instructions_are_those_of_the_lanes_that_are_launched(kernels: list[sta
         found = gpu.instructions(kernels, dim)
         assert 6.5 < found["forward"] <= 7.25
         assert 9.0 < found["forward + backward"] - 2 * found["forward"] <= most
+
+
+def test_operations_of_a_pair_are_counted_as_the_kernels_have_them() -> None:
+    four = limits.operations_of_pair(Case(1, 1, 4, ""), backward=False)
+    assert (four.multiplications, four.others) == (18 + 14 + 1 + 11, 11 + 6 + 1 + 7)  # see add_group in pair.h
+    spherical = Case(1, 1, 64, "", structure="spherical")
+    sums, products = (limits.operations_of_pair(spherical, backward=False, products=way) for way in (False, True))
+    assert sums.multiplications + sums.others - products.multiplications - products.others == 64 - 9
+    for backward in (False, True):
+        assert limits.operations_of_pair(Case(1, 1, 8, "", "log_prob"), backward) == limits.operations_of_pair(
+            Case(1, 1, 8, "", structure="tied"), backward
+        )
 
 
 def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:

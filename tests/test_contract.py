@@ -75,6 +75,7 @@ SIZES = [
 LAYOUTS = ("contiguous", "strided", "transposed", "expanded", "misaligned")
 DIAGONAL = ("diagonal", "spherical", "tied diagonal", "tied spherical")
 FULL = ("full", "tied full")
+SPHERICAL = ("spherical", "tied spherical")
 BATCHES = [
     ((3,),) * 3 + ((),) * 3,
     ((),) * 3 + ((3,),) * 3,
@@ -130,6 +131,14 @@ CASES = list(
             Case(entry, torch.float64, layout="strided"),
             Case(entry, torch.bfloat16, layout="transposed"),
             *(Case(entry, structures=(s, t)) for s in row_structures(entry) if s in DIAGONAL for t in DIAGONAL),
+            *(
+                Case(entry, dtype, 5, 20, 17, structures=(s, t))  # where matrix products and their like take over
+                for s in row_structures(entry)
+                for t in SPHERICAL
+                if s in SPHERICAL or entry == "log_prob"
+                for dtype in (torch.float32, torch.float64)
+                if dtype == torch.float32 or entry == "log_overlap"
+            ),
             *(
                 Case(entry, dtype, 5, 11, 3, structures=pair)
                 for pair in full_pairs(entry)
