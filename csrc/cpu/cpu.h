@@ -18,6 +18,9 @@ struct SideGradients {
   bool wanted() const { return means || variances || log_weights; }
 };
 
+// Numbers multiplied and added on `threads` threads at once, float32, by `rounds` rounds of TileKernels::multiply_adds.
+int64_t multiply_adds(int64_t rounds, int threads);
+
 // What is left out of each problem's values; the uniform weights of a side count where it has no log weights.
 enum class Uniform { kNone, kOfQ, kOfBoth };
 template <class T>

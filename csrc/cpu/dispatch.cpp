@@ -3,6 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "cpu.h"
+#include "thread_pool.h"
 #include "tile_kernels.h"
 
 namespace csdiv::cpu {
@@ -67,6 +69,13 @@ const TileKernels<double>& tile_kernels() {
 
 const FullKernels& full_kernels() {
   return selected().load(std::memory_order_relaxed)->full;
+}
+
+int64_t multiply_adds(int64_t rounds, int threads) {
+  const auto& kernels = tile_kernels<float>();
+  parallel_for(threads, threads,
+               [&](int64_t) { [[maybe_unused]] volatile const float kept = kernels.multiply_adds(rounds); });
+  return threads * rounds * kMultiplyAdds * kernels.lanes;
 }
 
 std::vector<std::string> compiled_isas() {

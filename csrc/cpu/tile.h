@@ -14,6 +14,8 @@ constexpr int64_t kMaxStride = kStripeColumns + 16;   // numbers from one dimens
 constexpr int64_t kMaxDim = 1 << 22;        // the sum of D exponents must fit the 32-bit lanes of the float kernels
 constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it starts from
 
+constexpr int64_t kMultiplyAdds = 12;   // that do not wait for each other: two ports, six cycles at most
+
 // How the variances of a problem are shared, which decides what its pairs cost: shared_pair.h.
 enum class Form {
   kDiagonal,
@@ -117,6 +119,8 @@ struct TileKernels {
                             T* log_scales);
   void (*row_precisions)(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants);
   void (*lane_overlap)(const LaneProblem<T>& problem);
+  // `rounds` times kMultiplyAdds vectors of fused multiply-adds and nothing else: what the machine can do at most.
+  T (*multiply_adds)(int64_t rounds);
 };
 
 }   // namespace csdiv::cpu

@@ -281,9 +281,20 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uin
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,    certified<T>,         transpose<T>,      range<T>,
-                                     logits<T>,    partial_sum<T>,       weights<T>,        scale<T>,
-                                     gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>};
+T multiply_adds(int64_t rounds) {
+  Vec<T> sums[kMultiplyAdds];
+  for (int k = 0; k < kMultiplyAdds; ++k) sums[k] = broadcast<T>(T(k));
+  const Vec<T> factor = broadcast<T>(T(0.5)), term = broadcast<T>(T(0.25));
+  for (int64_t round = 0; round < rounds; ++round)
+    for (int k = 0; k < kMultiplyAdds; ++k) sums[k] = sums[k] * factor + term;
+  for (int k = 1; k < kMultiplyAdds; ++k) sums[0] += sums[k];
+  return sum<T>(sums[0]);
+}
+
+template <class T>
+constexpr TileKernels<T> kKernels = {
+    kLanes<T>, certified<T>, transpose<T>,         range<T>,          logits<T>,       partial_sum<T>,  weights<T>,
+    scale<T>,  gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>, multiply_adds<T>};
 
 }   // namespace
 
