@@ -44,7 +44,9 @@ void sum_rows(const Problem<double>& problem, Pairs pairs, double* rows, int thr
   const TileKernels<double>& kernels = tile_kernels<double>();
   const auto add = [&](int64_t row, int64_t group, int64_t first, int64_t columns, double* logits) {
     cut(row, first, columns, logits);
-    const PartialSum<double> sum = kernels.partial_sum(logits, ceil_div(columns, kernels.lanes) * kernels.lanes);
+    const int64_t padded = ceil_div(columns, kernels.lanes) * kernels.lanes;
+    PartialSum<double> sum;
+    kernels.partial_sums(logits, 1, padded, padded, &sum);
     sums.at(row, group).add(sum.max, sum.sum);
   };
   for_each_row(problem, pairs, groups, threads, add);

@@ -75,15 +75,15 @@ void products(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_co
   }
 }
 
-// |x - y|^2 of kRows rows and a vector of columns, from what `products` left; false: not exact enough.
+// |x - y|^2 of kRows rows and a vector of columns, from what `products` left in their tile; false: not exact enough.
 template <int kRows, class T>
-CSDIV_INLINE bool squares_of_products(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
-                                      const T* tile, const T* norms, Vec<T> (&squares)[kRows][1]) {
+CSDIV_INLINE bool squares_of_products(const T* variances, const T* norms, const Stripe<T>& columns, int64_t column,
+                                      const T* tile, Vec<T> (&squares)[kRows][1]) {
+  const Vec<T> column_norms = load(columns.norms + column), column_variances = load(columns.variances + column);
   IntVec<T> wrong{};
   for (int r = 0; r < kRows; ++r) {
-    const Vec<T> sum_of_norms = norms[row + r] + load(columns.norms + column);
-    const Vec<T> c = rows.variances[(row + r) * rows.dim] + load(columns.variances + column);
-    squares[r][0] = sum_of_norms - 2 * load(tile + (row + r) * columns.stride + column);
+    const Vec<T> sum_of_norms = norms[r] + column_norms, c = variances[r] + column_variances;
+    squares[r][0] = sum_of_norms - 2 * load(tile + r * columns.stride + column);
     wrong |= sum_of_norms > kProductFits * maximum<T>(2 * c, squares[r][0]);
   }
   return !any<T>(wrong);

@@ -17,10 +17,11 @@ class RowSums {
   // One tile more, whose first row is `first` among those of all problems. Each logit becomes exp(logit - maxima[r]).
   void add(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first, int64_t group, T* tile, double* maxima) {
     kernels_.logits(rows, columns, 0, tile);
+    PartialSum<T> sums[kTileRows];
+    kernels_.partial_sums(tile, rows.count, columns.stride, columns.padded, sums);
     for (int64_t r = 0; r < rows.count; ++r) {
-      const PartialSum<T> sum = kernels_.partial_sum(tile + r * columns.stride, columns.padded);
-      sums_.at(first + r, group).add(sum.max, sum.sum);
-      maxima[r] = sum.max;
+      sums_.at(first + r, group).add(sums[r].max, sums[r].sum);
+      maxima[r] = sums[r].max;
     }
   }
 

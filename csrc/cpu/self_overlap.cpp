@@ -51,15 +51,16 @@ class SelfSums {
   void add(const RowTile<T>& rows, const Stripe<T>& columns, int64_t b, int64_t first, int64_t group,
            const UpperLogits<T>& logits, T* tile, T* maxima) {
     LogSumExp& total = sums_.at(b * tiles_ + first / kTileRows, group);
+    PartialSum<T> sums[kTileRows];
+    tile_kernels<T>().partial_sums(tile + logits.first_column, rows.count, columns.stride,
+                                   columns.padded - logits.first_column, sums);
     for (int64_t r = 0; r < rows.count; ++r) {
       const double log_weight = p_.log_weight(b, first + r);
       maxima[r] = -std::numeric_limits<T>::infinity();
       if (log_weight == -INFINITY) continue;
       total.add_one(log_weight + logits.diagonal[r]);
-      const PartialSum<T> sum = tile_kernels<T>().partial_sum(tile + r * columns.stride + logits.first_column,
-                                                              columns.padded - logits.first_column);
-      total.add_scaled(sum.max, 2 * sum.sum, log_weight);
-      maxima[r] = sum.max;
+      total.add_scaled(sums[r].max, 2 * sums[r].sum, log_weight);
+      maxima[r] = sums[r].max;
     }
   }
 

@@ -53,20 +53,14 @@ CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Str
   }
 }
 
-// The leading half of the digits: products of two such numbers are exact.
-template <class T>
-inline Vec<T> leading_half(Vec<T> x) {
-  return (Vec<T>)((BitsVec<T>)x & ~((typename Float<T>::Unsigned(1) << (Float<T>::kMantissaBits + 1) / 2) - 1));
-}
-
 // c = s + t, which all dimensions have, and what rounding took from it: D log c magnifies that.
 template <class T>
 struct SharedVariance {
   Vec<T> c, error, reciprocal;
 
   SharedVariance(T s, Vec<T> t) : c(s + t) {
-    const Vec<T> rounded_t = c - s;
-    error = (s - (c - rounded_t)) + (t - rounded_t);
+    const Vec<T> larger = maximum<T>(broadcast<T>(s), t), smaller = minimum<T>(broadcast<T>(s), t);
+    error = smaller - (c - larger);
     reciprocal = fast_reciprocal<T>(c);
   }
 
@@ -76,38 +70,41 @@ struct SharedVariance {
     return quotient + (quadratic - quotient * c - quotient * error) * reciprocal;
   }
 
-  // dim log(c + error) - exponent log 2. Equation (8): the large parts cancel before anything is rounded. With f = m -
-  // 1 and m = (1 + s) / (1 - s), log m = 2 (s + s^3/3 + ...), where s = f / (m + 1) is kept in two parts.
-  Vec<T> log_determinant(int64_t dim, int64_t exponent) const {
+  // dim log(c + error) - exponent log 2. Equation (8): the large parts cancel before anything is rounded.
+  Vec<T> log_determinant(T dim, T exponent) const {
     using F = Float<T>;
-    const T twice_dim = T(2 * dim);
-    Vec<T> m = mantissa<T>(c);
-    const IntVec<T> low = m < broadcast<T>(T(0.70710678118654752440));
-    m = low ? m + m : m;
-    const Vec<T> n = __builtin_convertvector(biased_exponent<T>(c) + low, Vec<T>);
-    const Vec<T> e = n * T(dim) - T(exponent + dim * (F::kBias - 1));
-    const Vec<T> f = m - 1, m_high = leading_half<T>(m), r = fast_reciprocal<T>(m + 1);
-    const Vec<T> s_high = leading_half<T>(f * r);
-    const Vec<T> s_low = (f - s_high * (m_high + 1) - s_high * (m - m_high)) * r;
-    const Vec<T> s = s_high + s_low, z = s * s;
-    Vec<T> series = broadcast<T>(T(1) / (2 * F::kLogTerms + 1));
-    for (int k = F::kLogTerms - 1; k >= 1; --k) series = series * z + T(1) / (2 * k + 1);
-    const Vec<T> small = s_low + s * z * series + T(0.5) * error * reciprocal;
-    return (e * F::kLn2High + twice_dim * s_high) + (e * F::kLn2Low + twice_dim * small);
+    const SplitLog<T> log = split_log<T>(c, error * reciprocal);
+    const Vec<T> e = log.exponent * dim - exponent;
+    return (e * F::kLn2High + dim * log.high) + (e * F::kLn2Low + dim * log.low);
+  }
+};
+
+// What spherical rows have, where stores to a tile cannot reach it.
+template <int kRows, class T>
+struct SphericalRows {
+  T variances[kRows], exponents[kRows], dim;
+
+  SphericalRows(const RowTile<T>& rows, int64_t row) : dim(T(rows.dim)) {
+    for (int r = 0; r < kRows; ++r) {
+      variances[r] = rows.variances[(row + r) * rows.dim];
+      exponents[r] = T(rows.exponents[row + r]);
+    }
   }
 };
 
 template <Form kForm, int kRows, int kVectors, class T>
-CSDIV_INLINE void store_logits(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
-                               const Vec<T> (&quadratic)[kRows][kVectors], T* tile) {
+CSDIV_INLINE void store_logits(const RowTile<T>& rows, int64_t row, const SphericalRows<kRows, T>& spherical,
+                               const Stripe<T>& columns, int64_t column, const Vec<T> (&quadratic)[kRows][kVectors],
+                               T* tile) {
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t j = column + v * kLanes<T>;
       Vec<T> logits;
       if constexpr (kForm == Form::kSpherical) {
-        const SharedVariance<T> shared(rows.variances[(row + r) * rows.dim], load(columns.variances + j));
-        logits = load(columns.log_weights + j) -
-                 T(0.5) * (shared.divide(quadratic[r][v]) + shared.log_determinant(rows.dim, rows.exponents[row + r]));
+        const SharedVariance<T> shared(spherical.variances[r], load(columns.variances + j));
+        logits =
+            load(columns.log_weights + j) -
+            T(0.5) * (shared.divide(quadratic[r][v]) + shared.log_determinant(spherical.dim, spherical.exponents[r]));
       } else if constexpr (kForm == Form::kSphericalTiedRows) {
         logits = load(columns.log_scales + j) - T(0.5) * quadratic[r][v] * load(columns.precisions + j);
       } else if constexpr (kForm == Form::kTiedRows) {
@@ -122,29 +119,33 @@ CSDIV_INLINE void store_logits(const RowTile<T>& rows, int64_t row, const Stripe
 
 // From what `products` left in the tile.
 template <Form kForm, int kRows, class T>
-void logits_of_products(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t first_column,
-                        const T* norms, T* tile) {
+void logits_of_products(const RowTile<T>& rows, int64_t row, Stripe<T> columns, int64_t first_column, const T* norms,
+                        T* tile) {
+  const SphericalRows<kRows, T> spherical(rows, row);
+  T row_norms[kRows];
+  for (int r = 0; r < kRows; ++r) row_norms[r] = norms[row + r];
   for (int64_t column = first_column; column < columns.padded; column += kLanes<T>) {
     Vec<T> squares[kRows][1];
-    if (!squares_of_products(rows, row, columns, column, tile, norms, squares))
+    if (!squares_of_products(spherical.variances, row_norms, columns, column, tile + row * columns.stride, squares))
       quadratic_forms<kForm>(rows, row, columns, column, squares);
-    store_logits<kForm>(rows, row, columns, column, squares, tile);
+    store_logits<kForm>(rows, row, spherical, columns, column, squares, tile);
   }
+}
+
+template <Form kForm, int kRows, int kVectors, class T>
+CSDIV_INLINE void shared_logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                                     T* tile) {
+  Vec<T> quadratic[kRows][kVectors];
+  quadratic_forms<kForm>(rows, row, columns, column, quadratic);
+  store_logits<kForm>(rows, row, SphericalRows<kRows, T>(rows, row), columns, column, quadratic, tile);
 }
 
 template <Form kForm, int kVectors, class T>
 void shared_logits_columns(const RowTile<T>& rows, const Stripe<T>& columns, int64_t column, T* tile) {
   int64_t row = 0;
-  for (; row + kRegisterRows <= rows.count; row += kRegisterRows) {
-    Vec<T> quadratic[kRegisterRows][kVectors];
-    quadratic_forms<kForm>(rows, row, columns, column, quadratic);
-    store_logits<kForm>(rows, row, columns, column, quadratic, tile);
-  }
-  for (; row < rows.count; ++row) {
-    Vec<T> quadratic[1][kVectors];
-    quadratic_forms<kForm>(rows, row, columns, column, quadratic);
-    store_logits<kForm>(rows, row, columns, column, quadratic, tile);
-  }
+  for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
+    shared_logits_rows<kForm, kRegisterRows, kVectors>(rows, row, columns, column, tile);
+  for (; row < rows.count; ++row) shared_logits_rows<kForm, 1, kVectors>(rows, row, columns, column, tile);
 }
 
 template <Form kForm, class T>
@@ -172,15 +173,17 @@ void shared_logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t fir
 template <bool kRowGrads, bool kColumnGrads, int kRows, class T>
 void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, const T* products,
                          const T* norms, T* weights, const TileGradients<T>& grads) {
+  const SphericalRows<kRows, T> spherical(rows, row);
   Vec<T> row_sums[kRows] = {};
   for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
     Vec<T> quadratic[kRows][1] = {}, column_sum{};
     if (grads.variances_wanted &&
-        !(columns.centered && squares_of_products(rows, row, columns, j, products, norms, quadratic)))
+        !(columns.centered && squares_of_products(spherical.variances, norms + row, columns, j,
+                                                  products + row * columns.stride, quadratic)))
       quadratic_forms<Form::kSpherical>(rows, row, columns, j, quadratic);
     for (int r = 0; r < kRows; ++r) {
       T* const at = weights + (row + r) * columns.stride + j;
-      const SharedVariance<T> shared(rows.variances[(row + r) * rows.dim], load(columns.variances + j));
+      const SharedVariance<T> shared(spherical.variances[r], load(columns.variances + j));
       const Vec<T> v = load(at) * shared.reciprocal;
       store(at, v);
       if (!grads.variances_wanted) continue;

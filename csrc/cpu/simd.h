@@ -2,6 +2,10 @@
 // CSDIV_ISA names the namespace, so that no two builds of this header can be merged by the linker.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <utility>
 
@@ -179,6 +183,17 @@ inline bool any(IntVec<T> mask) {
   return reduce<T>(mask, [](IntVec<T> a, IntVec<T> b) { return a | b; }) != 0;
 }
 
+#if defined(__AVX512F__)
+template <>
+inline bool any<float>(IntVec<float> mask) {
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+template <>
+inline bool any<double>(IntVec<double> mask) {
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+}
+#endif
+
 // 1 / c for a normal c whose reciprocal is normal: within 2 ulp.
 template <class T>
 inline Vec<T> fast_reciprocal(Vec<T> c) {
@@ -259,5 +274,98 @@ inline Vec<T> log(Vec<T> m, IntVec<T> n) {
   const Vec<T> log_m = 2 * s + 2 * s * z * series;
   return e * F::kLn2High + (log_m + e * F::kLn2Low);
 }
+
+// The leading half of the digits: products of two such numbers are exact.
+template <class T>
+inline Vec<T> leading_half(Vec<T> x) {
+  return (Vec<T>)((BitsVec<T>)x & ~((typename Float<T>::Unsigned(1) << (Float<T>::kMantissaBits + 1) / 2) - 1));
+}
+
+// exponent log 2 + high + low; `high` has half of the digits at most, so that its products with small integers are
+// exact.
+template <class T>
+struct SplitLog {
+  Vec<T> exponent, high, low;
+};
+
+// log(x (1 + error)) of a positive normal x. With f = m - 1 and m = (1 + s) / (1 - s), log m = 2 (s + s^3/3 + ...),
+// where s = f / (m + 1) is kept in two parts.
+template <class T>
+inline SplitLog<T> split_log(Vec<T> x, Vec<T> error) {
+  using F = Float<T>;
+  Vec<T> m = mantissa<T>(x);
+  const IntVec<T> below = m < broadcast<T>(T(0.70710678118654752440));
+  m = below ? m + m : m;
+  const Vec<T> exponent = __builtin_convertvector(biased_exponent<T>(x) + below, Vec<T>) - T(F::kBias - 1);
+  const Vec<T> f = m - 1, m_high = leading_half<T>(m), r = fast_reciprocal<T>(m + 1);
+  const Vec<T> s_high = leading_half<T>(f * r);
+  const Vec<T> s_low = (f - s_high * (m_high + 1) - s_high * (m - m_high)) * r;
+  const Vec<T> s = s_high + s_low, z = s * s;
+  Vec<T> series = broadcast<T>(T(1) / (2 * F::kLogTerms + 1));
+  for (int k = F::kLogTerms - 1; k >= 1; --k) series = series * z + T(1) / (2 * k + 1);
+  return {exponent, 2 * s_high, 2 * (s_low + s * z * series) + error};
+}
+
+#if defined(__AVX512F__)
+// Tables of 16 numbers, which a register holds, instead of longer series.
+
+// x = (k / 16) log 2 + r; the entries are the bits of 2^(j / 16), less j << 19, to which the bits of k << 19 are added.
+template <>
+inline Vec<float> exp<float>(Vec<float> x) {
+  using F = Float<float>;
+  constexpr IntVec<float> kPowers = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                                     0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                                     0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const Vec<float> shifted = x * (16 * 1.44269504f) + F::kRoundingShift;
+  const Vec<float> k = shifted - F::kRoundingShift;
+  const Vec<float> r = (x - k * (F::kLn2High / 16)) - k * (F::kLn2Low / 16);   // |r| <= log(2) / 32: r^4 / 24 < 2^-26
+  const __m512i table = _mm512_permutexvar_epi32((__m512i)shifted, (__m512i)kPowers);
+  const __m512i power = _mm512_add_epi32(table, _mm512_slli_epi32((__m512i)shifted, F::kMantissaBits - 4));
+  const Vec<float> series = ((r * (1.0f / 6) + 0.5f) * r + 1.0f) * r + 1.0f;
+  return x < F::kExpMin ? Vec<float>{} : series * (Vec<float>)power;
+}
+
+// x = 2^exponent (1 + f) / r, r near 1 / mantissa with 7 bits, -log r = high + low.
+template <>
+inline SplitLog<float> split_log<float>(Vec<float> x, Vec<float> error) {
+  constexpr Vec<float> kReciprocals = {1.0f,       0.9140625f, 0.8671875f, 0.8203125f, 0.78125f,   0.7421875f,
+                                       0.7109375f, 0.6796875f, 0.65625f,   0.625f,     0.6015625f, 0.578125f,
+                                       0.5625f,    0.5390625f, 0.5234375f, 0.5f};
+  constexpr Vec<float> kHigh = {0,           0x1.7p-4f,   0x1.23cp-3f, 0x1.95cp-3f, 0x1.f98p-3f, 0x1.314p-2f,
+                                0x1.5d6p-2f, 0x1.8b6p-2f, 0x1.af6p-2f, 0x1.e14p-2f, 0x1.043p-1f, 0x1.189p-1f,
+                                0x1.269p-1f, 0x1.3c6p-1f, 0x1.4b7p-1f, 0x1.62ep-1f};
+  constexpr Vec<float> kLow = {0,
+                               0x1.a615d6p-17f,
+                               0x1.712a4ap-15f,
+                               -0x1.a52308p-15f,
+                               0x1.1c6cb4p-15f,
+                               0x1.e3c3a6p-15f,
+                               -0x1.08829ap-16f,
+                               0x1.cd445ap-17f,
+                               -0x1.ad5b6ep-15f,
+                               0x1.14344ep-15f,
+                               0x1.82f9d8p-15f,
+                               -0x1.1bf0dcp-17f,
+                               0x1.8844d4p-15f,
+                               0x1.0186d8p-18f,
+                               -0x1.48347ap-20f,
+                               0x1.0bfbe8p-15f};
+  const __m512i entry = _mm512_srli_epi32(_mm512_castps_si512(x), Float<float>::kMantissaBits - 4);   // lowest 4 bits
+  const Vec<float> m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const Vec<float> f = m * Vec<float>(_mm512_permutexvar_ps(entry, kReciprocals)) - 1;   // -1/32 to 1/16
+  // log(1 + f) - f within 2^-32
+  const Vec<float> series = ((0x1.873dbp-3f * f - 0x1.005126p-2f) * f + 0x1.555908p-2f) * f - 0x1.fffff6p-2f;
+  const Vec<float> low = Vec<float>(_mm512_permutexvar_ps(entry, kLow)) + f * f * series + error;
+  return {_mm512_getexp_ps(x), _mm512_permutexvar_ps(entry, kHigh), low + f};
+}
+
+template <>
+inline Vec<float> log<float>(Vec<float> m, IntVec<float> n) {
+  using F = Float<float>;
+  const SplitLog<float> split = split_log<float>(m, Vec<float>{});
+  const Vec<float> e = __builtin_convertvector(n, Vec<float>) + split.exponent;
+  return (e * F::kLn2High + split.high) + (e * F::kLn2Low + split.low);
+}
+#endif
 
 }   // namespace csdiv::cpu::CSDIV_ISA

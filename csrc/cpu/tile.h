@@ -103,12 +103,12 @@ struct TileKernels {
   Range<T> (*range)(const T* means, const T* variances, int64_t size);
   // tile[r, j] = log b_j - (quadratic form + log determinant - E ln 2) / 2 for j >= first_column.
   void (*logits)(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile);
-  // Logits to exp(logit - max), in place, where max is finite.
-  PartialSum<T> (*partial_sum)(T* logits, int64_t count);
+  // Logits to exp(logit - max), in place, where a row's max is finite; rows are `stride` apart.
+  void (*partial_sums)(T* logits, int64_t rows, int64_t stride, int64_t count, PartialSum<T>* sums);
   // Logits to weights, in place; returns the bit mask of rows with a weight other than zero.
   uint32_t (*weights)(const RowTile<T>& rows, const Stripe<T>& columns, const RowScale<T>& scale, T* tile,
                       T* column_sums, double* row_sums);
-  // The same from what partial_sum left: row r times factors[r], where 0 gives 0 whatever it multiplies.
+  // The same from what partial_sums left: row r times factors[r], where 0 gives 0 whatever it multiplies.
   uint32_t (*scale)(const RowTile<T>& rows, const Stripe<T>& columns, const T* factors, T* tile, T* column_sums,
                     double* row_sums);
   // Leaves the weights in no particular state.

@@ -123,24 +123,31 @@ void logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_colu
       for (int64_t j = first_column; j < columns.padded; ++j) tile[row * columns.stride + j] = T(__builtin_nan(""));
 }
 
+// All maxima first: no row waits for another.
 template <class T>
-PartialSum<T> partial_sum(T* logits, int64_t count) {
+void partial_sums(T* tile, int64_t rows, int64_t stride, int64_t count, PartialSum<T>* sums) {
   constexpr T kInfinity = T(__builtin_inf());
-  Vec<T> largest = broadcast<T>(-kInfinity);
-  for (int64_t j = 0; j < count; j += kLanes<T>) largest = maximum<T>(largest, load(logits + j));
-  const T max = max_lane<T>(largest);
-  Vec<T> total{};
-  if (max == kInfinity) {
-    for (int64_t j = 0; j < count; j += kLanes<T>) total += maximum<T>(Vec<T>{}, load(logits + j));
-  } else {
-    const T shift = max > -kInfinity ? max : T(0);
-    for (int64_t j = 0; j < count; j += kLanes<T>) {
-      const Vec<T> term = exp<T>(load(logits + j) - shift);
-      store(logits + j, term);
-      total += term;
-    }
+  for (int64_t row = 0; row < rows; ++row) {
+    Vec<T> largest = broadcast<T>(-kInfinity);
+    for (int64_t j = 0; j < count; j += kLanes<T>) largest = maximum<T>(largest, load(tile + row * stride + j));
+    sums[row].max = max_lane<T>(largest);
   }
-  return {max, sum<T>(total)};
+  for (int64_t row = 0; row < rows; ++row) {
+    T* const logits = tile + row * stride;
+    const T max = sums[row].max;
+    Vec<T> total{};
+    if (max == kInfinity) {
+      for (int64_t j = 0; j < count; j += kLanes<T>) total += maximum<T>(Vec<T>{}, load(logits + j));
+    } else {
+      const T shift = max > -kInfinity ? max : T(0);
+      for (int64_t j = 0; j < count; j += kLanes<T>) {
+        const Vec<T> term = exp<T>(load(logits + j) - shift);
+        store(logits + j, term);
+        total += term;
+      }
+    }
+    sums[row].sum = sum<T>(total);
+  }
 }
 
 // weight(row, entries) of every vector of the tile, in place, added to the sums that are wanted.
@@ -293,7 +300,7 @@ T multiply_adds(int64_t rounds) {
 
 template <class T>
 constexpr TileKernels<T> kKernels = {
-    kLanes<T>, certified<T>, transpose<T>,         range<T>,          logits<T>,       partial_sum<T>,  weights<T>,
+    kLanes<T>, certified<T>, transpose<T>,         range<T>,          logits<T>,       partial_sums<T>, weights<T>,
     scale<T>,  gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>, multiply_adds<T>};
 
 }   // namespace
