@@ -32,14 +32,16 @@ CSDIV_INLINE void add_products(const T* centered, int64_t begin, int64_t end, co
   }
 }
 
-template <int kRows, class T>
-void add_product_rows(const T* centered, int64_t begin, int64_t end, const Stripe<T>& columns, int64_t first_column,
-                      T* tile) {
-  int64_t column = first_column;
-  for (; column + kProductVectors * kLanes<T> <= columns.padded; column += kProductVectors * kLanes<T>)
-    add_products<kRows, kProductVectors>(centered, begin, end, columns, column, tile);
-  for (; column < columns.padded; column += kLanes<T>)
-    add_products<kRows, 1>(centered, begin, end, columns, column, tile);
+// All rows of the tile against kVectors vectors of columns, which stay in the cache meanwhile.
+template <int kVectors, class T>
+void add_product_columns(const T* centered, int64_t count, int64_t begin, int64_t end, const Stripe<T>& columns,
+                         int64_t column, T* tile) {
+  int64_t row = 0;
+  for (; row + kRegisterRows <= count; row += kRegisterRows)
+    add_products<kRegisterRows, kVectors>(centered + row * kBlockedDims, begin, end, columns, column,
+                                          tile + row * columns.stride);
+  for (; row < count; ++row)
+    add_products<1, kVectors>(centered + row * kBlockedDims, begin, end, columns, column, tile + row * columns.stride);
 }
 
 // tile[r, j] = (x - m)(y - m) for j >= first_column, norms[r] = |x - m|^2.
@@ -65,13 +67,12 @@ void products(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_co
         norms[r] += to[d] * to[d];
       }
     }
-    int64_t row = 0;
-    for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
-      add_product_rows<kRegisterRows>(centered + row * kBlockedDims, begin, begin + count, columns, first_column,
-                                      tile + row * columns.stride);
-    for (; row < rows.count; ++row)
-      add_product_rows<1>(centered + row * kBlockedDims, begin, begin + count, columns, first_column,
-                          tile + row * columns.stride);
+    constexpr int64_t kStep = kProductVectors * kLanes<T>;
+    int64_t column = first_column;
+    for (; column + kStep <= columns.padded; column += kStep)
+      add_product_columns<kProductVectors>(centered, rows.count, begin, begin + count, columns, column, tile);
+    for (; column < columns.padded; column += kLanes<T>)
+      add_product_columns<1>(centered, rows.count, begin, begin + count, columns, column, tile);
   }
 }
 
