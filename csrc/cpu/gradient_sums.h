@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -28,9 +29,9 @@ void fill_zero(const AlignedArray<T>& array, int threads) {
 }
 
 template <class T>
-bool all_finite(const AlignedArray<T>& sums) {
+bool all_finite(const T* sums, int64_t count) {
   bool finite = true;
-  for (int64_t k = 0; k < sums.size(); ++k) finite &= std::abs(sums.get()[k]) <= std::numeric_limits<T>::max();
+  for (int64_t k = 0; k < count; ++k) finite &= std::abs(sums[k]) <= std::numeric_limits<T>::max();
   return finite;
 }
 
@@ -80,39 +81,72 @@ class GradientSums {
         rows_(rows_wanted ? problem.p.batch * RowGradientSums::size(problem.p.n, problem.dim) : 0),
         columns_(stripes_ * stripe_size() * merged_copies_),
         recent_(stripes_ * stripe_size() * copies),
-        recent_rows_(stripes_ * copies) {
-    fill_zero(rows_, threads);
-    fill_zero(columns_, threads);
-    fill_zero(recent_, threads);
+        recent_rows_(stripes_ * copies),
+        has_rows_(rows_wanted ? problem.p.batch * num_row_tiles(problem) : 0),
+        has_merged_(stripes_ * merged_copies_) {}
+
+  // Sums are set to zero where they are first added to, and here those that never were.
+  void finish() {
+    for (int64_t k = 0; k < int64_t(has_rows_.size()); ++k) {
+      const int64_t tiles = num_row_tiles(problem_);
+      rows_for_tile(k / tiles, k % tiles);
+    }
   }
 
-  bool finite() const { return all_finite(rows_) && all_finite(columns_) && all_finite(recent_); }
+  bool finite() {
+    std::atomic<bool> finite{true};
+    const int64_t tiles = num_row_tiles(problem_);
+    parallel_for(int64_t(has_rows_.size()), threads_, [&](int64_t task) {
+      const RowGradientSums sums = rows(task / tiles, task % tiles * kTileRows);
+      const int64_t count = rows_of_tile(task % tiles);
+      if (!all_finite(sums.means, count * dim_) || !all_finite(sums.variances, count * dim_) ||
+          !all_finite(sums.weights, count))
+        finite = false;
+    });
+    parallel_for(stripes_ * copies_, threads_, [&](int64_t task) {
+      if (recent_rows_[task] > 0 && !all_finite(recent_.get() + task * stripe_size(), stripe_size())) finite = false;
+      if (merged_copies_ && has_merged_[task] && !all_finite(columns_.get() + task * stripe_size(), stripe_size()))
+        finite = false;
+    });
+    return finite;
+  }
 
   RowGradientSums rows(int64_t item, int64_t first) {
     const int64_t n = problem_.p.n;
     return RowGradientSums::at(rows_.get() + item * RowGradientSums::size(n, dim_), n, dim_, first);
   }
 
-  // Where a tile adds its share; stripes are counted over all items.
+  // Where a tile adds its share.
+  RowGradientSums rows_for_tile(int64_t item, int64_t tile) {
+    const RowGradientSums sums = rows(item, tile * kTileRows);
+    char& has_rows = has_rows_[item * num_row_tiles(problem_) + tile];
+    if (!has_rows) {
+      const int64_t count = rows_of_tile(tile);
+      std::fill_n(sums.means, count * dim_, 0.0);
+      std::fill_n(sums.variances, count * dim_, 0.0);
+      std::fill_n(sums.weights, count, 0.0);
+      has_rows = true;
+    }
+    return sums;
+  }
+
+  // The same; stripes are counted over all items.
   ColumnGradientSums<T> columns_for_tile(int64_t copy, int64_t stripe) {
     int64_t& recent_rows = recent_rows_[copy * stripes_ + stripe];
     if (recent_rows + kTileRows > kRowsPerMerge) merge_recent(copy, stripe);
-    recent_rows += kTileRows;
     T* const sums = recent(copy, stripe);
+    if (recent_rows == 0) std::fill_n(sums, stripe_size(), T(0));
+    recent_rows += kTileRows;
     return {sums, sums + dim_ * packed_.stride(), sums + 2 * dim_ * packed_.stride()};
   }
 
   void scale_columns(int64_t item, double factor) {
     parallel_for(packed_.stripes(), threads_, [&](int64_t s) {
       const int64_t stripe = item * packed_.stripes() + s;
-      for (int64_t copy = 0; copy < copies_; ++copy) {
-        T* const sums = recent(copy, stripe);
-        for (int64_t k = 0; k < stripe_size(); ++k) sums[k] *= T(factor);
-      }
-      for (int64_t copy = 0; copy < merged_copies_; ++copy) {
-        double* const sums = merged(copy, stripe);
-        for (int64_t k = 0; k < stripe_size(); ++k) sums[k] *= factor;
-      }
+      for_each_copy(stripe, [&](auto* sums) {
+        using Sum = std::remove_reference_t<decltype(*sums)>;
+        for (int64_t k = 0; k < stripe_size(); ++k) sums[k] *= Sum(factor);
+      });
     });
   }
 
@@ -173,21 +207,32 @@ class GradientSums {
 
   void merge_recent(int64_t copy, int64_t stripe) {
     double* const to = merged(copy, stripe);
-    T* const from = recent(copy, stripe);
+    const T* const from = recent(copy, stripe);
+    char& has_merged = has_merged_[copy * stripes_ + stripe];
+    if (!has_merged) std::fill_n(to, stripe_size(), 0.0);
     for (int64_t k = 0; k < stripe_size(); ++k) to[k] += from[k];
-    std::fill_n(from, stripe_size(), T(0));
+    has_merged = true;
     recent_rows_[copy * stripes_ + stripe] = 0;
   }
+
+  // f(sums) for all that there are of a stripe's columns.
+  template <class F>
+  void for_each_copy(int64_t stripe, const F& f) {
+    for (int64_t copy = 0; copy < merged_copies_; ++copy)
+      if (has_merged_[copy * stripes_ + stripe]) f(merged(copy, stripe));
+    for (int64_t copy = 0; copy < copies_; ++copy)
+      if (recent_rows_[copy * stripes_ + stripe] > 0) f(recent(copy, stripe));
+  }
+
+  int64_t rows_of_tile(int64_t tile) const { return std::min(kTileRows, problem_.p.n - tile * kTileRows); }
 
   // The sums of a stripe's columns over all copies; valid until the thread's next call.
   const double* column_totals(int64_t stripe) {
     double* const totals = scratch<double>(stripe_size());
     std::fill_n(totals, stripe_size(), 0.0);
-    const auto add = [&](const auto* sums) {
+    for_each_copy(stripe, [&](const auto* sums) {
       for (int64_t k = 0; k < stripe_size(); ++k) totals[k] += sums[k];
-    };
-    for (int64_t copy = 0; copy < merged_copies_; ++copy) add(merged(copy, stripe));
-    for (int64_t copy = 0; copy < copies_; ++copy) add(recent(copy, stripe));
+    });
     return totals;
   }
 
@@ -204,7 +249,9 @@ class GradientSums {
   const int64_t merged_copies_;   // of the sums in float64; 0 where no copy has so many rows
   AlignedArray<double> rows_, columns_;
   AlignedArray<T> recent_;             // of the last rows, to be added to columns_
-  std::vector<int64_t> recent_rows_;   // how many, per stripe
+  std::vector<int64_t> recent_rows_;   // how many, per stripe; 0: there are no sums
+  std::vector<char> has_rows_;         // per tile of rows, whether there are any
+  std::vector<char> has_merged_;       // the same of columns_
 };
 
 }   // namespace csdiv::cpu

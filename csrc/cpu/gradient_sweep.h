@@ -88,6 +88,7 @@ class GradientSweep {
     } else {
       for (int64_t b = 0; b < problem_.batch; ++b) run_problem(b);
     }
+    sums_.finish();
     if constexpr (kOnlyPass) {
       if (failed_ || !fill_.finish()) return false;
       if (!fill_.row_totals) scale_sums();
@@ -241,7 +242,7 @@ class GradientSweep {
   void merge_rows(int64_t b, const Slab& slab, int64_t copies) {
     parallel_for(slab.end - slab.begin, threads_, [&](int64_t task) {
       const int64_t tile = slab.begin + task, first = tile * kTileRows;
-      const RowGradientSums to = sums_.rows(problem_.p.item(b), first);
+      const RowGradientSums to = sums_.rows_for_tile(problem_.p.item(b), tile);
       for (int64_t copy = 0; copy < copies; ++copy)
         to.add(rows_of_copy(slab, copy, tile), std::min(kTileRows, problem_.p.n - first), dim_);
     });
@@ -269,7 +270,7 @@ class GradientSweep {
     grads.variances_wanted = grad_p_.variances || grad_q_.variances;
     if (rows_wanted_) {
       const RowGradientSums sums =
-          slab.row_copies.size() > 0 ? rows_of_copy(slab, group, tile) : sums_.rows(problem_.p.item(b), first);
+          slab.row_copies.size() > 0 ? rows_of_copy(slab, group, tile) : sums_.rows_for_tile(problem_.p.item(b), tile);
       grads.row_means = sums.means;
       grads.row_variances = sums.variances;
       place.row_sums = sums.weights;

@@ -150,6 +150,64 @@ CSDIV_INLINE void for_active_rows(int64_t rows, uint32_t active_rows, const F& f
     if (active_rows >> row & 1) f(row, std::integral_constant<int, 1>());
 }
 
+// Sums of a tile's rows over its columns, for a block of dimensions: where they belong, rows are far from each other.
+template <class T>
+class RowBlock {
+ public:
+  static constexpr int64_t kDims = 64;
+
+  // Of kCount dimensions from `begin` on; `variances`: whether they have any.
+  RowBlock(int64_t begin, int64_t count, bool variances) : begin_(begin), count_(count), variances_(variances) {
+    for (int64_t k = 0; k < count * kTileRows; ++k) means_[k] = variance_sums_[k] = 0;
+  }
+
+  template <int kRows>
+  void set_means(int64_t row, int64_t d, Vec<T> sums) {
+    __builtin_memcpy(means_ + (d - begin_) * kTileRows + row, &sums, kRows * sizeof(T));
+  }
+  template <int kRows>
+  void set_variances(int64_t row, int64_t d, Vec<T> sums) {
+    __builtin_memcpy(variance_sums_ + (d - begin_) * kTileRows + row, &sums, kRows * sizeof(T));
+  }
+
+  void add_to(const TileGradients<T>& grads, int64_t rows, int64_t dim) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      double* const means = grads.row_means + row * dim + begin_;
+      for (int64_t k = 0; k < count_; ++k) means[k] += means_[k * kTileRows + row];
+      if (!variances_) continue;
+      double* const variances = grads.row_variances + row * dim + begin_;
+      for (int64_t k = 0; k < count_; ++k) variances[k] += variance_sums_[k * kTileRows + row];
+    }
+  }
+
+ private:
+  const int64_t begin_, count_;
+  const bool variances_;
+  T means_[kDims * kTileRows], variance_sums_[kDims * kTileRows];
+};
+
+// Asks for the cache lines of `count` numbers that are about to be read; nothing waits for them.
+template <class T>
+CSDIV_INLINE void prefetch(const T* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(from + k);
+}
+
+// f(d, block) for all dimensions, where `block` takes the sums of the rows; it is added up if they are wanted.
+template <bool kRowGrads, class T, class F>
+CSDIV_INLINE void for_row_blocks(const RowTile<T>& rows, const TileGradients<T>& grads, bool variances, const F& f) {
+  for (int64_t begin = 0; begin < rows.dim; begin += RowBlock<T>::kDims) {
+    const int64_t end = begin + RowBlock<T>::kDims < rows.dim ? begin + RowBlock<T>::kDims : rows.dim;
+    for (int64_t row = 0; row < rows.count; ++row) {
+      prefetch(rows.means + row * rows.dim + begin, end - begin);
+      prefetch(rows.variances + row * rows.dim + begin, end - begin);
+    }
+    RowBlock<T> block(begin, end - begin, variances);
+    for (int64_t d = begin; d < end; ++d) f(d, block);
+    if constexpr (kRowGrads) block.add_to(grads, rows.count, rows.dim);
+  }
+}
+
 // grad exp(logit - log_normalizer), a pair's share of its row's gradient.
 template <class T>
 inline Vec<T> row_weight(Vec<T> logits, T log_normalizer, T grad) {

@@ -201,7 +201,7 @@ void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& c
 // Dimension d of kRows rows against the whole stripe; `weights` are w / c.
 template <bool kRowGrads, bool kColumnGrads, int kRows, class T>
 void spherical_means(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns, const T* weights,
-                     const TileGradients<T>& grads) {
+                     const TileGradients<T>& grads, RowBlock<T>& block) {
   const T* const means = columns.means + d * columns.stride;
   T* const grad_means = kColumnGrads ? grads.column_means + d * columns.stride : nullptr;
   Vec<T> row_mean[kRows], row_sums[kRows] = {};
@@ -217,10 +217,7 @@ void spherical_means(const RowTile<T>& rows, int64_t row, int64_t d, const Strip
     }
     if constexpr (kColumnGrads) store(grad_means + j, column_sum);
   }
-  if constexpr (kRowGrads) {
-    const Vec<T> total = sums<T>(row_sums);
-    for (int r = 0; r < kRows; ++r) grads.row_means[(row + r) * rows.dim + d] += total[r];
-  }
+  if constexpr (kRowGrads) block.template set_means<kRows>(row, d, sums<T>(row_sums));
 }
 
 template <bool kRowGrads, bool kColumnGrads, class T>
@@ -231,11 +228,11 @@ void spherical_gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* we
   for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
     spherical_variances<kRowGrads, kColumnGrads, count>(rows, row, columns, tile, norms, weights, grads);
   });
-  for (int64_t d = 0; d < rows.dim; ++d) {
+  for_row_blocks<kRowGrads>(rows, grads, false, [&](int64_t d, RowBlock<T>& block) {
     for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
-      spherical_means<kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads);
+      spherical_means<kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads, block);
     });
-  }
+  });
 }
 
 // 1 / c of every dimension and log|c| - exponent log 2, for one vector of components; `c` gives their c.

@@ -195,7 +195,7 @@ enum class Gradient { kExact, kFast, kRowPrecisions, kColumnPrecisions };
 // Dimension d of kRows rows against the whole stripe.
 template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, int kRows, class T>
 void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns, const T* weights,
-                    const TileGradients<T>& grads) {
+                    const TileGradients<T>& grads, RowBlock<T>& block) {
   const int64_t stride = columns.stride, padded = columns.padded, dim = rows.dim;
   const T* const means = columns.means + d * stride;
   const T* const variances =
@@ -238,22 +238,19 @@ void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe
     }
   }
   if constexpr (kRowGrads) {
-    const Vec<T> mean = sums<T>(row_grad_mean), variance = sums<T>(row_grad_variance);
-    for (int r = 0; r < kRows; ++r) {
-      grads.row_means[(row + r) * dim + d] += mean[r];
-      grads.row_variances[(row + r) * dim + d] += variance[r];
-    }
+    block.template set_means<kRows>(row, d, sums<T>(row_grad_mean));
+    block.template set_variances<kRows>(row, d, sums<T>(row_grad_variance));
   }
 }
 
 template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, class T>
 void gradients_tile(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads) {
-  for (int64_t d = 0; d < rows.dim; ++d) {
+  for_row_blocks<kRowGrads>(rows, grads, true, [&](int64_t d, RowBlock<T>& block) {
     for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
-      gradients_rows<kGradient, kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads);
+      gradients_rows<kGradient, kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads, block);
     });
-  }
+  });
 }
 
 template <bool kRowGrads, bool kColumnGrads, class T>
