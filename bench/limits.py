@@ -1,14 +1,14 @@
 """How far the CPU kernels are from what the machine can do, and what a call costs where there is nothing to compute.
 
-The bound counts the vector arithmetic of the inner loops (csrc/cpu/pair.h, shared_pair.h, simd.h), at the rate that a
-matrix product reaches on the same threads: nothing for loads, packing, short vectors at edges and calls.
+The bound counts the vector arithmetic of the inner loops (csrc/cpu/pair.h, shared_pair.h, simd.h): nothing for loads,
+packing, short vectors at edges and calls. What an instruction takes is measured in the same rounds, by a loop of
+multiply-adds in registers, alone and with as many additions, of floats or integers, beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,43 +28,52 @@ PLAIN_CASES = 6
 
 @dataclass(frozen=True)
 class Operations:
-    """Vector instructions: multiplications (fused ones and estimates of reciprocals too), and all other arithmetic."""
+    """Vector instructions: multiplications (fused ones too); additions, and what takes their units: comparisons, maxima,
+    conversions, permutations, estimates of reciprocals; and shifts and sums of integers."""
 
     multiplications: float
-    others: float
+    additions: float
+    integers: float = 0
 
     def __mul__(self, times: float) -> Operations:
-        return Operations(self.multiplications * times, self.others * times)
+        return Operations(self.multiplications * times, self.additions * times, self.integers * times)
 
     def __add__(self, more: Operations) -> Operations:
-        return Operations(self.multiplications + more.multiplications, self.others + more.others)
+        return Operations(
+            self.multiplications + more.multiplications, self.additions + more.additions, self.integers + more.integers
+        )
 
 
-LOGIT, LOGARITHM, EXPONENTIAL = Operations(1, 1), Operations(14, 6), Operations(11, 7)
-SPHERICAL_PAIR, SPHERICAL_GRADIENT_PAIR = Operations(28, 20), Operations(10, 8)
-WEIGHT, PRODUCT_PAIR = Operations(1, 4), Operations(3, 6)
+LOGIT, WEIGHT = Operations(1, 1), Operations(1, 3, 1)
+EXPONENTIAL = {"avx512": Operations(7, 6, 2), "avx2": Operations(11, 5, 2)}
+LOGARITHM = {"avx512": Operations(8, 7, 2), "avx2": Operations(13, 7, 2)}
+SPHERICAL_PAIR = {"avx512": Operations(18, 14, 1), "avx2": Operations(27, 18, 5)}
+SPHERICAL_GRADIENT_PAIR, PRODUCT_PAIR = Operations(8, 9), Operations(2, 4, 1)
 DISTANCE = {"tied": Operations(2, 1), "spherical": Operations(1, 1), "products": Operations(1, 0)}
-GRADIENT = {"diagonal": Operations(7, 6), "tied": Operations(4, 5), "spherical": Operations(2, 1)}
+GRADIENT = {"diagonal": Operations(6, 7), "tied": Operations(4, 5), "spherical": Operations(2, 1)}
 
 
-def operations_of_pair(case: Case, backward: bool, *, products: bool = False) -> Operations:
+def operations_of_pair(case: Case, backward: bool, isa: str, *, products: bool = False) -> Operations:
     """What one pair of components takes, forward, or with all gradients in the same pass.
 
     Points count as tied: both kinds have 1 / c beforehand. ``case.structure``: "diagonal", "spherical" or "tied".
-    ``products``: whether distances of spherical components are taken from products (csrc/cpu/products.h).
+    ``isa``: other than "avx512", exponentials and logarithms have no tables. ``products``: whether distances of
+    spherical components are taken from products (csrc/cpu/products.h).
     """
-    form = "tied" if case.entry == "log_prob" else case.structure
-    found = LOGIT + EXPONENTIAL
+    form, isa = "tied" if case.entry == "log_prob" else case.structure, "avx512" if isa == "avx512" else "avx2"
+    found = LOGIT + EXPONENTIAL[isa]
     if form == "diagonal":
         groups = [4] * (case.d // 4) + [case.d % 4] * (case.d % 4 > 0)  # k dimensions share a reciprocal
-        distance = LOGARITHM + Operations(sum(4 * k + 2 for k in groups), sum(2 * k + 3 for k in groups))
-    else:
-        distance = DISTANCE["products" if products else form] * case.d + (
-            PRODUCT_PAIR if products else Operations(0, 0)
+        distance = LOGARITHM[isa] + Operations(
+            sum(4 * k + 1 for k in groups), sum(2 * k + 1 for k in groups), 3 * len(groups)
         )
+    elif products:
+        distance = DISTANCE["products"] * case.d + PRODUCT_PAIR
+    else:
+        distance = DISTANCE[form] * case.d
     found += distance
     if form == "spherical":
-        found += SPHERICAL_PAIR
+        found += SPHERICAL_PAIR[isa]
     if backward:
         found += WEIGHT + GRADIENT[form] * case.d
         if form == "spherical":
@@ -79,12 +88,14 @@ def takes_products(case: Case) -> bool:
     return case.structure == "spherical" and case.d >= 16 and _C.cpu_isa() == "avx512"
 
 
-def shares_ports() -> bool:
-    """Whether all vector arithmetic goes to the units that multiply: Intel's 512-bit ports. Zen adds elsewhere."""
+def mixes(threads: int) -> list[Callable[[], int]]:
+    """Calls that return how many numbers they multiplied and added: alone, with additions, with those of integers."""
     import csdiv._C as _C
 
-    cpuinfo = Path("/proc/cpuinfo")
-    return _C.cpu_isa() == "avx512" and cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
+    return [
+        lambda mix=mix: _C.cpu_multiply_adds(4000, mix, threads)
+        for mix in (_C.Mix.MULTIPLY_ADDS, _C.Mix.WITH_ADDITIONS, _C.Mix.WITH_INTEGERS)
+    ]
 
 
 def computed(case: Case) -> float:
@@ -97,39 +108,47 @@ DIVERGENCES = (Case(16, 16, 2, "nothing to compute"), Case(1024, 1024, 32, "squa
 
 
 def run_bounds(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
-    """Gel/s with one thread and with all, and the share of the bound; matrix products are timed in the same rounds.
+    """Gel/s with one thread and with all, and the share of the bound.
 
     Full covariances are left out: what a pair of them takes is not counted here.
     """
-    n, before = 1024, torch.get_num_threads()
-    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-    records, shared = [], shares_ports()
+    import csdiv._C as _C
+
+    before = torch.get_num_threads()
+    records: list[dict[str, Any]] = []
     for threads in sorted({1, before}):
         torch.set_num_threads(threads)
         for case in (c for c in cases if c.structure != "full"):
-            inputs, provider = make_inputs(case), Csdiv("cpu", case.entry)
+            inputs, provider, loops = make_inputs(case), Csdiv("cpu", case.entry), mixes(threads)
             calls: list[Callable[[], object]] = [
-                lambda: torch.mm(a, b, out=out),
+                *loops,
                 lambda f=provider.forward, x=inputs: f(x),
                 lambda f=provider.forward_backward, x=inputs: f(x),
             ]
             for call in calls:
                 call()
-            product, *timings = interleave(calls, rounds)
-            rate = n**3 / product.median_ms / 1e6
+            alone, with_additions, with_integers, *timings = interleave(calls, rounds)
+            rate = loops[0]() / alone.median_ms / 1e6
+            addition, integer = (
+                max(0.0, mix.median_ms / alone.median_ms - 1) for mix in (with_additions, with_integers)
+            )
             for direction, timing in zip(DIRECTIONS, timings, strict=True):
                 speed = computed(case) / timing.median_ms / 1e6
-                needed = operations_of_pair(case, direction != DIRECTIONS[0], products=takes_products(case))
-                operations = (needed.multiplications + shared * needed.others) / case.d
+                needed = operations_of_pair(
+                    case, direction != DIRECTIONS[0], _C.cpu_isa(), products=takes_products(case)
+                )
+                taken = needed.multiplications + addition * needed.additions + integer * needed.integers
                 records.append(
                     {
                         "case": case.name,
                         "direction": direction,
                         "threads": threads,
                         "multiply_adds_per_ns": rate,
-                        "operations_per_element": operations,
+                        "addition_in_multiply_adds": addition,
+                        "integer_in_multiply_adds": integer,
+                        "multiply_adds_per_element": taken / case.d,
                         "gel_per_s": speed,
-                        "share_of_bound": speed * operations / rate,
+                        "share_of_bound": speed * taken / case.d / rate,
                     }
                 )
     torch.set_num_threads(before)
@@ -213,11 +232,11 @@ def tables(
     """The three results as Markdown."""
     return "\n".join(
         [
-            "| case | direction | threads | Gel/s | operations per element | share of the bound |",
+            "| case | direction | threads | Gel/s | multiply-adds per element | share of the bound |",
             "|---|---|---|---|---|---|",
             *(
                 f"| {r['case']} | {r['direction']} | {r['threads']} | {r['gel_per_s']:.2f} "
-                f"| {r['operations_per_element']:.1f} | {r['share_of_bound']:.0%} |"
+                f"| {r['multiply_adds_per_element']:.1f} | {r['share_of_bound']:.0%} |"
                 for r in bounds
             ),
             "\n| case | direction | instruction set | Gel/s |\n|---|---|---|---|",

@@ -163,16 +163,23 @@ def test_instructions_are_those_of_the_lanes_that_are_launched(kernels: list[sta
         assert 9.0 < found["forward + backward"] - 2 * found["forward"] <= most
 
 
-def test_operations_of_a_pair_are_counted_as_the_kernels_have_them() -> None:
-    four = limits.operations_of_pair(Case(1, 1, 4, ""), backward=False)
-    assert (four.multiplications, four.others) == (18 + 14 + 1 + 11, 11 + 6 + 1 + 7)  # see add_group in pair.h
+@pytest.mark.parametrize(
+    ("isa", "pair"), [("avx512", (1 + 7 + 8, 1 + 6 + 7, 2 + 2)), ("avx2", (1 + 11 + 13, 1 + 5 + 7, 4))]
+)
+def test_operations_of_a_pair_are_counted_as_the_kernels_have_them(isa: str, pair: tuple[int, ...]) -> None:
+    four = limits.operations_of_pair(Case(1, 1, 4, ""), False, isa)
+    assert (four.multiplications, four.additions, four.integers) == (17 + pair[0], 9 + pair[1], 3 + pair[2])  # pair.h
     spherical = Case(1, 1, 64, "", structure="spherical")
-    sums, products = (limits.operations_of_pair(spherical, backward=False, products=way) for way in (False, True))
-    assert sums.multiplications + sums.others - products.multiplications - products.others == 64 - 9
+    sums, products = (limits.operations_of_pair(spherical, False, isa, products=way) for way in (False, True))
+    assert sums.multiplications - products.multiplications == -2 and sums.additions - products.additions == 64 - 4
     for backward in (False, True):
-        assert limits.operations_of_pair(Case(1, 1, 8, "", "log_prob"), backward) == limits.operations_of_pair(
-            Case(1, 1, 8, "", structure="tied"), backward
-        )
+        points, tied = Case(1, 1, 8, "", "log_prob"), Case(1, 1, 8, "", structure="tied")
+        assert limits.operations_of_pair(points, backward, isa) == limits.operations_of_pair(tied, backward, isa)
+
+
+def test_the_arithmetic_that_bounds_are_measured_by_is_done() -> None:
+    counts = [call() for call in limits.mixes(2)]
+    assert len(set(counts)) == 1 and counts[0] % (2 * 4000 * 84) == 0
 
 
 def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:

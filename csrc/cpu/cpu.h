@@ -4,6 +4,7 @@
 #pragma once
 
 #include "mixture.h"
+#include "tile.h"
 
 namespace csdiv::cpu {
 
@@ -19,7 +20,7 @@ struct SideGradients {
 };
 
 // Numbers multiplied and added on `threads` threads at once, float32, by `rounds` rounds of TileKernels::multiply_adds.
-int64_t multiply_adds(int64_t rounds, int threads);
+int64_t multiply_adds(int64_t rounds, Mix mix, int threads);
 
 // What is left out of each problem's values; the uniform weights of a side count where it has no log weights.
 enum class Uniform { kNone, kOfQ, kOfBoth };

@@ -71,10 +71,10 @@ const FullKernels& full_kernels() {
   return selected().load(std::memory_order_relaxed)->full;
 }
 
-int64_t multiply_adds(int64_t rounds, int threads) {
+int64_t multiply_adds(int64_t rounds, Mix mix, int threads) {
   const auto& kernels = tile_kernels<float>();
   parallel_for(threads, threads,
-               [&](int64_t) { [[maybe_unused]] volatile const float kept = kernels.multiply_adds(rounds); });
+               [&](int64_t) { [[maybe_unused]] volatile const float kept = kernels.multiply_adds(rounds, mix); });
   return threads * rounds * kMultiplyAdds * kernels.lanes;
 }
 

@@ -71,7 +71,7 @@ class GradientSweep {
         tiles_(num_row_tiles(problem)),
         slab_tiles_(kOnlyPass ? std::clamp(kSlab / slab_size(1), int64_t(1), std::max(tiles_, int64_t(1))) : tiles_),
         partition_(choose_partition(problem, packed_, slab_tiles_, rows_wanted_, columns_wanted_)),
-        value_groups_(choose_partition(problem, packed_, tiles_, true, true).column_groups),
+        value_groups_(value_groups(problem, packed_)),
         sums_(problem, packed_, rows_wanted_, columns_wanted_, partition_.column_copies(), rows_per_copy(), threads),
         row_references_(kOnlyPass && rows_wanted_ ? problem.p.batch * problem.p.n : 0, kNoReference),
         column_references_(kOnlyPass ? problem.q.batch : 0, kNoReference) {}
@@ -163,7 +163,7 @@ class GradientSweep {
   }
 
   void find_terms(int64_t b, Slab& slab) {
-    const int64_t blocks = value_blocks(slab.end - slab.begin);
+    const int64_t blocks = value_blocks(slab.end - slab.begin, value_groups_);
     parallel_for(blocks * value_groups_, threads_, [&](int64_t task) {
       const int64_t group = task % value_groups_;
       const Part tiles = part(slab.end - slab.begin, blocks, task / value_groups_);

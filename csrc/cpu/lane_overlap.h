@@ -72,23 +72,30 @@ inline LaneRow<T> lane_row(const LaneProblem<T>& problem, int64_t i, IntVec<T> s
 template <class T>
 inline void lane_gradients(const LaneProblem<T>& problem, int64_t i, Vec<T> scale) {
   const LaneSide<T>&p = problem.p, &q = problem.q;
-  const int64_t dim = problem.dim, first = problem.self ? i : 0;
-  for (int64_t j = first; j < q.n; ++j) {
-    const Vec<T> weight = scale * load(problem.terms + (i * q.n + j) * kLanes<T>);
-    if (p.grad_means) add_to(p.grad_log_weights + i * kLanes<T>, weight);
+  const int64_t dim = problem.dim, first = problem.self ? i : 0, m = q.n;
+  T* const weights = problem.terms + i * m * kLanes<T>;
+  Vec<T> total{};
+  for (int64_t j = first; j < m; ++j) {
+    const Vec<T> weight = scale * load(weights + j * kLanes<T>);
+    store(weights + j * kLanes<T>, weight);
     if (q.grad_means) add_to(q.grad_log_weights + j * kLanes<T>, weight);
-    for (int64_t d = 0; d < dim; ++d) {
+    total += weight;
+  }
+  if (p.grad_means) add_to(p.grad_log_weights + i * kLanes<T>, total);
+  for (int64_t d = 0; d < dim; ++d) {
+    Vec<T> mean{}, variance{};
+    for (int64_t j = first; j < m; ++j) {
       const LanePair<T> pair(problem, i, j, d);
-      const PairGradient<T> gradient = pair_gradient<true, T>(weight, pair.delta, pair.c);
-      if (p.grad_means) {
-        add_to(LanePair<T>::at(p.grad_means, dim, i, d), -gradient.mean);
-        add_to(LanePair<T>::at(p.grad_variances, dim, i, d), T(0.5) * gradient.variance);
-      }
-      if (q.grad_means) {
-        add_to(LanePair<T>::at(q.grad_means, dim, j, d), gradient.mean);
-        add_to(LanePair<T>::at(q.grad_variances, dim, j, d), T(0.5) * gradient.variance);
-      }
+      const PairGradient<T> gradient = pair_gradient<true, T>(load(weights + j * kLanes<T>), pair.delta, pair.c);
+      mean += gradient.mean;
+      variance += gradient.variance;
+      if (!q.grad_means) continue;
+      add_to(LanePair<T>::at(q.grad_means, dim, j, d), gradient.mean);
+      add_to(LanePair<T>::at(q.grad_variances, dim, j, d), T(0.5) * gradient.variance);
     }
+    if (!p.grad_means) continue;
+    add_to(LanePair<T>::at(p.grad_means, dim, i, d), -mean);
+    add_to(LanePair<T>::at(p.grad_variances, dim, i, d), T(0.5) * variance);
   }
 }
 

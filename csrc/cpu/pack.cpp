@@ -16,7 +16,7 @@ constexpr int64_t kMinProductDim = 16;       // below, sums of squares are as fa
 constexpr int64_t kMinProductBytes = 64;     // of a vector: shorter ones have ports of their own for differences
 constexpr int64_t kCenterSample = 16;        // columns of a stripe that its center is the mean of: any will do
 constexpr int64_t kLane = 16;                // numbers that an array is a multiple of
-constexpr int64_t kScaleSample = 4096;       // components, of an item, that its scale exponent is taken from
+constexpr int64_t kScaleSample = 1024;       // components, of an item, that its scale exponent is taken from
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
@@ -99,40 +99,53 @@ RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
 }
 
 template <class T>
-PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products)
-    : form_(form_of(problem)),
+PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products,
+                                bool later)
+    : log_weights_(log_weights),
+      form_(form_of(problem)),
       width_(stripe_width(problem.q.n)),
       stride_(stripe_stride<T>(problem.q.n, width_, tile_kernels<T>().lanes)),
       stripes_(ceil_div(problem.q.n, width_)),
-      memory_(problem.q.batch * stripes_ * (2 * problem.dim + 1) * stride_),
       precision_dims_(form_ == Form::kTiedRows            ? problem.dim
                       : form_ == Form::kSphericalTiedRows ? 1
                                                           : 0),
-      precisions_(precision_dims_ ? problem.q.batch * stripes_ * (precision_dims_ + 1) * stride_ : 0),
       products_(products == Products::kYes && problem.dim >= kMinProductDim &&
                 tile_kernels<T>().lanes * int64_t(sizeof(T)) >= kMinProductBytes &&
                 (form_ == Form::kSpherical || form_ == Form::kSphericalTiedRows)),
-      centered_(products_ ? problem.q.batch * stripes_ * centered_size(problem.dim, stride_) : 0),
-      all_(problem.q.batch * stripes_) {
-  parallel_for(all_.size(), threads, [&](int64_t task) {
-    pack(problem.q, problem.dim, log_weights, task / stripes_, task % stripes_);
-    if (precision_dims_) pack_precisions(problem, task / stripes_, task % stripes_);
-    if (products_) pack_centered(problem.dim, task / stripes_, task % stripes_);
+      stripe_size_((2 * problem.dim + 1) * stride_ + (precision_dims_ ? (precision_dims_ + 1) * stride_ : 0) +
+                   (products_ ? centered_size(problem.dim, stride_) : 0)),
+      memory_(later ? 0 : problem.q.batch * stripes_ * stripe_size_),
+      all_(later ? 0 : problem.q.batch * stripes_) {
+  parallel_for(int64_t(all_.size()), threads, [&](int64_t task) {
+    all_[task] = pack(problem, task / stripes_, task % stripes_, memory_.get() + task * stripe_size_);
   });
 }
 
 template <class T>
-void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_weights, int64_t item, int64_t s) {
+Stripe<T> PackedColumns<T>::pack(const Problem<T>& problem, int64_t item, int64_t s, T* memory) const {
+  Stripe<T> stripe{};
+  pack_components(problem.q, problem.dim, item, s, memory, stripe);
+  memory += (2 * problem.dim + 1) * stride_;
+  if (precision_dims_) {
+    pack_precisions(problem, item, memory, stripe);
+    memory += (precision_dims_ + 1) * stride_;
+  }
+  if (products_) pack_centered(problem.dim, memory, stripe);
+  return stripe;
+}
+
+template <class T>
+void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t item, int64_t s, T* means,
+                                       Stripe<T>& stripe) const {
   constexpr T kInfinity = std::numeric_limits<T>::infinity(), kNaN = std::numeric_limits<T>::quiet_NaN();
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t first = s * width_, count = std::min(width_, q.n - first);
-  T* const means = memory_.get() + (item * stripes_ + s) * (2 * dim + 1) * stride_;
   T* const variances = means + dim * stride_;
   T* const packed_weights = variances + dim * stride_;
 
   for (int64_t j = 0; j < stride_; ++j) {
     const bool real = j < count;
-    const T weight = !real ? -kInfinity : log_weights == LogWeights::kZero ? T(0) : q.log_weight(item, first + j);
+    const T weight = !real ? -kInfinity : log_weights_ == LogWeights::kZero ? T(0) : q.log_weight(item, first + j);
     packed_weights[j] = weight == kInfinity ? kNaN : weight;
   }
   const int64_t source = (item * q.n + first) * dim;
@@ -155,52 +168,47 @@ void PackedColumns<T>::pack(const Mixture<T>& q, int64_t dim, LogWeights log_wei
       if (variances[k] < 0) means[k] = kNaN;
     range.finite = false;
   }
-  const int64_t padded = ceil_div(count, kernels.lanes) * kernels.lanes;
-  Stripe<T>& stripe = all_[item * stripes_ + s] = {};
   stripe.means = means;
   stripe.variances = variances;
   stripe.log_weights = packed_weights;
   stripe.count = count;
-  stripe.padded = padded;
+  stripe.padded = ceil_div(count, kernels.lanes) * kernels.lanes;
   stripe.stride = stride_;
   stripe.range = range;
   stripe.form = form_;
 }
 
 template <class T>
-void PackedColumns<T>::pack_precisions(const Problem<T>& problem, int64_t item, int64_t s) {
-  Stripe<T>& columns = all_[item * stripes_ + s];
-  T* const precisions = precisions_.get() + (item * stripes_ + s) * (precision_dims_ + 1) * stride_;
+void PackedColumns<T>::pack_precisions(const Problem<T>& problem, int64_t item, T* precisions,
+                                       Stripe<T>& stripe) const {
   T* const log_scales = precisions + precision_dims_ * stride_;
   const int64_t exponent = (problem.p.scale_exponent(0, 0) + problem.q.scale_exponent(item, 0)) / 2;
-  tile_kernels<T>().column_precisions(problem.p.variances, problem.dim, exponent, columns, precisions, log_scales);
-  columns.precisions = precisions;
-  columns.log_scales = log_scales;
+  tile_kernels<T>().column_precisions(problem.p.variances, problem.dim, exponent, stripe, precisions, log_scales);
+  stripe.precisions = precisions;
+  stripe.log_scales = log_scales;
 }
 
 template <class T>
-void PackedColumns<T>::pack_centered(int64_t dim, int64_t item, int64_t s) {
-  Stripe<T>& columns = all_[item * stripes_ + s];
-  if (!columns.range.finite) return;   // takes the exact form
-  T* const center = centered_.get() + (item * stripes_ + s) * centered_size(dim, stride_);
+void PackedColumns<T>::pack_centered(int64_t dim, T* center, Stripe<T>& stripe) const {
+  if (!stripe.range.finite) return;   // takes the exact form
   T* const centered = center + ceil_div(dim, kLane) * kLane;
   T* const norms = centered + dim * stride_;
-  const int64_t step = ceil_div(columns.count, kCenterSample);
+  const int64_t step = ceil_div(stripe.count, kCenterSample);
   std::fill_n(norms, stride_, T(0));
   for (int64_t d = 0; d < dim; ++d) {
-    const T* const means = columns.means + d * stride_;
+    const T* const means = stripe.means + d * stride_;
     T sum = 0;
-    for (int64_t j = 0; j < columns.count; j += step) sum += means[j];
-    center[d] = sum / T(ceil_div(columns.count, step));
+    for (int64_t j = 0; j < stripe.count; j += step) sum += means[j];
+    center[d] = sum / T(ceil_div(stripe.count, step));
     for (int64_t j = 0; j < stride_; ++j) {
-      const T mean = j < columns.count ? means[j] - center[d] : T(0);
+      const T mean = j < stripe.count ? means[j] - center[d] : T(0);
       centered[d * stride_ + j] = mean;
       norms[j] += mean * mean;
     }
   }
-  columns.center = center;
-  columns.centered = centered;
-  columns.norms = norms;
+  stripe.center = center;
+  stripe.centered = centered;
+  stripe.norms = norms;
 }
 
 template <class T>

@@ -33,26 +33,32 @@ enum class Products { kNo, kYes };
 template <class T>
 class PackedColumns {
  public:
-  // Products: whether equal pairs may differ by rounding, which then depends on the components beside them.
-  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products = Products::kNo);
+  // Products: whether equal pairs may differ by rounding, which then depends on the components beside them. Later: no
+  // stripe is packed yet.
+  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products = Products::kNo,
+                bool later = false);
 
   int64_t width() const { return width_; }   // columns of a stripe, but for the last of an item
   int64_t stride() const { return stride_; }
   int64_t stripes() const { return stripes_; }   // of one item
   const Stripe<T>& stripe(int64_t item, int64_t s) const { return all_[item * stripes_ + s]; }
 
- private:
-  void pack(const Mixture<T>& q, int64_t dim, LogWeights log_weights, int64_t item, int64_t s);
-  void pack_precisions(const Problem<T>& problem, int64_t item, int64_t s);
-  void pack_centered(int64_t dim, int64_t item, int64_t s);
+  // Stripe s of an item, in `memory` for stripe_size() numbers.
+  Stripe<T> pack(const Problem<T>& problem, int64_t item, int64_t s, T* memory) const;
+  int64_t stripe_size() const { return stripe_size_; }
 
+ private:
+  void pack_components(const Mixture<T>& q, int64_t dim, int64_t item, int64_t s, T* means, Stripe<T>& stripe) const;
+  void pack_precisions(const Problem<T>& problem, int64_t item, T* precisions, Stripe<T>& stripe) const;
+  void pack_centered(int64_t dim, T* center, Stripe<T>& stripe) const;
+
+  const LogWeights log_weights_;
   const Form form_;
   int64_t width_, stride_, stripes_;
-  AlignedArray<T> memory_;
   const int64_t precision_dims_;   // of tied rows, else 0
-  AlignedArray<T> precisions_;
   const bool products_;
-  AlignedArray<T> centered_;
+  const int64_t stripe_size_;
+  AlignedArray<T> memory_;
   std::vector<Stripe<T>> all_;
 };
 

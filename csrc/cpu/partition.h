@@ -12,6 +12,7 @@ constexpr int64_t kMaxBlocks = 16;
 constexpr int64_t kLopsided = 8;                     // ratio of the sides from which one of them is cut alone
 constexpr int64_t kCopies = 8;                       // sets of sums when one side is cut alone
 constexpr int64_t kCheapCopies = int64_t(1) << 22;   // elements of column sums up to which every row block has its own
+constexpr int64_t kValueTasks = 32;                  // that few rows against many columns are cut into
 constexpr int64_t kBlockTiles = 8;                   // tiles that take their turns on a stripe
 
 // One of three ways:
@@ -55,9 +56,17 @@ Partition choose_partition(const Problem<T>& problem, const PackedColumns<T>& pa
                           rows, columns);
 }
 
-// Blocks of tiles that a stripe is read for once where values are summed.
-inline int64_t value_blocks(int64_t tiles) {
-  return std::max(ceil_div(tiles, kBlockTiles), std::min(tiles, kMaxBlocks));
+// Groups of columns, and blocks of tiles that a stripe is read for once, where values of all `tiles` are summed.
+template <class T>
+int64_t value_groups(const Problem<T>& problem, const PackedColumns<T>& packed) {
+  const int64_t tiles = num_row_tiles(problem);
+  const Partition cut = choose_partition(problem, packed, tiles, true, true);
+  if (cut.column_groups == 1 || cut.phases > 1) return cut.column_groups;
+  return std::min(packed.stripes(), std::max(cut.column_groups, kValueTasks / std::max(tiles, int64_t(1))));
+}
+
+inline int64_t value_blocks(int64_t tiles, int64_t groups) {
+  return std::max(ceil_div(tiles, kBlockTiles), groups >= kCopies ? 1 : std::min(tiles, kMaxBlocks));
 }
 
 // Which pairs are swept: all, or those with column >= row, of a mixture with itself, where the tiles on the diagonal

@@ -140,8 +140,7 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
   }
   threads = useful_threads(problem, threads);
   const PackedColumns<T> columns(problem, LogWeights::kKept, threads, Products::kYes);
-  const int64_t tiles = num_row_tiles(problem),
-                groups = choose_partition(problem, columns, tiles, true, true).column_groups;
+  const int64_t tiles = num_row_tiles(problem), groups = value_groups(problem, columns);
   SelfSums<T> sums(dim, p, groups);
   parallel_for(p.batch * tiles * groups, threads, [&](int64_t task) {
     const int64_t group = task % groups, b = task / groups / tiles, first = task / groups % tiles * kTileRows;

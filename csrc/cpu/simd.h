@@ -308,6 +308,7 @@ inline SplitLog<T> split_log(Vec<T> x, Vec<T> error) {
 
 #if defined(__AVX512F__)
 // Tables of 16 numbers, which a register holds, instead of longer series.
+constexpr __mmask16 kAll = -1;   // without a mask, GCC's headers warn of their own variables
 
 // x = (k / 16) log 2 + r; the entries are the bits of 2^(j / 16), less j << 19, to which the bits of k << 19 are added.
 template <>
@@ -319,52 +320,62 @@ inline Vec<float> exp<float>(Vec<float> x) {
   const Vec<float> shifted = x * (16 * 1.44269504f) + F::kRoundingShift;
   const Vec<float> k = shifted - F::kRoundingShift;
   const Vec<float> r = (x - k * (F::kLn2High / 16)) - k * (F::kLn2Low / 16);   // |r| <= log(2) / 32: r^4 / 24 < 2^-26
-  const __m512i table = _mm512_permutexvar_epi32((__m512i)shifted, (__m512i)kPowers);
-  const __m512i power = _mm512_add_epi32(table, _mm512_slli_epi32((__m512i)shifted, F::kMantissaBits - 4));
+  const __m512i table = _mm512_maskz_permutexvar_epi32(kAll, (__m512i)shifted, (__m512i)kPowers);
+  const __m512i power = _mm512_add_epi32(table, _mm512_maskz_slli_epi32(kAll, (__m512i)shifted, F::kMantissaBits - 4));
   const Vec<float> series = ((r * (1.0f / 6) + 0.5f) * r + 1.0f) * r + 1.0f;
   return x < F::kExpMin ? Vec<float>{} : series * (Vec<float>)power;
 }
 
-// x = 2^exponent (1 + f) / r, r near 1 / mantissa with 7 bits, -log r = high + low.
+// log of the mantissa m of x, in [1, 2): m = (1 + f) / r, r near 1 / m with 7 bits, -log r = high + low.
+struct MantissaLog {
+  Vec<float> high, low;
+
+  explicit MantissaLog(Vec<float> x) {
+    constexpr Vec<float> kReciprocals = {1.0f,       0.9140625f, 0.8671875f, 0.8203125f, 0.78125f,   0.7421875f,
+                                         0.7109375f, 0.6796875f, 0.65625f,   0.625f,     0.6015625f, 0.578125f,
+                                         0.5625f,    0.5390625f, 0.5234375f, 0.5f};
+    constexpr Vec<float> kHigh = {0,           0x1.7p-4f,   0x1.23cp-3f, 0x1.95cp-3f, 0x1.f98p-3f, 0x1.314p-2f,
+                                  0x1.5d6p-2f, 0x1.8b6p-2f, 0x1.af6p-2f, 0x1.e14p-2f, 0x1.043p-1f, 0x1.189p-1f,
+                                  0x1.269p-1f, 0x1.3c6p-1f, 0x1.4b7p-1f, 0x1.62ep-1f};
+    constexpr Vec<float> kLow = {0,
+                                 0x1.a615d6p-17f,
+                                 0x1.712a4ap-15f,
+                                 -0x1.a52308p-15f,
+                                 0x1.1c6cb4p-15f,
+                                 0x1.e3c3a6p-15f,
+                                 -0x1.08829ap-16f,
+                                 0x1.cd445ap-17f,
+                                 -0x1.ad5b6ep-15f,
+                                 0x1.14344ep-15f,
+                                 0x1.82f9d8p-15f,
+                                 -0x1.1bf0dcp-17f,
+                                 0x1.8844d4p-15f,
+                                 0x1.0186d8p-18f,
+                                 -0x1.48347ap-20f,
+                                 0x1.0bfbe8p-15f};
+    const __m512i entry =
+        _mm512_maskz_srli_epi32(kAll, _mm512_castps_si512(x), Float<float>::kMantissaBits - 4);   // lowest 4 bits
+    const Vec<float> m = _mm512_maskz_getmant_ps(kAll, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const Vec<float> f = m * Vec<float>(_mm512_maskz_permutexvar_ps(kAll, entry, kReciprocals)) - 1;   // -1/32 to 1/16
+    // log(1 + f) - f within 2^-32
+    const Vec<float> series = ((0x1.873dbp-3f * f - 0x1.005126p-2f) * f + 0x1.555908p-2f) * f - 0x1.fffff6p-2f;
+    high = _mm512_maskz_permutexvar_ps(kAll, entry, kHigh);
+    low = (Vec<float>(_mm512_maskz_permutexvar_ps(kAll, entry, kLow)) + f * f * series) + f;
+  }
+};
+
 template <>
 inline SplitLog<float> split_log<float>(Vec<float> x, Vec<float> error) {
-  constexpr Vec<float> kReciprocals = {1.0f,       0.9140625f, 0.8671875f, 0.8203125f, 0.78125f,   0.7421875f,
-                                       0.7109375f, 0.6796875f, 0.65625f,   0.625f,     0.6015625f, 0.578125f,
-                                       0.5625f,    0.5390625f, 0.5234375f, 0.5f};
-  constexpr Vec<float> kHigh = {0,           0x1.7p-4f,   0x1.23cp-3f, 0x1.95cp-3f, 0x1.f98p-3f, 0x1.314p-2f,
-                                0x1.5d6p-2f, 0x1.8b6p-2f, 0x1.af6p-2f, 0x1.e14p-2f, 0x1.043p-1f, 0x1.189p-1f,
-                                0x1.269p-1f, 0x1.3c6p-1f, 0x1.4b7p-1f, 0x1.62ep-1f};
-  constexpr Vec<float> kLow = {0,
-                               0x1.a615d6p-17f,
-                               0x1.712a4ap-15f,
-                               -0x1.a52308p-15f,
-                               0x1.1c6cb4p-15f,
-                               0x1.e3c3a6p-15f,
-                               -0x1.08829ap-16f,
-                               0x1.cd445ap-17f,
-                               -0x1.ad5b6ep-15f,
-                               0x1.14344ep-15f,
-                               0x1.82f9d8p-15f,
-                               -0x1.1bf0dcp-17f,
-                               0x1.8844d4p-15f,
-                               0x1.0186d8p-18f,
-                               -0x1.48347ap-20f,
-                               0x1.0bfbe8p-15f};
-  const __m512i entry = _mm512_srli_epi32(_mm512_castps_si512(x), Float<float>::kMantissaBits - 4);   // lowest 4 bits
-  const Vec<float> m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  const Vec<float> f = m * Vec<float>(_mm512_permutexvar_ps(entry, kReciprocals)) - 1;   // -1/32 to 1/16
-  // log(1 + f) - f within 2^-32
-  const Vec<float> series = ((0x1.873dbp-3f * f - 0x1.005126p-2f) * f + 0x1.555908p-2f) * f - 0x1.fffff6p-2f;
-  const Vec<float> low = Vec<float>(_mm512_permutexvar_ps(entry, kLow)) + f * f * series + error;
-  return {_mm512_getexp_ps(x), _mm512_permutexvar_ps(entry, kHigh), low + f};
+  const MantissaLog log(x);
+  return {_mm512_maskz_getexp_ps(kAll, x), log.high, log.low + error};
 }
 
 template <>
 inline Vec<float> log<float>(Vec<float> m, IntVec<float> n) {
   using F = Float<float>;
-  const SplitLog<float> split = split_log<float>(m, Vec<float>{});
-  const Vec<float> e = __builtin_convertvector(n, Vec<float>) + split.exponent;
-  return (e * F::kLn2High + split.high) + (e * F::kLn2Low + split.low);
+  const MantissaLog log(m);
+  const Vec<float> e = __builtin_convertvector(n - 1, Vec<float>);   // the mantissa is doubled there
+  return (e * F::kLn2High + log.high) + (e * F::kLn2Low + log.low);
 }
 #endif
 

@@ -284,15 +284,39 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uin
     gradients_form<false, true>(rows, columns, weights, active_rows, grads);
 }
 
-template <class T>
-T multiply_adds(int64_t rounds) {
-  Vec<T> sums[kMultiplyAdds];
-  for (int k = 0; k < kMultiplyAdds; ++k) sums[k] = broadcast<T>(T(k));
-  const Vec<T> factor = broadcast<T>(T(0.5)), term = broadcast<T>(T(0.25));
-  for (int64_t round = 0; round < rounds; ++round)
-    for (int k = 0; k < kMultiplyAdds; ++k) sums[k] = sums[k] * factor + term;
-  for (int k = 1; k < kMultiplyAdds; ++k) sums[0] += sums[k];
+// As many at a time as do not wait for each other, and as 16 registers hold.
+template <Mix kMix, class T>
+T multiply_adds_in(int64_t rounds) {
+  constexpr int kSums = kMix == Mix::kMultiplyAdds ? 12 : 7;
+  Vec<T> sums[kSums];
+  IntVec<T> others[kSums];
+  for (int k = 0; k < kSums; ++k) {
+    sums[k] = broadcast<T>(T(k));
+    others[k] = broadcast_int<T>(k);
+  }
+  const Vec<T> factor = broadcast<T>(T(0.5));
+  for (int64_t round = 0; round < rounds * (kMultiplyAdds / kSums); ++round) {
+    for (int k = 0; k < kSums; ++k) {
+      sums[k] = sums[k] * factor + factor;
+      if constexpr (kMix == Mix::kWithAdditions) others[k] = (IntVec<T>)((Vec<T>)others[k] + factor);
+      if constexpr (kMix == Mix::kWithIntegers) others[k] += (IntVec<T>)factor;
+    }
+  }
+  for (int k = 0; k < kSums; ++k) sums[0] += sums[k] + __builtin_convertvector(others[k], Vec<T>);
   return sum<T>(sums[0]);
+}
+
+template <class T>
+T multiply_adds(int64_t rounds, Mix mix) {
+  switch (mix) {
+    case Mix::kMultiplyAdds:
+      return multiply_adds_in<Mix::kMultiplyAdds, T>(rounds);
+    case Mix::kWithAdditions:
+      return multiply_adds_in<Mix::kWithAdditions, T>(rounds);
+    case Mix::kWithIntegers:
+      return multiply_adds_in<Mix::kWithIntegers, T>(rounds);
+  }
+  return 0;
 }
 
 template <class T>
