@@ -21,7 +21,7 @@
 namespace csdiv::cpu {
 
 constexpr double kRise = 8;          // nats that weights may exceed their reference by
-constexpr int64_t kSlab = 1 << 20;   // logits that are kept at a time, if one tile of rows has not more
+constexpr int64_t kSlab = 1 << 20;   // logits that are kept at a time at least, if there are so many
 
 // One tile of a sweep, and where the sums of its weights go (null: not wanted).
 template <class T>
@@ -69,7 +69,8 @@ class GradientSweep {
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
         tiles_(num_row_tiles(problem)),
-        slab_tiles_(kOnlyPass ? std::clamp(kSlab / slab_size(1), int64_t(1), std::max(tiles_, int64_t(1))) : tiles_),
+        slab_tiles_(kOnlyPass ? std::clamp(most_of_slab() / slab_size(1), int64_t(1), std::max(tiles_, int64_t(1)))
+                              : tiles_),
         partition_(choose_partition(problem, packed_, slab_tiles_, rows_wanted_, columns_wanted_)),
         value_groups_(value_groups(problem, packed_)),
         sums_(problem, packed_, rows_wanted_, columns_wanted_, partition_.column_copies(), rows_per_copy(), threads),
@@ -115,6 +116,9 @@ class GradientSweep {
     std::vector<double> references = {};
     AlignedArray<double> row_copies = {};   // sums of rows, where every column group has its own
   };
+
+  // As many numbers as the columns have, if these are many: every slab reads them, and adds to their sums.
+  int64_t most_of_slab() const { return std::max(kSlab, 2 * dim_ * packed_.stripes() * packed_.stride()); }
 
   int64_t slab_size(int64_t tiles) const { return tiles * packed_.stripes() * kTileRows * packed_.stride(); }
 
