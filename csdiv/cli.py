@@ -237,7 +237,8 @@ def _explain(sizes: tuple[int, int, int], structure: str, device: str) -> None:
     structures = ("diagonal", "spherical", "tied diagonal", "tied spherical")
     if structure not in structures or min(sizes) < 1:
         raise ValueError(f"a structure of {', '.join(structures)} and sizes from 1 on expected")
-    shape = backends.Shape(*sizes, structure.endswith("spherical"))
+    same = structure.endswith("spherical"), structure.startswith("tied")
+    shape = backends.Shape(*sizes, backends.structure_of(*same))
     print(f"N = {shape.n}, M = {shape.m}, D = {shape.dim}, {structure}, on {device}:")
     for line in backends.explain(device, shape):
         print(f"  {line}")

@@ -50,8 +50,9 @@ def _module(backend: str, tensors: Sequence[Tensor | None], own: int = 2) -> Mod
     assert p_variances is not None
     assert q_means is not None
     assert q_variances is not None
-    spherical = p_variances.shape[-1] == q_variances.shape[-1] == 1
-    shape = backends.Shape(p_means.shape[-2], q_means.shape[-2], p_means.shape[-1], spherical)
+    same_dims, tied = (p_variances.shape[k] == q_variances.shape[k] == 1 for k in (-1, -2))
+    structure = backends.structure_of(same_dims, tied)
+    shape = backends.Shape(p_means.shape[-2], q_means.shape[-2], p_means.shape[-1], structure)
     return backends.resolve(backend, p_means.device, shape)
 
 

@@ -61,7 +61,7 @@ class Problem(NamedTuple):
     scale: Scale
     batch: int
     dim: int
-    spherical: bool  # every component of both sides has one variance
+    structure: str  # of both sides, see configurations.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,7 +69,7 @@ class Problem(NamedTuple):
 
     def form(self, *, exact: bool = False) -> str:
         """How kernels compute the pair term, see configurations.py."""
-        return form_of(self.spherical, self.dtype, self.dim, exact=exact)
+        return form_of(self.structure, self.dtype, self.dim, exact=exact)
 
     def tile(self, kernel: str, form: str) -> Tile:
         """How "rows" or "sweep" is launched in this form."""
@@ -77,7 +77,7 @@ class Problem(NamedTuple):
 
     def with_itself(self, side: Packed) -> Problem:
         """A side with itself, one problem for each of its items, on the scale of the pair."""
-        return Problem(side, side, None, None, self.scale, side.items, self.dim, self.spherical)
+        return Problem(side, side, None, None, self.scale, side.items, self.dim, self.structure)
 
 
 @triton.jit
@@ -137,9 +137,9 @@ def scale_kernel(p_variances, q_variances, scales, offsets, p_count, q_count, di
 @triton.jit(do_not_specialize=["scale_stride", "n", "dim"])
 def pack_kernel(
     means, variances, log_weights, scales, values, log2_weights, flags, scale_stride, n, dim,
-    SPHERICAL: tl.constexpr, BLOCK_D: tl.constexpr,
+    STRUCTURE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program for a tile. A negative variance becomes NaN, and what counts nothing is regular."""
+    """One program for a tile. A negative variance becomes NaN, and what counts nothing is as regular as the rest."""
     dtype: tl.constexpr = values.dtype.element_ty
     smallest: tl.constexpr = 2.0**-20 if dtype == tl.float32 else 2.0**-200
     largest: tl.constexpr = 2.0**19 if dtype == tl.float32 else 2.0**199  # of half of c
@@ -162,15 +162,19 @@ def pack_kernel(
         real = (weight != -float("inf"))[:, None] & (d < dim)[None, :]
         at = (item * n + component)[:, None] * dim + d[None, :]
         mean = tl.load(means + at, mask=real, other=0.0)
-        variance = tl.load(variances + at, mask=real, other=0.5)
+        if STRUCTURE == "tied":  # what is no component has the variance of all others
+            at, given = (item * n * dim + d)[None, :], (d < dim)[None, :]
+        else:
+            given = real
+        variance = tl.load(variances + at, mask=given, other=0.5)
         variance = tl.where(variance >= 0, variance, float("nan"))
         unit = tl.load(scales + padded + d, mask=d < padded, other=1.0)[None, :]
-        scaled_mean, scaled_variance = mean * unit, tl.where(real, variance * unit * unit, 0.5)
+        scaled_mean, scaled_variance = mean * unit, tl.where(given, variance * unit * unit, 0.5)
         regular = (scaled_variance <= largest) & (tl.abs(scaled_mean) <= farthest)
         regular &= (scaled_variance >= vanishing) | (variance == 0)
         all_regular = tl.min(regular.to(tl.int32)) > 0
         all_wide = tl.min((scaled_variance >= smallest).to(tl.int32)) > 0
-        if SPHERICAL:  # what is no component is put among them, where it does no harm to the tile's norms
+        if STRUCTURE != "diagonal":  # and is put among them, where it does no harm to the tile's norms
             count = tl.maximum(tl.sum(real.to(tl.int32), 0), 1)
             center = tl.sum(scaled_mean, 0) / count
             scaled_mean = tl.where(real, scaled_mean, center[None, :])
@@ -180,7 +184,7 @@ def pack_kernel(
         to += (d % GROUP)[None, :] * TILE + in_tile[:, None]
         stored = (d < padded)[None, :] & (in_tile >= 0)[:, None]
         tl.store(to, tl.where(all_regular, scaled_mean, mean), mask=stored)
-        tl.store(to + GROUP * TILE, tl.where(all_regular, scaled_variance, variance), mask=stored)
+        tl.store(to + GROUP * TILE, tl.where(all_regular, scaled_variance, tl.where(real, variance, 0.5)), mask=stored)
 
 
 def launch_scale(p_variances: Tensor, q_variances: Tensor, items: int) -> Scale:
@@ -194,7 +198,7 @@ def launch_scale(p_variances: Tensor, q_variances: Tensor, items: int) -> Scale:
     return scale
 
 
-def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, scale: Scale, spherical: bool) -> Packed:
+def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, scale: Scale, structure: str) -> Packed:
     """Means and variances (items, n, dim), log weights (items, n) or None (uniform), all contiguous."""
     items, n, dim = means.shape
     tiles, padded = -(-n // 128), -(-dim // 4) * 4
@@ -206,5 +210,5 @@ def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, sc
     )
     if items * tiles:
         arguments = (means, variances, log_weights, scale.scales, *packed[:3], scale.stride, n, dim)
-        pack_kernel[(items * tiles,)](*arguments, SPHERICAL=spherical, BLOCK_D=32, **PACK_OPTIONS)
+        pack_kernel[(items * tiles,)](*arguments, STRUCTURE=structure, BLOCK_D=32, **PACK_OPTIONS)
     return packed

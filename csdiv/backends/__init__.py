@@ -17,6 +17,7 @@ import torch
 
 from csdiv.backends.dispatch import Shape, order_of, rule_of
 from csdiv.kernels.configurations import MATRIX_DIM, form_of
+from csdiv.kernels.configurations import structure_of as structure_of
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 FULL, MAX_FULL_DIM = ("cpu", "cuda"), 32
@@ -113,14 +114,15 @@ def explain(device: str, shape: Shape) -> list[str]:
 
 
 def _form(backend: str, shape: Shape) -> str:
-    if backend != "triton" or not shape.spherical:
+    if backend != "triton" or shape.structure == "diagonal":
         return "diagonal, a variance for each component and dimension"
-    forms = {dtype: form_of(True, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
-    reasons = {
-        "matrix": "matrix products, in tiles whose error bound fits the budget, else the sum of squares",
-        "spherical": "the sum of squares" + (f", as D < {MATRIX_DIM}" if shape.dim < MATRIX_DIM else ""),
-    }
-    return "; ".join(f"{form} in {str(dtype).removeprefix('torch.')}: {reasons[form]}" for dtype, form in forms.items())
+    forms = {dtype: form_of(shape.structure, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
+    direct = "the sum of squares" + (f", as D < {MATRIX_DIM}" if shape.dim < MATRIX_DIM else "")
+    products = "matrix products, in tiles whose error bound fits the budget, else the sum of squares"
+    return "; ".join(
+        f"{form} in {str(dtype).removeprefix('torch.')}: {direct if form == shape.structure else products}"
+        for dtype, form in forms.items()
+    )
 
 
 def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:
