@@ -50,9 +50,8 @@ def _module(backend: str, tensors: Sequence[Tensor | None], own: int = 2) -> Mod
     assert p_variances is not None
     assert q_means is not None
     assert q_variances is not None
-    same_dims, tied = (p_variances.shape[k] == q_variances.shape[k] == 1 for k in (-1, -2))
-    structure = backends.structure_of(same_dims, tied)
-    shape = backends.Shape(p_means.shape[-2], q_means.shape[-2], p_means.shape[-1], structure)
+    sizes = (p_means.shape[-2], q_means.shape[-2], p_means.shape[-1])
+    shape = backends.shape_of(*sizes, p_variances.shape, q_variances.shape)
     return backends.resolve(backend, p_means.device, shape)
 
 

@@ -104,14 +104,14 @@ def sweep_spherical(weights, quadratic, row, column, scales, dim, mean_sums, var
 
 @triton.jit
 def sweep_tied(weights, row, column, scales, dim, mean_sums, variance_sums, stride):
-    """The same of a regular tile of tied variances: c is taken out of the sums over rows."""
+    """The same of a regular tile whose rows have tied variances: c is taken out of the sums over them."""
     padded, total = padded_dim(dim), tl.sum(weights, 0)
     rows, columns = pairs_of(row, column, weights.shape[0])
     for group in range(padded // GROUP):
         for k in tl.static_range(GROUP):
             d, at = group * GROUP + k, group * (2 * GROUP * TILE) + k * TILE
             delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
-            w = reciprocal(tl.load(row + (at + GROUP * TILE)) + tl.load(column + (at + GROUP * TILE)))
+            w = reciprocal(tl.load(row + (at + GROUP * TILE)) + tl.load(columns + (at + GROUP * TILE)))
             unit = tl.load(scales + padded + d).to(tl.float64)
             weighted = weights * delta
             mean, variance = w * tl.sum(weighted, 0), w * (w * tl.sum(weighted * delta, 0) - total)
@@ -163,10 +163,10 @@ def gradient_sweep_kernel(
                 if FORM == "diagonal":
                     sweep_dimensions(weights, *tile, scales, dim, sums, variance_sums, stride)
                 elif regular(flags_of_rows, flags_of_columns, dim):
-                    if FORM == "tied" or FORM == "tied matrix":
-                        sweep_tied(weights, row, column, scales, dim, sums, variance_sums, stride)
-                    else:
+                    if FORM == "spherical" or FORM == "spherical matrix":
                         sweep_spherical(weights, quadratic, row, column, scales, dim, sums, variance_sums, stride)
+                    else:
+                        sweep_tied(weights, row, column, scales, dim, sums, variance_sums, stride)
                 else:
                     sweep_dimensions(weights, *tile, scales, dim, sums, variance_sums, stride)
                 tl.debug_barrier()  # before the next tile reads the sums
@@ -184,7 +184,7 @@ def launch_gradient_sweep(
     row_index, column_index = (problem.q_index, problem.p_index) if of_p else (problem.p_index, problem.q_index)
     q_log2 = None if weights.p_log2 is None else problem.q.log2_weights
     given = weights.given.mT.contiguous() if of_p and weights.given is not None else weights.given
-    form = problem.form()
+    form = problem.form(rows_of_q=of_p)
     tile = problem.tile("sweep", form)
     column_tiles = problem.batch * (columns.padded // 128)
     parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // tile.block_n))

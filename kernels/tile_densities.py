@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from csdiv.kernels.spherical import spherical_log2_densities
-from csdiv.kernels.tied import tied_log2_densities
+from csdiv.kernels.tied import tied_log2_densities, tied_rows_log2_densities
 from csdiv.kernels.tile_logits import pairs_of, tile_log2_densities
 
 
@@ -20,6 +20,9 @@ def tile_densities(
     elif FORM == "tied" or FORM == "tied matrix":
         matrix: tl.constexpr = FORM == "tied matrix"
         densities = tied_log2_densities(row, row_flags, column, column_flags, scales, dim, matrix, BLOCK_N)
+        return densities, densities
+    elif FORM == "tied rows":
+        densities = tied_rows_log2_densities(row, row_flags, column, column_flags, scales, dim, BLOCK_N)
         return densities, densities
     else:
         matrix: tl.constexpr = FORM == "spherical matrix"

@@ -9,15 +9,14 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from csdiv.backends.dispatch import Shape, order_of, rule_of
-from csdiv.kernels.configurations import MATRIX_DIM, form_of
-from csdiv.kernels.configurations import structure_of as structure_of
+from csdiv.kernels.configurations import MATRIX_DIM, Shared, form_of, structure_of
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 FULL, MAX_FULL_DIM = ("cpu", "cuda"), 32
@@ -99,6 +98,12 @@ def resolve_full(name: str, device: torch.device) -> ModuleType:
 def _first_able(order: tuple[str, ...], device: torch.device) -> str:
     able = (name for name in order if _STATUS[name]().available)
     return next((name for name in able if name != "cuda" or not _missing_kernels(device)), "reference")
+
+
+def shape_of(n: int, m: int, dim: int, p_variances: Sequence[int], q_variances: Sequence[int]) -> Shape:
+    """What the choice depends on, from the sizes of a problem and the shapes of the variances."""
+    sides = (Shared(shape[-1] == 1, shape[-2] == 1) for shape in (p_variances, q_variances))
+    return Shape(n, m, dim, structure_of(*sides))
 
 
 def explain(device: str, shape: Shape) -> list[str]:
