@@ -27,7 +27,7 @@ ALONE: tuple[tuple[int, ...], ...] = ((), ())
 SHARED = (((3,), ()), ((), (3,)), ((3, 1), (1, 2)))
 """Batch shapes of p and q. A side that problems share has an index, and kernels a variant for it."""
 
-FORMS = ((3, "diagonal"), (3, "spherical"), (64, "spherical"), (3, "tied"), (64, "tied"))
+FORMS = ((3, "diagonal"), (3, "spherical"), (64, "spherical"), (3, "tied"), (64, "tied"), (3, "tied rows"))
 """D and a structure, so that every form of the pair term is taken."""
 
 
@@ -57,7 +57,7 @@ def launch_of(scalar: str, function: Any, values: dict[str, Any]) -> Launch:
         else:
             signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
     flags = [name for name, value in constants.items() if value is True]
-    form = [f for f in (values.get("FORM"), values.get("STRUCTURE")) if f not in (None, "diagonal")]
+    form = [values["FORM"]] if values.get("FORM", "diagonal") != "diagonal" else []
     absent = [f"no {name}" for name, value in constants.items() if value is None and not name.endswith("index")]
     name = f"triton {function.__name__}<{', '.join([scalar, *form, *flags, *absent])}>"
     return Launch(name, function, signature, constants, options)
@@ -99,9 +99,12 @@ def call_every_operator(
     backend: Any, p_batch: tuple[int, ...], q_batch: tuple[int, ...], dtype: torch.dtype, dim: int, structure: str
 ) -> None:
     """With all gradients, and with those of the weights alone."""
-    variances = {"diagonal": (2, dim), "spherical": (2, 1), "tied": (1, dim)}[structure]
-    shapes = ((2, dim), variances, (2,))
-    p, q = ([torch.ones(*b, *s, dtype=dtype) for s in shapes] for b in (p_batch, q_batch))
+    diagonal, tied = (2, dim), (1, dim)
+    variances = {"spherical": ((2, 1),) * 2, "tied": (tied, tied), "tied rows": (tied, diagonal)}
+    p, q = (
+        [torch.ones(*batch, *shape, dtype=dtype) for shape in ((2, dim), own, (2,))]
+        for batch, own in zip((p_batch, q_batch), variances.get(structure, (diagonal,) * 2), strict=True)
+    )
     for weights in (True, False):
         a, b = (side if weights else [*side[:2], None] for side in (p, q))
         needs = [True, True, weights]
@@ -142,7 +145,7 @@ def compiled(launch: Launch, capability: int) -> static.Kernel:
 
 
 def loops_of_form(sass: str, structure: str, pairs: int) -> Iterator[static.Loop]:
-    """The hot loops of spherical or tied components; ``pairs``: of a thread.
+    """The hot loops of a form that is not the diagonal one; ``pairs``: of a thread.
 
     Matrix products take 32 dimensions in an iteration. Besides these, spherical components have no reciprocal in such a
     loop and a difference for each element; tied ones have a reciprocal for each dimension.
@@ -156,7 +159,7 @@ def loops_of_form(sass: str, structure: str, pairs: int) -> Iterator[static.Loop
             continue
         elif structure == "spherical" and not special and counts["FFMA"] + counts["DFMA"] > 8:
             yield static.Loop(counts, counts["FADD"] or counts["DADD"], kind)
-        elif structure == "tied" and special == {"MUFU.RCP"} and counts["MUFU.RCP"] < pairs:
+        elif structure != "spherical" and "MUFU.RCP" in special and counts["MUFU.RCP"] < pairs:
             yield static.Loop(counts, counts["MUFU.RCP"] * pairs, kind)
 
 
