@@ -181,6 +181,27 @@ def test_contract_of_tied_variances(case: Case) -> None:
     check(case, NAME)
 
 
+# The rows alone tied, as points are: a form for values and the gradients of the other side.
+TIED_ROWS = TIED._replace(dim=5, structures=("tied diagonal", "diagonal"))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(TIED_ROWS._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+        *(TIED_ROWS._replace(entry=entry, structures=("diagonal", "tied diagonal")) for entry in FEW),
+        *(TIED_ROWS._replace(entry="log_overlap", scale=scale) for scale in SCALES),
+        *(TIED_ROWS._replace(dtype=torch.float64, scale=scale) for scale in ("plain", *SCALES[2:3])),
+        *(TIED_ROWS._replace(entry="log_prob", n=n, m=m, dim=dim) for n, m, dim in ((17, 129, 4), (5, 3, 33))),
+        *(TIED_ROWS._replace(entry=entry, batch=BATCHES[k]) for entry, k in zip(FEW[:2], (2, 1), strict=True)),
+    ],
+    ids=str,
+)
+def test_contract_of_tied_rows(case: Case) -> None:
+    check(case, NAME)
+
+
 @pytest.fixture
 def direct_sums() -> Iterator[list[int]]:
     """Grows where the direct form is taken."""
@@ -219,32 +240,35 @@ SHAPES = {"diagonal": (3, 2), "spherical": (3, 1), "tied": (1, 2), "points": (1,
 
 @interpreted
 @pytest.mark.parametrize(
-    ("p", "q", "batches", "structure"),
+    ("p", "q", "batches", "forms"),
     [
-        ("diagonal", "tied", ((), ()), "diagonal"),
-        ("spherical", "tied", ((), ()), "diagonal"),
-        ("spherical", "points", ((), ()), "spherical"),
-        ("tied", "tied", ((), ()), "tied"),
-        ("points", "tied", ((), ()), "tied"),
-        ("tied", "tied", ((4,), (4,)), "tied"),
-        ("tied", "tied", ((), (4,)), "tied"),
-        ("tied", "tied", ((4,), ()), "diagonal"),  # one problem of all rows, whose variances differ
-        ("points", "tied", ((4,), ()), "tied"),
-        ("tied", "tied", ((1,), ()), "tied"),
+        ("diagonal", "diagonal", ((), ()), ("diagonal", "diagonal", "diagonal")),
+        ("diagonal", "tied", ((), ()), ("diagonal", "tied rows", "diagonal")),
+        ("spherical", "tied", ((), ()), ("diagonal", "tied rows", "diagonal")),
+        ("spherical", "points", ((), ()), ("spherical", "spherical", "spherical")),
+        ("points", "diagonal", ((), ()), ("tied rows", "diagonal", "tied")),
+        ("tied", "tied", ((), ()), ("tied", "tied", "tied")),
+        ("points", "tied", ((), ()), ("tied", "tied", "tied")),
+        ("tied", "tied", ((4,), (4,)), ("tied", "tied", "tied")),
+        ("tied", "tied", ((), (4,)), ("tied", "tied", "tied")),
+        ("tied", "tied", ((4,), ()), ("diagonal", "tied rows", "diagonal")),  # one problem, whose rows differ
+        ("points", "tied", ((4,), ()), ("tied", "tied", "tied")),
+        ("tied", "tied", ((1,), ()), ("tied", "tied", "tied")),
     ],
 )
 def test_the_form_is_that_of_what_variances_share(
-    p: str, q: str, batches: tuple[tuple[int, ...], tuple[int, ...]], structure: str
+    p: str, q: str, batches: tuple[tuple[int, ...], tuple[int, ...]], forms: tuple[str, str, str]
 ) -> None:
+    """Of p against q, of the sweep for p, whose rows are q, and of p with itself."""
     arrays, module = importlib.import_module("csdiv.backends.arrays"), sys.modules[f"csdiv.backends.{NAME}"]
     sides = []
     for name, batch in zip((p, q), batches, strict=True):
         variances = torch.ones(*(batch if name != "points" else ()), *SHAPES[name])
         sides.append(arrays.make_side(torch.zeros(*batch, 3, 2), variances))
     problem = module._problem(arrays.flattened(arrays.Pair(*sides)))
-    assert problem.structure == structure
-    assert problem.form() == structure
-    assert problem.with_itself(problem.p).structure == structure
+    own = problem.with_itself(problem.p)
+    assert (problem.form(), problem.form(rows_of_q=True), own.form()) == forms
+    assert own.form(rows_of_q=True) == own.form()
 
 
 @pytest.mark.parametrize("structure", configurations.STRUCTURES)
@@ -253,16 +277,17 @@ def test_products_are_taken_in_float32_from_some_dimension_on(structure: str) ->
         return configurations.form_of(structure, dtype, dim, exact=exact)
 
     first = configurations.MATRIX_DIM
-    products = structure if structure == "diagonal" else f"{structure} matrix"
+    products = structure if structure in ("diagonal", "tied rows") else f"{structure} matrix"
     assert [form(torch.float32, dim) for dim in (1, first - 1, first, 1000)] == [structure] * 2 + [products] * 2
     assert form(torch.float64, first) == form(torch.float32, first, exact=True) == structure
 
 
 @interpreted
 @pytest.mark.parametrize("dim", [3, 17])
-def test_equal_components_of_tied_variances_give_equal_bits(dim: int) -> None:
-    means = torch.randn(5, dim) * 100
-    q = GaussianMixture(means[[0, 1, 2, 1, 0, 3, 4, 1]], torch.rand(1, dim) + 0.5)
+@pytest.mark.parametrize("tied", [True, False])
+def test_equal_components_against_tied_variances_give_equal_bits(tied: bool, dim: int) -> None:
+    means, variances, equal = torch.randn(5, dim) * 100, torch.rand(5, dim) + 0.5, [0, 1, 2, 1, 0, 3, 4, 1]
+    q = GaussianMixture(means[equal], variances[:1] if tied else variances[equal])
     x = GaussianMixture(means[[1, 3, 0]] + 0.01, torch.rand(1, dim) + 0.5)
     assert q.assign(x, backend=NAME).tolist() == [1, 5, 0]
     densities = csdiv.pairwise_log_overlap(x, q, backend=NAME)
@@ -297,17 +322,17 @@ def test_bad_tied_variances_give_what_the_diagonal_form_gives(bad: float, dim: i
     p, q = (testing.random_mixture(k, dim, structure="tied diagonal") for k in (3, 4))
     variances = q.variances.clone()
     variances[0, 1] = bad
-    for side in (p, GaussianMixture(p.means, torch.zeros(1, 1), p.log_weights)):
+    for own_variances in (p.variances, torch.zeros(1, 1)):
         found = []
-        for shape in ((1, dim), (4, dim)):
-            leaves = [t.clone().requires_grad_() for t in (side.means, q.means)]
-            own = GaussianMixture(leaves[0], side.variances, side.log_weights)
-            other = GaussianMixture(leaves[1], variances.expand(shape), q.log_weights)
-            rows = csdiv.component_log_overlap(own, other, backend=NAME)
-            total = csdiv.log_overlap(own, other, backend=NAME)
-            found.append([rows, total, *torch.autograd.grad(total, leaves)])
-        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6, equal_nan=True)
-        assert bad >= 0 or bool(found[0][0].isnan().all())
+        for own, other in ((3, 4), (1, 1), (3, 1), (1, 4)):
+            leaves = [t.clone().requires_grad_() for t in (p.means, q.means)]
+            side = GaussianMixture(leaves[0], own_variances.expand(own, dim), p.log_weights)
+            spoilt = GaussianMixture(leaves[1], variances.expand(other, dim), q.log_weights)
+            total = csdiv.log_overlap(spoilt, side, backend=NAME)
+            found.append([total, *torch.autograd.grad(total, leaves)])
+        for values in found[1:]:
+            torch.testing.assert_close(values, found[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert bad >= 0 or bool(found[0][0].isnan())
         silent = GaussianMixture(q.means, variances, torch.full((4,), -torch.inf))
         assert csdiv.log_overlap(side, silent, backend=NAME) == -torch.inf
 
@@ -454,9 +479,12 @@ def test_cs_divergence_near_zero(distance: float) -> None:
 @pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3])
 @pytest.mark.parametrize(("dim", "size"), [(8, 20), (64, 12)])
 def test_cs_divergence_of_tied_variances_near_zero(dim: int, size: int, distance: float) -> None:
+    """Both sides tied, and one of them: the three terms in up to three forms."""
     p, q = near_copies(dim, size, distance, "tied diagonal")
-    exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
-    assert (csdiv.cs_divergence(p, q, backend=NAME).double() - exact).abs() <= 6e-6
+    untied = GaussianMixture(q.means, q.variances * (1 + distance * torch.randn(size, dim)), q.log_weights)
+    for other in (q, untied):
+        exact = csdiv.cs_divergence(p.to(torch.float64), other.to(torch.float64), backend="reference")
+        assert (csdiv.cs_divergence(p, other, backend=NAME).double() - exact).abs() <= 6e-6
 
 
 @interpreted
@@ -521,6 +549,7 @@ def test_auto_on_a_gpu_takes_the_best_one(available: tuple[str, ...], chosen: st
     [
         (backends.Shape(2048, 512, 16, "spherical"), "cuda", ("cuda", "triton")),
         (backends.Shape(2048, 512, 16, "tied"), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, "tied rows"), "cuda", ("cuda", "triton")),
         (backends.Shape(2048, 512, 15, "spherical"), "cuda", ("cuda", "triton")),
         (backends.Shape(2048, 511, 16, "spherical"), "cuda", ("cuda", "triton")),
         (backends.Shape(2048, 512, 16), "cuda", ("cuda", "triton")),
@@ -631,6 +660,7 @@ def test_every_kernel_compiles_without_local_memory() -> None:
 FORM_LIMITS = {
     "spherical": {"spherical matrix logits": 1.3, "spherical logits": 3.3, "spherical gradients": 2.9},
     "tied": {"tied matrix logits": 1.6, "tied logits": 4.8, "tied gradients": 6.1},
+    "tied rows": {"tied rows logits": 4.4, "tied rows gradients": 6.1},
 }
 """Instructions of an element, as docs/kernels.md has them."""
 
@@ -641,14 +671,15 @@ FORM_LIMITS = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_of_other_forms_compile_without_local_memory(capability: int, structure: str) -> None:
     """Of each form the kernels, one variant each: all of them would take minutes for an architecture."""
-    form, plain = f"float, {structure}( matrix)?", "(row_sums|assign|pairwise_forward)"
+    form, plain = f"float, {structure}( matrix)?(?! rows)", "(row_sums|assign|pairwise_forward)"
     only = rf"{plain}_kernel<{form}>|gradient_sweep_kernel<{form}, DIMENSIONS, no factors, no given>"
     rows = compiled(capability, "float", "[1:]", only=only)
     names = sorted({row["kernel"].removeprefix("triton ") for row in rows})
     kernels = ("assign", "gradient_sweep", "pairwise_forward", "row_sums")
+    with_products = kernels[1::2] if structure in configurations.PRODUCTS else ()
     assert {tuple(name.rstrip(">").split(", ")[:2]) for name in names} == {
         *((f"{kernel}_kernel<float", structure) for kernel in kernels),
-        *((f"{kernel}_kernel<float", f"{structure} matrix") for kernel in kernels[1::2]),
+        *((f"{kernel}_kernel<float", f"{structure} matrix") for kernel in with_products),
     }
     assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
     for row in (row for row in rows if "loop" in row):
