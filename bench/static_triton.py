@@ -27,8 +27,8 @@ ALONE: tuple[tuple[int, ...], ...] = ((), ())
 SHARED = (((3,), ()), ((), (3,)), ((3, 1), (1, 2)))
 """Batch shapes of p and q. A side that problems share has an index, and kernels a variant for it."""
 
-FORMS = ((3, False), (3, True), (64, True))
-"""D, and whether components are spherical, so that every form of the pair term is taken."""
+FORMS = ((3, "diagonal"), (3, "spherical"), (64, "spherical"), (3, "tied"), (64, "tied"), (3, "tied rows"))
+"""D and a structure, so that every form of the pair term is taken."""
 
 
 class Launch(NamedTuple):
@@ -66,7 +66,7 @@ def launch_of(scalar: str, function: Any, values: dict[str, Any]) -> Launch:
 def launches(
     scalars: tuple[str, ...] = ("float", "double"),
     batches: tuple[Any, ...] = (ALONE,),
-    forms: tuple[tuple[int, bool], ...] = FORMS,
+    forms: tuple[tuple[int, str], ...] = FORMS,
     capability: int = 90,
 ) -> list[Launch]:
     """Every launch of the backend on mixtures of these batch shapes, each variant of a kernel once, as for a GPU of
@@ -90,17 +90,21 @@ def launches(
         patches.enter_context(mock.patch.object(backend, "current", return_value=contextlib.nullcontext()))
         for scalar in scalars:
             for p_batch, q_batch in batches:
-                for dim, spherical in forms:
-                    call_every_operator(backend, p_batch, q_batch, SCALARS[scalar], dim, spherical)
+                for dim, structure in forms:
+                    call_every_operator(backend, p_batch, q_batch, SCALARS[scalar], dim, structure)
     return list(found.values())
 
 
 def call_every_operator(
-    backend: Any, p_batch: tuple[int, ...], q_batch: tuple[int, ...], dtype: torch.dtype, dim: int, spherical: bool
+    backend: Any, p_batch: tuple[int, ...], q_batch: tuple[int, ...], dtype: torch.dtype, dim: int, structure: str
 ) -> None:
     """With all gradients, and with those of the weights alone."""
-    shapes = ((2, dim), (2, 1 if spherical else dim), (2,))
-    p, q = ([torch.ones(*b, *s, dtype=dtype) for s in shapes] for b in (p_batch, q_batch))
+    diagonal, tied = (2, dim), (1, dim)
+    variances = {"spherical": ((2, 1),) * 2, "tied": (tied, tied), "tied rows": (tied, diagonal)}
+    p, q = (
+        [torch.ones(*batch, *shape, dtype=dtype) for shape in ((2, dim), own, (2,))]
+        for batch, own in zip((p_batch, q_batch), variances.get(structure, (diagonal,) * 2), strict=True)
+    )
     for weights in (True, False):
         a, b = (side if weights else [*side[:2], None] for side in (p, q))
         needs = [True, True, weights]
@@ -135,19 +139,28 @@ def compiled(launch: Launch, capability: int) -> static.Kernel:
     threads = 32 * launch.options["num_warps"]
     form = launch.constants.get("FORM", "diagonal")
     if form != "diagonal":
-        loops = tuple(spherical_loops(sass, launch.constants["BLOCK_N"] * 128 * 32 // threads))
+        pairs = launch.constants["BLOCK_N"] * 128 // threads
+        loops = tuple(loops_of_form(sass, form.removesuffix(" matrix"), pairs))
     return kernel._replace(name=launch.name, loops=loops, threads=threads)
 
 
-def spherical_loops(sass: str, elements: int) -> Iterator[static.Loop]:
-    """The hot loops of spherical components; ``elements``: of a thread in an iteration of matrix products."""
+def loops_of_form(sass: str, structure: str, pairs: int) -> Iterator[static.Loop]:
+    """The hot loops of a form that is not the diagonal one; ``pairs``: of a thread.
+
+    Matrix products take 32 dimensions in an iteration. Besides these, spherical components have no reciprocal in such a
+    loop and a difference for each element; tied ones have a reciprocal for each dimension.
+    """
     for counts in static.innermost_loops(sass):
+        kind = f"{structure} {'gradients' if counts['STG'] else 'logits'}"
+        special = {name for name in counts if name.startswith("MUFU")}
         if any("MMA" in name for name in counts):
-            yield static.Loop(counts, elements, "matrix logits", 3)
-        elif counts["FFMA"] + counts["DFMA"] > 8 and not any(name.startswith(("MUFU", "FSETP")) for name in counts):
-            sweep = counts["STG"] > 0
-            differences = counts["FADD"] or counts["DADD"]
-            yield static.Loop(counts, differences, "spherical gradients" if sweep else "spherical logits")
+            yield static.Loop(counts, 32 * pairs, f"{structure} matrix logits", 3)
+        elif counts["FSETP"] or counts["BSSY"]:
+            continue
+        elif structure == "spherical" and not special and counts["FFMA"] + counts["DFMA"] > 8:
+            yield static.Loop(counts, counts["FADD"] or counts["DADD"], kind)
+        elif structure != "spherical" and "MUFU.RCP" in special and counts["MUFU.RCP"] < pairs:
+            yield static.Loop(counts, counts["MUFU.RCP"] * pairs, kind)
 
 
 def read(capability: int = 90, scalars: tuple[str, ...] = ("float", "double")) -> list[static.Kernel]:

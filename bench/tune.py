@@ -24,6 +24,9 @@ from .timing import Timing, interleave
 
 SIZES = {8: 2**15, 32: 2**14, 128: 2**13}
 """For a dimension of each bucket a size N = M: 8.6e9 elements, so that launches do not show."""
+MIXTURES = {"diagonal": ("diagonal",) * 2, "spherical": ("spherical",) * 2, "tied": ("tied diagonal",) * 2}
+MIXTURES["tied rows"] = ("tied diagonal", "diagonal")
+"""What p and q are timed, by the structure of a form."""
 Record = dict[str, Any]
 
 
@@ -31,22 +34,27 @@ def candidates(form: str, dtype: torch.dtype) -> list[Tile]:
     """Those with 4 to 32 pairs for a thread (2 to 8 in float64); matrix products take 16 rows or more, and they alone
     have loads that may run ahead."""
     pairs = range(2, 9) if dtype == torch.float64 else range(4, 33)
-    rows, stages = ((16, 32, 64), (1, 2, 3)) if form == "matrix" else ((2, 4, 8, 16, 32), (1,))
+    rows, stages = ((16, 32, 64), (1, 2, 3)) if form.endswith("matrix") else ((2, 4, 8, 16, 32), (1,))
     tiles = (Tile(n, warps, k) for n in rows for warps in (4, 8) for k in stages)
     return [tile for tile in tiles if tile.block_n * 4 // tile.num_warps in pairs]
 
 
 def is_taken(kernel: str, form: str, dtype: torch.dtype, dim: int) -> bool:
     """Whether anything asks for this form: where equal pairs are to give equal bits, some rows have another."""
-    forms = {form_of(form != "diagonal", dtype, dim, exact=exact) for exact in (False, kernel == "rows")}
+    forms = {form_of(form.removesuffix(" matrix"), dtype, dim, exact=exact) for exact in (False, kernel == "rows")}
     return form in forms
 
 
 def call_of(kernel: str, form: str, dtype: torch.dtype, dim: int, size: int, device: str) -> Callable[[], list[Tensor]]:
-    """log V(p, q), which is sums of rows for the most part, or its gradients, which are two sweeps."""
-    backend = importlib.import_module("csdiv.backends.triton")
-    g, structure = torch.Generator().manual_seed(dim), "diagonal" if form == "diagonal" else "spherical"
-    p, q = (testing.random_mixture(size, dim, structure=structure, dtype=dtype, generator=g) for _ in range(2))
+    """log V(p, q), which is sums of rows for the most part, or its gradients, which are two sweeps.
+
+    Of tied rows it is one: the other has the diagonal form.
+    """
+    backend, g = importlib.import_module("csdiv.backends.triton"), torch.Generator().manual_seed(dim)
+    p, q = (
+        testing.random_mixture(size, dim, structure=structure, dtype=dtype, generator=g)
+        for structure in MIXTURES[form.removesuffix(" matrix")]
+    )
     tensors = [t.to(device) for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
 
     def forward() -> list[Tensor]:
@@ -55,7 +63,7 @@ def call_of(kernel: str, form: str, dtype: torch.dtype, dim: int, size: int, dev
     saved = forward()
     grad = torch.ones_like(saved[0])
     return (lambda: [forward()[2]]) if kernel == "rows" else lambda: backend.log_overlap_backward(
-        grad, tensors, saved, [True] * 6
+        grad, tensors, saved, [form != "tied rows"] * 3 + [True] * 3
     )  # fmt: skip
 
 

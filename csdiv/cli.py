@@ -237,7 +237,11 @@ def _explain(sizes: tuple[int, int, int], structure: str, device: str) -> None:
     structures = ("diagonal", "spherical", "tied diagonal", "tied spherical")
     if structure not in structures or min(sizes) < 1:
         raise ValueError(f"a structure of {', '.join(structures)} and sizes from 1 on expected")
-    shape = backends.Shape(*sizes, structure.endswith("spherical"))
+    n, m, d = sizes
+    variances = [
+        (1 if structure.startswith("tied") else k, 1 if structure.endswith("spherical") else d) for k in (n, m)
+    ]
+    shape = backends.shape_of(n, m, d, *variances)
     print(f"N = {shape.n}, M = {shape.m}, D = {shape.dim}, {structure}, on {device}:")
     for line in backends.explain(device, shape):
         print(f"  {line}")

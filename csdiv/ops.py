@@ -50,8 +50,8 @@ def _module(backend: str, tensors: Sequence[Tensor | None], own: int = 2) -> Mod
     assert p_variances is not None
     assert q_means is not None
     assert q_variances is not None
-    spherical = p_variances.shape[-1] == q_variances.shape[-1] == 1
-    shape = backends.Shape(p_means.shape[-2], q_means.shape[-2], p_means.shape[-1], spherical)
+    sizes = (p_means.shape[-2], q_means.shape[-2], p_means.shape[-1])
+    shape = backends.shape_of(*sizes, p_variances.shape, q_variances.shape)
     return backends.resolve(backend, p_means.device, shape)
 
 

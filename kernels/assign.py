@@ -10,7 +10,7 @@ from torch import Tensor
 from csdiv.kernels.configurations import ROW_PROGRAMS, cut
 from csdiv.kernels.device import TILE, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
-from csdiv.kernels.spherical import tile_densities
+from csdiv.kernels.tile_densities import tile_densities
 from csdiv.kernels.tile_logits import tile_columns, tile_rows
 
 
@@ -35,15 +35,15 @@ def assign_kernel(
     problem, row_tile, part = place((n + BLOCK_N - 1) // BLOCK_N, parts)
     p_item, q_item = item_of(p_index, problem), item_of(q_index, problem)
     first_row = row_tile * BLOCK_N
-    rows, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)
+    row, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)
     scales += problem * scale_stride
     begin, end = part_begin(tiles_of(m), parts, part), part_begin(tiles_of(m), parts, part + 1)
     best = tl.full([BLOCK_N, TILE], -float("inf"), p_values.dtype.element_ty)
     index = tl.zeros([BLOCK_N, TILE], tl.int32) + (tl.arange(0, TILE) + begin * TILE)[None, :]
     for tile in range(begin, end):
         j = tl.arange(0, TILE) + tile * TILE
-        columns, column_flags = tile_columns(q_values, q_flags, q_item, m, tile, dim)
-        logits, _ = tile_densities(rows, row_flags, columns, column_flags, scales, dim, FORM, BLOCK_N)
+        column, column_flags = tile_columns(q_values, q_flags, q_item, m, tile, dim)
+        logits, _ = tile_densities(row, row_flags, column, column_flags, scales, dim, FORM, BLOCK_N)
         logits += tl.load(q_log2_weights + q_item * tiles_of(m) * TILE + j)[None, :]
         better = (logits > best) | ((logits != logits) & (best == best))
         best = tl.where(better, logits, best)

@@ -10,10 +10,15 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 """Of every kernel: multiplications and additions contract. Four warps are device.TILE threads."""
 PACK_OPTIONS = OPTIONS | {"num_warps": 16}
 
-FORMS = ("diagonal", "spherical", "matrix")
-"""Of the pair term: of any variances, of one for each component, and the latter by matrix products (spherical.py)."""
+STRUCTURES = ("diagonal", "spherical", "tied", "tied rows")
+"""Of the variances of both sides: any, one for each component, in each dimension one for all components of a side, and
+the latter of the side whose components are the rows of tiles."""
+PRODUCTS = ("spherical", "tied")
+"""Those for which there are matrix products (squares.py)."""
+FORMS = (*STRUCTURES, *(f"{structure} matrix" for structure in PRODUCTS))
+"""Of the pair term: one for each structure, and those by matrix products."""
 MATRIX_DIM = 16
-"""From so many dimensions on "matrix" is taken in float32; research puts the gain there, nothing has been measured."""
+"""From so many dimensions on products are taken in float32; research puts the gain there, nothing has been measured."""
 
 
 class Tile(NamedTuple):
@@ -39,12 +44,22 @@ COUNTED: Table = {
     ("rows", "diagonal", torch.float64): (Tile(4), Tile(4), Tile(4)),
     ("rows", "spherical", torch.float32): (Tile(16), Tile(16), Tile(16)),
     ("rows", "spherical", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("rows", "matrix", torch.float32): (Tile(32, 8), Tile(32, 8), Tile(32, 8)),
+    ("rows", "spherical matrix", torch.float32): (Tile(32, 8), Tile(32, 8), Tile(32, 8)),
+    ("rows", "tied", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("rows", "tied", torch.float64): (Tile(4), Tile(4), Tile(4)),
+    ("rows", "tied matrix", torch.float32): (Tile(32, 8), Tile(32, 8), Tile(32, 8)),
+    ("rows", "tied rows", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("rows", "tied rows", torch.float64): (Tile(4), Tile(4), Tile(4)),
     ("sweep", "diagonal", torch.float32): (Tile(16), Tile(16), Tile(16)),
     ("sweep", "diagonal", torch.float64): (Tile(4), Tile(4), Tile(4)),
     ("sweep", "spherical", torch.float32): (Tile(16), Tile(16), Tile(16)),
     ("sweep", "spherical", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("sweep", "matrix", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("sweep", "spherical matrix", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("sweep", "tied", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("sweep", "tied", torch.float64): (Tile(4), Tile(4), Tile(4)),
+    ("sweep", "tied matrix", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("sweep", "tied rows", torch.float32): (Tile(16), Tile(16), Tile(16)),
+    ("sweep", "tied rows", torch.float64): (Tile(4), Tile(4), Tile(4)),
 }
 """From counts of registers and instructions of a few tiles, without spills, compiled for 8.0, 9.0 and 10.0: nothing in
 it has been timed, on any GPU, so no D and no architecture has a line of its own."""
@@ -58,11 +73,24 @@ PART_TILES = 1024
 """Column tiles of a part of a row at most: terms that a thread adds up in one number."""
 
 
-def form_of(spherical: bool, dtype: torch.dtype, dim: int, *, exact: bool = False) -> str:
-    """One of :data:`FORMS`. ``spherical``: every component has one variance; ``exact``: equal pairs give equal bits."""
-    if not spherical:
-        return "diagonal"
-    return "matrix" if dtype == torch.float32 and dim >= MATRIX_DIM and not exact else "spherical"
+class Shared(NamedTuple):
+    """What the variances of a side share."""
+
+    same_dims: bool  # each component has one, and those of the other side
+    tied: bool  # all components have the same
+
+
+def structure_of(rows: Shared, columns: Shared) -> str:
+    """One of :data:`STRUCTURES`."""
+    if rows.same_dims and columns.same_dims:
+        return "spherical"
+    return "diagonal" if not rows.tied else "tied" if columns.tied else "tied rows"
+
+
+def form_of(structure: str, dtype: torch.dtype, dim: int, *, exact: bool = False) -> str:
+    """One of :data:`FORMS`; ``exact``: equal pairs give equal bits."""
+    products = structure in PRODUCTS and dtype == torch.float32 and dim >= MATRIX_DIM and not exact
+    return f"{structure} matrix" if products else structure
 
 
 @functools.cache

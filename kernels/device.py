@@ -24,6 +24,16 @@ def approximate_reciprocal(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1/x of normal numbers, rounded but once: what all pairs share does not average out."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return approximate_reciprocal(x)
+    else:
+        y = approximate_reciprocal(x)
+        return tl.fma(tl.fma(-x, y, 1.0), y, y)
+
+
+@triton.jit
 def approximate_log2(x):
     """log2 x of normal numbers: error 2^-22, absolute between 1/2 and 2, else relative."""
     if INTERPRETED or x.dtype == tl.float64:

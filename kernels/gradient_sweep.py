@@ -20,12 +20,14 @@ from csdiv.kernels.device import (
     padded_dim,
     part_begin,
     place,
+    reciprocal,
     tiles_of,
 )
 from csdiv.kernels.pack import Problem
 from csdiv.kernels.pair import delta_and_sum, exact_delta_and_sum, exact_pair_gradient, pair_gradient
-from csdiv.kernels.spherical import pair_sum, regular, tile_densities
-from csdiv.kernels.tile_logits import certified, tile_columns, tile_rows, unit_of
+from csdiv.kernels.spherical import pair_sum
+from csdiv.kernels.tile_densities import tile_densities
+from csdiv.kernels.tile_logits import certified, pairs_of, regular, tile_columns, tile_rows, unit_of
 
 
 class Weights(NamedTuple):
@@ -54,10 +56,11 @@ def accumulate(sums, value):
 
 @triton.jit
 def sweep_dimensions(
-    weights, rows, row_flags, columns, column_flags, scales, dim, mean_sums, variance_sums, stride
+    weights, row, row_flags, column, column_flags, scales, dim, mean_sums, variance_sums, stride
 ):  # fmt: skip
     """Adds sum_i w u and sum_i w (u^2 - 1/c) of a tile to the sums of its columns, ``stride`` apart by dimensions."""
     padded = padded_dim(dim)
+    rows, columns = pairs_of(row, column, weights.shape[0])
     for begin in range(0, dim, FLAG_DIMS):
         row_flag, column_flag = tl.load(row_flags + begin // FLAG_DIMS), tl.load(column_flags + begin // FLAG_DIMS)
         first, last = begin // GROUP, tl.minimum(begin + FLAG_DIMS, padded) // GROUP
@@ -84,9 +87,10 @@ def sweep_dimensions(
 
 
 @triton.jit
-def sweep_spherical(weights, quadratic, rows, columns, scales, dim, mean_sums, variance_sums, stride):
+def sweep_spherical(weights, quadratic, row, column, scales, dim, mean_sums, variance_sums, stride):
     """The same of a regular tile of spherical components; sum_d (u^2 - 1/c) goes to the first dimension."""
     padded = padded_dim(dim)
+    rows, columns = pairs_of(row, column, weights.shape[0])
     unit = tl.load(scales + padded).to(tl.float64)
     ratios = weights * approximate_reciprocal(pair_sum(rows, columns))
     accumulate(variance_sums, tl.sum(ratios * (quadratic - dim), 0).to(tl.float64) * unit * unit)
@@ -96,6 +100,25 @@ def sweep_spherical(weights, quadratic, rows, columns, scales, dim, mean_sums, v
             delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
             accumulate(mean_sums, tl.sum(ratios * delta, 0).to(tl.float64) * unit)
             mean_sums += stride
+
+
+@triton.jit
+def sweep_tied(weights, row, column, scales, dim, mean_sums, variance_sums, stride):
+    """The same of a regular tile whose rows have tied variances: c is taken out of the sums over them."""
+    padded, total = padded_dim(dim), tl.sum(weights, 0)
+    rows, columns = pairs_of(row, column, weights.shape[0])
+    for group in range(padded // GROUP):
+        for k in tl.static_range(GROUP):
+            d, at = group * GROUP + k, group * (2 * GROUP * TILE) + k * TILE
+            delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
+            w = reciprocal(tl.load(row + (at + GROUP * TILE)) + tl.load(columns + (at + GROUP * TILE)))
+            unit = tl.load(scales + padded + d).to(tl.float64)
+            weighted = weights * delta
+            mean, variance = w * tl.sum(weighted, 0), w * (w * tl.sum(weighted * delta, 0) - total)
+            accumulate(mean_sums, mean.to(tl.float64) * unit)
+            accumulate(variance_sums, variance.to(tl.float64) * unit * unit)
+            mean_sums += stride
+            variance_sums += stride
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -112,26 +135,26 @@ def gradient_sweep_kernel(
 
     row_tiles, padded = (n + BLOCK_N - 1) // BLOCK_N, padded_dim(dim)
     rows_padded, stride = tiles_of(n).to(tl.int64) * TILE, tiles_of(m).to(tl.int64) * TILE
-    column = tl.arange(0, TILE) + column_tile * TILE
-    columns, flags_of_columns = tile_columns(column_values, column_flags, column_item, m, column_tile, dim)
+    j = tl.arange(0, TILE) + column_tile * TILE
+    column, flags_of_columns = tile_columns(column_values, column_flags, column_item, m, column_tile, dim)
     scales += problem * scale_stride
-    sums += (problem * parts + part) * (2 * padded + 1) * stride + column
+    sums += (problem * parts + part) * (2 * padded + 1) * stride + j
     weight_sum = tl.zeros([TILE], tl.float64)
     for row_tile in range(part_begin(row_tiles, parts, part), part_begin(row_tiles, parts, part + 1)):
         first_row = row_tile * BLOCK_N
-        row = tl.arange(0, BLOCK_N) + first_row
-        rows, flags_of_rows = tile_rows(row_values, row_flags, row_item, n, first_row, dim, BLOCK_N)
-        tile = (rows, flags_of_rows, columns, flags_of_columns)
+        i = tl.arange(0, BLOCK_N) + first_row
+        row, flags_of_rows = tile_rows(row_values, row_flags, row_item, n, first_row, dim, BLOCK_N)
+        tile = (row, flags_of_rows, column, flags_of_columns)
         densities, quadratic = tile_densities(*tile, scales, dim, FORM, BLOCK_N)
         if given is not None:
-            at = (problem * n + row)[:, None] * m + column[None, :]
-            counts = (row < n)[:, None] & (column < m)[None, :] & (densities != -float("inf"))
+            at = (problem * n + i)[:, None] * m + j[None, :]
+            counts = (i < n)[:, None] & (j < m)[None, :] & (densities != -float("inf"))
             weights = tl.load(given + at, mask=counts, other=0.0)
         elif COLUMNS_OF_P:
-            p_at, q_at = (problem * stride + column)[None, :], (row_item * rows_padded + row)[:, None]
+            p_at, q_at = (problem * stride + j)[None, :], (row_item * rows_padded + i)[:, None]
             weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
         else:
-            p_at, q_at = (problem * rows_padded + row)[:, None], (column_item * stride + column)[None, :]
+            p_at, q_at = (problem * rows_padded + i)[:, None], (column_item * stride + j)[None, :]
             weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
         if tl.max((weights != 0).to(tl.int32)) > 0:
             weight_sum += tl.sum(weights, 0).to(tl.float64)
@@ -140,7 +163,10 @@ def gradient_sweep_kernel(
                 if FORM == "diagonal":
                     sweep_dimensions(weights, *tile, scales, dim, sums, variance_sums, stride)
                 elif regular(flags_of_rows, flags_of_columns, dim):
-                    sweep_spherical(weights, quadratic, rows, columns, scales, dim, sums, variance_sums, stride)
+                    if FORM == "spherical" or FORM == "spherical matrix":
+                        sweep_spherical(weights, quadratic, row, column, scales, dim, sums, variance_sums, stride)
+                    else:
+                        sweep_tied(weights, row, column, scales, dim, sums, variance_sums, stride)
                 else:
                     sweep_dimensions(weights, *tile, scales, dim, sums, variance_sums, stride)
                 tl.debug_barrier()  # before the next tile reads the sums
@@ -158,7 +184,7 @@ def launch_gradient_sweep(
     row_index, column_index = (problem.q_index, problem.p_index) if of_p else (problem.p_index, problem.q_index)
     q_log2 = None if weights.p_log2 is None else problem.q.log2_weights
     given = weights.given.mT.contiguous() if of_p and weights.given is not None else weights.given
-    form = problem.form()
+    form = problem.form(rows_of_q=of_p)
     tile = problem.tile("sweep", form)
     column_tiles = problem.batch * (columns.padded // 128)
     parts = cut(processors * SWEEP_PROGRAMS, column_tiles, -(-rows.n // tile.block_n))

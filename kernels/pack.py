@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import OPTIONS, PACK_OPTIONS, Tile, capability_of, form_of, tile_of
+from csdiv.kernels.configurations import (
+    OPTIONS,
+    PACK_OPTIONS,
+    Shared,
+    Tile,
+    capability_of,
+    form_of,
+    structure_of,
+    tile_of,
+)
 from csdiv.kernels.device import FLAG_DIMS, GROUP, LOG2_E, LOG_2, LOG_2_PI, TILE, padded_dim, tiles_of
 
 SAMPLES = tl.constexpr(8)  # of each side, for the scale of a dimension
@@ -22,6 +31,7 @@ class Packed(NamedTuple):
     log2_weights: Tensor  # (items, tiles * 128); -inf where there is no component
     flags: Tensor  # (items, tiles, dim / 32) int32: 0 irregular and not scaled, 1 regular, 3 and no variance is small
     n: int
+    shared: Shared
 
     @property
     def items(self) -> int:
@@ -61,15 +71,15 @@ class Problem(NamedTuple):
     scale: Scale
     batch: int
     dim: int
-    spherical: bool  # every component of both sides has one variance
 
     @property
     def dtype(self) -> torch.dtype:
         return self.p.values.dtype
 
-    def form(self, *, exact: bool = False) -> str:
-        """How kernels compute the pair term, see configurations.py."""
-        return form_of(self.spherical, self.dtype, self.dim, exact=exact)
+    def form(self, *, rows_of_q: bool = False, exact: bool = False) -> str:
+        """How kernels compute the pair term, see configurations.py; the rows of tiles are those of p, or of q."""
+        rows, columns = (self.q, self.p) if rows_of_q else (self.p, self.q)
+        return form_of(structure_of(rows.shared, columns.shared), self.dtype, self.dim, exact=exact)
 
     def tile(self, kernel: str, form: str) -> Tile:
         """How "rows" or "sweep" is launched in this form."""
@@ -77,7 +87,7 @@ class Problem(NamedTuple):
 
     def with_itself(self, side: Packed) -> Problem:
         """A side with itself, one problem for each of its items, on the scale of the pair."""
-        return Problem(side, side, None, None, self.scale, side.items, self.dim, self.spherical)
+        return Problem(side, side, None, None, self.scale, side.items, self.dim)
 
 
 @triton.jit
@@ -137,9 +147,9 @@ def scale_kernel(p_variances, q_variances, scales, offsets, p_count, q_count, di
 @triton.jit(do_not_specialize=["scale_stride", "n", "dim"])
 def pack_kernel(
     means, variances, log_weights, scales, values, log2_weights, flags, scale_stride, n, dim,
-    SPHERICAL: tl.constexpr, BLOCK_D: tl.constexpr,
+    TIED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program for a tile. A negative variance becomes NaN, and what counts nothing is regular."""
+    """One program for a tile. A negative variance becomes NaN, and what counts nothing is as regular as the rest."""
     dtype: tl.constexpr = values.dtype.element_ty
     smallest: tl.constexpr = 2.0**-20 if dtype == tl.float32 else 2.0**-200
     largest: tl.constexpr = 2.0**19 if dtype == tl.float32 else 2.0**199  # of half of c
@@ -162,25 +172,28 @@ def pack_kernel(
         real = (weight != -float("inf"))[:, None] & (d < dim)[None, :]
         at = (item * n + component)[:, None] * dim + d[None, :]
         mean = tl.load(means + at, mask=real, other=0.0)
-        variance = tl.load(variances + at, mask=real, other=0.5)
+        if TIED:  # what is no component has the variance of all others
+            at, given = (item * n * dim + d)[None, :], (d < dim)[None, :]
+        else:
+            given = real
+        variance = tl.load(variances + at, mask=given, other=0.5)
         variance = tl.where(variance >= 0, variance, float("nan"))
         unit = tl.load(scales + padded + d, mask=d < padded, other=1.0)[None, :]
-        scaled_mean, scaled_variance = mean * unit, tl.where(real, variance * unit * unit, 0.5)
+        scaled_mean, scaled_variance = mean * unit, tl.where(given, variance * unit * unit, 0.5)
         regular = (scaled_variance <= largest) & (tl.abs(scaled_mean) <= farthest)
         regular &= (scaled_variance >= vanishing) | (variance == 0)
         all_regular = tl.min(regular.to(tl.int32)) > 0
         all_wide = tl.min((scaled_variance >= smallest).to(tl.int32)) > 0
-        if SPHERICAL:  # what is no component is put among them, where it does no harm to the tile's norms
-            count = tl.maximum(tl.sum(real.to(tl.int32), 0), 1)
-            center = tl.sum(scaled_mean, 0) / count
-            scaled_mean = tl.where(real, scaled_mean, center[None, :])
+        # What is no component is put among the others, where it does no harm to the tile's norms.
+        center = tl.sum(scaled_mean, 0) / tl.maximum(tl.sum(real.to(tl.int32), 0), 1)
+        scaled_mean = tl.where(real, scaled_mean, center[None, :])
         flag = tl.where(all_regular, tl.where(all_wide, 3, 1), 0)
         tl.store(flags + program * ((dim + FLAG_DIMS - 1) // FLAG_DIMS) + begin // FLAG_DIMS, flag)
         to = values + (program * padded + d // GROUP * GROUP)[None, :] * (2 * TILE)
         to += (d % GROUP)[None, :] * TILE + in_tile[:, None]
         stored = (d < padded)[None, :] & (in_tile >= 0)[:, None]
         tl.store(to, tl.where(all_regular, scaled_mean, mean), mask=stored)
-        tl.store(to + GROUP * TILE, tl.where(all_regular, scaled_variance, variance), mask=stored)
+        tl.store(to + GROUP * TILE, tl.where(all_regular, scaled_variance, tl.where(real, variance, 0.5)), mask=stored)
 
 
 def launch_scale(p_variances: Tensor, q_variances: Tensor, items: int) -> Scale:
@@ -194,7 +207,7 @@ def launch_scale(p_variances: Tensor, q_variances: Tensor, items: int) -> Scale:
     return scale
 
 
-def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, scale: Scale, spherical: bool) -> Packed:
+def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, scale: Scale, shared: Shared) -> Packed:
     """Means and variances (items, n, dim), log weights (items, n) or None (uniform), all contiguous."""
     items, n, dim = means.shape
     tiles, padded = -(-n // 128), -(-dim // 4) * 4
@@ -203,8 +216,9 @@ def launch_pack(means: Tensor, variances: Tensor, log_weights: Tensor | None, sc
         means.new_empty(items, tiles * 128),
         means.new_empty(items, tiles, -(-dim // 32), dtype=torch.int32),
         n,
+        shared,
     )
     if items * tiles:
         arguments = (means, variances, log_weights, scale.scales, *packed[:3], scale.stride, n, dim)
-        pack_kernel[(items * tiles,)](*arguments, SPHERICAL=spherical, BLOCK_D=32, **PACK_OPTIONS)
+        pack_kernel[(items * tiles,)](*arguments, TIED=shared.tied, BLOCK_D=32, **PACK_OPTIONS)
     return packed

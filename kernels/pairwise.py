@@ -8,7 +8,7 @@ from torch import Tensor
 
 from csdiv.kernels.device import LOG_2, TILE, item_of, place, tiles_of
 from csdiv.kernels.pack import Problem
-from csdiv.kernels.spherical import tile_densities
+from csdiv.kernels.tile_densities import tile_densities
 from csdiv.kernels.tile_logits import tile_columns, tile_rows
 
 
@@ -21,10 +21,10 @@ def pairwise_forward_kernel(
     problem, row_tile, column_tile = place((n + BLOCK_N - 1) // BLOCK_N, tiles_of(m))
     p_item, q_item = item_of(p_index, problem), item_of(q_index, problem)
     first_row = row_tile * BLOCK_N
-    rows, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)
-    columns, column_flags = tile_columns(q_values, q_flags, q_item, m, column_tile, dim)
+    row, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)
+    column, column_flags = tile_columns(q_values, q_flags, q_item, m, column_tile, dim)
     scales += problem * scale_stride
-    logits, _ = tile_densities(rows, row_flags, columns, column_flags, scales, dim, FORM, BLOCK_N)
+    logits, _ = tile_densities(row, row_flags, column, column_flags, scales, dim, FORM, BLOCK_N)
     offset = tl.load(offsets + problem * offset_stride).to(logits.dtype)
     i, j = tl.arange(0, BLOCK_N) + first_row, tl.arange(0, TILE) + column_tile * TILE
     at = (problem * n + i)[:, None] * m + j[None, :]

@@ -10,7 +10,7 @@ from torch import Tensor
 from csdiv.kernels.configurations import PART_TILES, ROW_PROGRAMS, cut
 from csdiv.kernels.device import TILE, approximate_exp2, item_of, part_begin, place, tiles_of
 from csdiv.kernels.pack import Problem
-from csdiv.kernels.spherical import tile_densities
+from csdiv.kernels.tile_densities import tile_densities
 from csdiv.kernels.tile_logits import tile_columns, tile_rows
 
 
@@ -54,15 +54,15 @@ def row_sums_kernel(
 
     first_row = row_tile * BLOCK_N
     i = tl.arange(0, BLOCK_N) + first_row
-    rows, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)
+    row, row_flags = tile_rows(p_values, p_flags, p_item, n, first_row, dim, BLOCK_N)
     scales += problem * scale_stride
     maximum, total = lse_start([BLOCK_N, TILE], p_values.dtype.element_ty)
     first = first_row // TILE if SELF else 0
     tiles = tiles_of(m) - first
     for tile in range(first + part_begin(tiles, parts, part), first + part_begin(tiles, parts, part + 1)):
         j = tl.arange(0, TILE) + tile * TILE
-        columns, column_flags = tile_columns(q_values, q_flags, q_item, m, tile, dim)
-        logits, _ = tile_densities(rows, row_flags, columns, column_flags, scales, dim, FORM, BLOCK_N)
+        column, column_flags = tile_columns(q_values, q_flags, q_item, m, tile, dim)
+        logits, _ = tile_densities(row, row_flags, column, column_flags, scales, dim, FORM, BLOCK_N)
         logits += tl.load(q_log2_weights + q_item * tiles_of(m) * TILE + j)[None, :]
         if SELF:
             above = j[None, :] - i[:, None]

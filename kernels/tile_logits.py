@@ -9,28 +9,44 @@ from csdiv.kernels.pair import add_exact, add_group, exact_delta_and_sum, log2_d
 
 @triton.jit
 def tile_components(values, flags, item, n, tile, in_tile, dim):
-    """Pointers to the first means of some components of a tile, and to the flags of the tile."""
+    """Pointers to the first mean of a component of a tile, others follow it, and to the flags of the tile."""
     tile = item.to(tl.int64) * tiles_of(n) + tile
     return values + tile * (2 * TILE) * padded_dim(dim) + in_tile, flags + tile * ((dim + FLAG_DIMS - 1) // FLAG_DIMS)
 
 
 @triton.jit
 def tile_rows(values, flags, item, n, first_row, dim, BLOCK_N: tl.constexpr):
-    """Of BLOCK_N components; tiles are a multiple of these."""
-    in_tile = tl.arange(0, BLOCK_N) + tl.multiple_of(first_row % TILE, BLOCK_N)
+    """Of the first of BLOCK_N components; tiles are a multiple of these."""
+    in_tile = tl.multiple_of(first_row % TILE, BLOCK_N)
     return tile_components(values, flags, item, n, first_row // TILE, in_tile, dim)
 
 
 @triton.jit
 def tile_columns(values, flags, item, n, tile, dim):
-    """Of all components of a tile."""
-    return tile_components(values, flags, item, n, tile, tl.arange(0, TILE), dim)
+    """Of the first component of a tile."""
+    return tile_components(values, flags, item, n, tile, 0, dim)
+
+
+@triton.jit
+def pairs_of(row, column, BLOCK_N: tl.constexpr):
+    """Pointers to the first mean of each row and each column."""
+    return row + tl.arange(0, BLOCK_N), column + tl.arange(0, TILE)
 
 
 @triton.jit
 def certified(row_flag, column_flag):
     """Whether the fast form may be taken: both regular (1), and one of them wide (2)."""
     return ((row_flag & column_flag & 1) != 0) & (((row_flag | column_flag) & 2) != 0)
+
+
+@triton.jit
+def regular(row_flags, column_flags, dim):
+    """Whether the fast form may be taken in every dimension."""
+    irregular = 0
+    for begin in range(0, dim, FLAG_DIMS):
+        row_flag, column_flag = tl.load(row_flags + begin // FLAG_DIMS), tl.load(column_flags + begin // FLAG_DIMS)
+        irregular += tl.where(certified(row_flag, column_flag), 0, 1)
+    return irregular == 0
 
 
 @triton.jit

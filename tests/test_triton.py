@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -154,34 +155,186 @@ def test_contract_of_spherical_components(case: Case) -> None:
     check(case, NAME)
 
 
+# In each dimension one variance for all components of a side: the same two forms, of other squares.
+TIED = Case("component_log_overlap", n=3, m=4, dim=17, structures=("tied diagonal", "tied diagonal"))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(TIED._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+        *(TIED._replace(dtype=dtype, dim=dim) for dtype in DTYPES[:2] for dim in (4, 33)),
+        *(TIED._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])[::2]),
+        *(TIED._replace(entry="log_overlap", scale=scale, dim=dim) for scale in SCALES for dim in (3, 16)),
+        *(TIED._replace(entry="log_overlap", dtype=torch.float64, scale=scale, dim=3) for scale in SCALES[2:3]),
+        *(TIED._replace(entry="log_overlap", batch=BATCHES[k], dim=dim) for k, dim in ((0, 17), (2, 3))),
+        TIED._replace(entry="cs_divergence", batch=BATCHES[1], dim=16),
+        *(TIED._replace(n=n, m=m, dim=dim) for n, m, dim in ((1, 1, 16), (33, 2, 32), (2, 129, 5), (2, 3, 65))),
+        *(TIED._replace(structures=("points", "tied diagonal"), dim=dim) for dim in (3, 17)),
+        TIED._replace(entry="cs_divergence", structures=("tied spherical", "tied diagonal")),
+        TIED._replace(entry="cs_divergence", structures=("tied diagonal", "tied spherical"), dim=3),
+    ],
+    ids=str,
+)
+def test_contract_of_tied_variances(case: Case) -> None:
+    check(case, NAME)
+
+
+# The rows alone tied, as points are: a form for values and the gradients of the other side.
+TIED_ROWS = TIED._replace(dim=5, structures=("tied diagonal", "diagonal"))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(TIED_ROWS._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+        *(TIED_ROWS._replace(entry=entry, structures=("diagonal", "tied diagonal")) for entry in FEW),
+        *(TIED_ROWS._replace(entry="log_overlap", scale=scale) for scale in SCALES),
+        *(TIED_ROWS._replace(dtype=torch.float64, scale=scale) for scale in ("plain", *SCALES[2:3])),
+        *(TIED_ROWS._replace(entry="log_prob", n=n, m=m, dim=dim) for n, m, dim in ((17, 129, 4), (5, 3, 33))),
+        *(TIED_ROWS._replace(entry=entry, batch=BATCHES[k]) for entry, k in zip(FEW[:2], (2, 1), strict=True)),
+    ],
+    ids=str,
+)
+def test_contract_of_tied_rows(case: Case) -> None:
+    check(case, NAME)
+
+
 @pytest.fixture
 def direct_sums() -> Iterator[list[int]]:
     """Grows where the direct form is taken."""
-    spherical, taken = importlib.import_module("csdiv.kernels.spherical"), list[int]()
-    plain = spherical.direct_squares
-    with mock.patch.object(spherical, "direct_squares", lambda *a: taken.append(1) or plain(*a)):
+    squares, taken = importlib.import_module("csdiv.kernels.squares"), list[int]()
+    plain = squares.direct_squares
+    with mock.patch.object(squares, "direct_squares", lambda *a: taken.append(1) or plain(*a)):
         yield taken
 
 
 @interpreted
 @pytest.mark.parametrize("shift", [0.0, 3.0, 30.0, 300.0])
 @pytest.mark.parametrize("spread", [1.0, 3.0, 10.0, 30.0, 100.0])
-def test_the_matrix_form_does_not_cancel(spread: float, shift: float, direct_sums: list[int]) -> None:
+@pytest.mark.parametrize("structure", ["spherical", "tied diagonal"])
+def test_the_matrix_form_does_not_cancel(structure: str, spread: float, shift: float, direct_sums: list[int]) -> None:
     """It is taken where pairs are as far apart as from the tile's mean."""
     g = torch.Generator().manual_seed(int(spread + shift))
-    p, q = (testing.random_mixture(k, 32, structure="spherical", spread=spread, generator=g) for k in (4, 5))
+    p, q = (testing.random_mixture(k, 32, structure=structure, spread=spread, generator=g) for k in (4, 5))
     p, q = (GaussianMixture(side.means + shift, side.variances, side.log_weights) for side in (p, q))
     test_kernels_edges.check("component_log_overlap", NAME, p, q)
     assert not direct_sums
 
 
 @interpreted
-@pytest.mark.parametrize("spread", [10.0, 100.0])
-def test_near_pairs_take_the_direct_form(spread: float, direct_sums: list[int]) -> None:
-    q = testing.random_mixture(5, 32, structure="spherical", spread=spread)
+@pytest.mark.parametrize(("spread", "direct"), [(0.2, False), (1.0, True), (10.0, True), (100.0, True)])
+@pytest.mark.parametrize("structure", ["spherical", "tied diagonal"])
+def test_near_pairs_take_the_direct_form(structure: str, spread: float, direct: bool, direct_sums: list[int]) -> None:
+    """Unless all of the tile is near, against the variances."""
+    q = testing.random_mixture(5, 32, structure=structure, spread=spread)
     p = GaussianMixture(q.means[:4] + 0.1, q.variances[:4], q.log_weights[:4])
     test_kernels_edges.check("component_log_overlap", NAME, p, q)
-    assert direct_sums
+    assert bool(direct_sums) == direct
+
+
+SHAPES = {"diagonal": (3, 2), "spherical": (3, 1), "tied": (1, 2), "points": (1, 1)}
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("p", "q", "batches", "forms"),
+    [
+        ("diagonal", "diagonal", ((), ()), ("diagonal", "diagonal", "diagonal")),
+        ("diagonal", "tied", ((), ()), ("diagonal", "tied rows", "diagonal")),
+        ("spherical", "tied", ((), ()), ("diagonal", "tied rows", "diagonal")),
+        ("spherical", "points", ((), ()), ("spherical", "spherical", "spherical")),
+        ("points", "diagonal", ((), ()), ("tied rows", "diagonal", "tied")),
+        ("tied", "tied", ((), ()), ("tied", "tied", "tied")),
+        ("points", "tied", ((), ()), ("tied", "tied", "tied")),
+        ("tied", "tied", ((4,), (4,)), ("tied", "tied", "tied")),
+        ("tied", "tied", ((), (4,)), ("tied", "tied", "tied")),
+        ("tied", "tied", ((4,), ()), ("diagonal", "tied rows", "diagonal")),  # one problem, whose rows differ
+        ("points", "tied", ((4,), ()), ("tied", "tied", "tied")),
+        ("tied", "tied", ((1,), ()), ("tied", "tied", "tied")),
+    ],
+)
+def test_the_form_is_that_of_what_variances_share(
+    p: str, q: str, batches: tuple[tuple[int, ...], tuple[int, ...]], forms: tuple[str, str, str]
+) -> None:
+    """Of p against q, of the sweep for p, whose rows are q, and of p with itself."""
+    arrays, module = importlib.import_module("csdiv.backends.arrays"), sys.modules[f"csdiv.backends.{NAME}"]
+    sides = []
+    for name, batch in zip((p, q), batches, strict=True):
+        variances = torch.ones(*(batch if name != "points" else ()), *SHAPES[name])
+        sides.append(arrays.make_side(torch.zeros(*batch, 3, 2), variances))
+    problem = module._problem(arrays.flattened(arrays.Pair(*sides)))
+    own = problem.with_itself(problem.p)
+    assert (problem.form(), problem.form(rows_of_q=True), own.form()) == forms
+    assert own.form(rows_of_q=True) == own.form()
+
+
+@pytest.mark.parametrize("structure", configurations.STRUCTURES)
+def test_products_are_taken_in_float32_from_some_dimension_on(structure: str) -> None:
+    def form(dtype: torch.dtype, dim: int, exact: bool = False) -> str:
+        return configurations.form_of(structure, dtype, dim, exact=exact)
+
+    first = configurations.MATRIX_DIM
+    products = structure if structure in ("diagonal", "tied rows") else f"{structure} matrix"
+    assert [form(torch.float32, dim) for dim in (1, first - 1, first, 1000)] == [structure] * 2 + [products] * 2
+    assert form(torch.float64, first) == form(torch.float32, first, exact=True) == structure
+
+
+@interpreted
+@pytest.mark.parametrize("dim", [3, 17])
+@pytest.mark.parametrize("tied", [True, False])
+def test_equal_components_against_tied_variances_give_equal_bits(tied: bool, dim: int) -> None:
+    means, variances, equal = torch.randn(5, dim) * 100, torch.rand(5, dim) + 0.5, [0, 1, 2, 1, 0, 3, 4, 1]
+    q = GaussianMixture(means[equal], variances[:1] if tied else variances[equal])
+    x = GaussianMixture(means[[1, 3, 0]] + 0.01, torch.rand(1, dim) + 0.5)
+    assert q.assign(x, backend=NAME).tolist() == [1, 5, 0]
+    densities = csdiv.pairwise_log_overlap(x, q, backend=NAME)
+    assert torch.equal(densities[:, [0, 1, 1]], densities[:, [4, 3, 7]])
+
+
+# What is no component, or has no weight, is put among the others of a tile with their variance.
+@interpreted
+@pytest.mark.parametrize("dim", [3, 17])
+@pytest.mark.parametrize("exponent", [0, 30])
+def test_components_without_weight_do_not_spoil_a_tied_tile(dim: int, exponent: int, direct_sums: list[int]) -> None:
+    p, q = (
+        GaussianMixture((side.means + 50) * 2.0 ** (exponent // 2), side.variances * 2.0**exponent, side.log_weights)
+        for side in (testing.random_mixture(k, dim, structure="tied diagonal", spread=3.0) for k in (4, 5))
+    )
+    silent = torch.tensor([0, 2])
+    means, log_weights = (t.index_fill(0, silent, x) for t, x in ((q.means, torch.nan), (q.log_weights, -torch.inf)))
+    q = GaussianMixture(means, q.variances, log_weights)
+    fewer = GaussianMixture(means[[1, 3, 4]], q.variances, log_weights[[1, 3, 4]])
+    tied = importlib.import_module("csdiv.kernels.tied")
+    with mock.patch.object(tied, "tile_log2_densities", side_effect=AssertionError("an irregular tile")):
+        for sides in ((p, q), (q, p)):
+            value = csdiv.log_overlap(*sides, backend=NAME)
+            expected = csdiv.log_overlap(*(fewer if side is q else side for side in sides), backend="reference")
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    assert bool(direct_sums) == (dim < configurations.MATRIX_DIM)
+
+
+@interpreted
+@pytest.mark.parametrize(("bad", "dim"), [(-1.0, 3), (torch.nan, 3), (torch.inf, 3), (0.0, 3), (-1.0, 17)])
+def test_bad_tied_variances_give_what_the_diagonal_form_gives(bad: float, dim: int) -> None:
+    p, q = (testing.random_mixture(k, dim, structure="tied diagonal") for k in (3, 4))
+    variances = q.variances.clone()
+    variances[0, 1] = bad
+    for own_variances in (p.variances, torch.zeros(1, 1)):
+        found = []
+        for own, other in ((3, 4), (1, 1), (3, 1), (1, 4)):
+            leaves = [t.clone().requires_grad_() for t in (p.means, q.means)]
+            side = GaussianMixture(leaves[0], own_variances.expand(own, dim), p.log_weights)
+            spoilt = GaussianMixture(leaves[1], variances.expand(other, dim), q.log_weights)
+            total = csdiv.log_overlap(spoilt, side, backend=NAME)
+            found.append([total, *torch.autograd.grad(total, leaves)])
+        for values in found[1:]:
+            torch.testing.assert_close(values, found[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert bad >= 0 or bool(found[0][0].isnan())
+        silent = GaussianMixture(q.means, variances, torch.full((4,), -torch.inf))
+        assert csdiv.log_overlap(side, silent, backend=NAME) == -torch.inf
 
 
 @interpreted
@@ -323,6 +476,18 @@ def test_cs_divergence_near_zero(distance: float) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize(("dim", "size"), [(8, 20), (64, 12)])
+def test_cs_divergence_of_tied_variances_near_zero(dim: int, size: int, distance: float) -> None:
+    """Both sides tied, and one of them: the three terms in up to three forms."""
+    p, q = near_copies(dim, size, distance, "tied diagonal")
+    untied = GaussianMixture(q.means, q.variances * (1 + distance * torch.randn(size, dim)), q.log_weights)
+    for other in (q, untied):
+        exact = csdiv.cs_divergence(p.to(torch.float64), other.to(torch.float64), backend="reference")
+        assert (csdiv.cs_divergence(p, other, backend=NAME).double() - exact).abs() <= 6e-6
+
+
+@interpreted
 def test_a_cold_capture_is_refused_until_warmup() -> None:
     module, p = sys.modules[f"csdiv.backends.{NAME}"], testing.random_mixture(3, 2)
     with mock.patch.object(module, "capturing", return_value=True), mock.patch.object(module, "loaded", set()):
@@ -337,7 +502,7 @@ def test_a_cold_capture_is_refused_until_warmup() -> None:
 def test_every_tile_that_is_timed_gives_the_same(key: tuple[str, str, torch.dtype], capsys) -> None:
     """bench tune, with the interpreter in place of the GPU: warps and stages are nothing to it."""
     tiles = list({tile.block_n: tile for tile in tune.candidates(*key[1:])}.values())
-    dim, options = 16 if key[1] == "matrix" else 3, {"size": 3, "rounds": 1, "device": "cpu"}
+    dim, options = 16 if key[1].endswith("matrix") else 3, {"size": 3, "rounds": 1, "device": "cpu"}
     assert list(tune.measure(*key, dim, tiles, **options)) == tiles
     assert capsys.readouterr().out == ""
 
@@ -382,13 +547,15 @@ def test_auto_on_a_gpu_takes_the_best_one(available: tuple[str, ...], chosen: st
 @pytest.mark.parametrize(
     ("shape", "device", "order"),
     [
-        (backends.Shape(2048, 512, 16, True), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 15, True), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 511, 16, True), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 16, False), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, "spherical"), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, "tied"), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16, "tied rows"), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 15, "spherical"), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 511, 16, "spherical"), "cuda", ("cuda", "triton")),
+        (backends.Shape(2048, 512, 16), "cuda", ("cuda", "triton")),
         (backends.Shape(), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 16, True), "cpu", ("cpu",)),
-        (backends.Shape(2048, 512, 16, True), "mps", ()),
+        (backends.Shape(2048, 512, 16, "spherical"), "cpu", ("cpu",)),
+        (backends.Shape(2048, 512, 16, "spherical"), "mps", ()),
     ],
 )
 def test_auto_takes_the_first_line_of_the_table_that_applies(
@@ -400,16 +567,34 @@ def test_auto_takes_the_first_line_of_the_table_that_applies(
     taken.assert_called_once_with("auto", torch.device(device), order)
 
 
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        (
+            backends.Shape(9, 9, 64, "tied"),
+            "tied matrix in float32: matrix products, .*; tied in float64: the sum of sq.*",
+        ),
+        (backends.Shape(9, 9, 64, "spherical"), "spherical matrix in float32: matrix products, .*"),
+        (backends.Shape(9, 9, 15, "tied"), "tied in float32: the sum of squares, as D < 16; .*"),
+        (backends.Shape(9, 9, 64), "diagonal, .*"),
+    ],
+)
+def test_the_explanation_names_the_form(shape: backends.Shape, form: str) -> None:
+    assert re.fullmatch(form, backends._form("triton", shape))
+    assert backends._form("cuda", shape).startswith("diagonal, ")
+
+
+@pytest.mark.parametrize(("structure", "name"), [("spherical", "spherical"), ("tied diagonal", "tied")])
 @pytest.mark.parametrize("entry", ["cs_divergence", "log_overlap", "self_overlap", "component_log_overlap"])
-def test_both_directions_ask_for_the_same_shape(entry: str) -> None:
+def test_both_directions_ask_for_the_same_shape(entry: str, structure: str, name: str) -> None:
     """What the forward pass saves is read by the same backend."""
-    p, q = (testing.random_mixture(k, 3, structure="spherical").map(lambda t: t.requires_grad_()) for k in (4, 5))
+    p, q = (testing.random_mixture(k, 3, structure=structure).map(lambda t: t.requires_grad_()) for k in (4, 5))
     with mock.patch.object(backends, "resolve", wraps=backends.resolve) as asked, gradients_later():
         value = call(entry, "auto")(p, q)
         value.backward(torch.arange(float(value.numel())).view(value.shape))
     shapes = {arguments.args[2] for arguments in asked.call_args_list}
     assert len(asked.call_args_list) > 1
-    assert shapes == {backends.Shape(4, 4 if entry == "self_overlap" else 5, 3, True)}
+    assert shapes == {backends.Shape(4, 4 if entry == "self_overlap" else 5, 3, name)}
 
 
 def test_nothing_of_triton_is_imported_without_need() -> None:
@@ -472,25 +657,32 @@ def test_every_kernel_compiles_without_local_memory() -> None:
         assert row["registers"] <= 255, row
 
 
-SPHERICAL_LIMITS = {"matrix logits": 1.3, "spherical logits": 3.3, "spherical gradients": 2.9}
+FORM_LIMITS = {
+    "spherical": {"spherical matrix logits": 1.3, "spherical logits": 3.3, "spherical gradients": 2.9},
+    "tied": {"tied matrix logits": 1.6, "tied logits": 4.8, "tied gradients": 6.1},
+    "tied rows": {"tied rows logits": 4.4, "tied rows gradients": 6.1},
+}
 """Instructions of an element, as docs/kernels.md has them."""
 
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize("structure", FORM_LIMITS)
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_spherical_kernels_compile_without_local_memory(capability: int) -> None:
+def test_kernels_of_other_forms_compile_without_local_memory(capability: int, structure: str) -> None:
     """Of each form the kernels, one variant each: all of them would take minutes for an architecture."""
-    form, plain = "float, (spherical|matrix)", "(row_sums|assign|pairwise_forward)"
+    form, plain = f"float, {structure}( matrix)?(?! rows)", "(row_sums|assign|pairwise_forward)"
     only = rf"{plain}_kernel<{form}>|gradient_sweep_kernel<{form}, DIMENSIONS, no factors, no given>"
     rows = compiled(capability, "float", "[1:]", only=only)
     names = sorted({row["kernel"].removeprefix("triton ") for row in rows})
-    assert [name.split(",")[0] + name.split(",")[1][:10].rstrip(">") for name in names] == [
-        "assign_kernel<float spherical", "gradient_sweep_kernel<float matrix", "gradient_sweep_kernel<float spherical",
-        "pairwise_forward_kernel<float spherical", "row_sums_kernel<float matrix", "row_sums_kernel<float spherical",
-    ]  # fmt: skip
+    kernels = ("assign", "gradient_sweep", "pairwise_forward", "row_sums")
+    with_products = kernels[1::2] if structure in configurations.PRODUCTS else ()
+    assert {tuple(name.rstrip(">").split(", ")[:2]) for name in names} == {
+        *((f"{kernel}_kernel<float", structure) for kernel in kernels),
+        *((f"{kernel}_kernel<float", f"{structure} matrix") for kernel in with_products),
+    }
     assert [row for row in rows if row["local_memory_bytes"] or row["registers"] > 255] == []
     for row in (row for row in rows if "loop" in row):
-        assert row["instructions_per_element"] <= SPHERICAL_LIMITS[row["loop"]], row
+        assert row["instructions_per_element"] <= FORM_LIMITS[structure][row["loop"]], row
     if capability == 90:
-        assert {row["loop"] for row in rows if "loop" in row} == set(SPHERICAL_LIMITS)
+        assert {row["loop"] for row in rows if "loop" in row} == set(FORM_LIMITS[structure])

@@ -9,14 +9,14 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from csdiv.backends.dispatch import Shape, order_of, rule_of
-from csdiv.kernels.configurations import MATRIX_DIM, form_of
+from csdiv.kernels.configurations import MATRIX_DIM, Shared, form_of, structure_of
 
 NAMES = ("auto", "reference", "cpu", "cuda", "triton")
 FULL, MAX_FULL_DIM = ("cpu", "cuda"), 32
@@ -100,6 +100,12 @@ def _first_able(order: tuple[str, ...], device: torch.device) -> str:
     return next((name for name in able if name != "cuda" or not _missing_kernels(device)), "reference")
 
 
+def shape_of(n: int, m: int, dim: int, p_variances: Sequence[int], q_variances: Sequence[int]) -> Shape:
+    """What the choice depends on, from the sizes of a problem and the shapes of the variances."""
+    sides = (Shared(shape[-1] == 1, shape[-2] == 1) for shape in (p_variances, q_variances))
+    return Shape(n, m, dim, structure_of(*sides))
+
+
 def explain(device: str, shape: Shape) -> list[str]:
     """Which backend "auto" prefers for a problem and why, which it takes here, and the form of the pair term."""
     rule = rule_of(device, shape)
@@ -113,14 +119,15 @@ def explain(device: str, shape: Shape) -> list[str]:
 
 
 def _form(backend: str, shape: Shape) -> str:
-    if backend != "triton" or not shape.spherical:
+    if backend != "triton" or shape.structure == "diagonal":
         return "diagonal, a variance for each component and dimension"
-    forms = {dtype: form_of(True, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
-    reasons = {
-        "matrix": "matrix products, in tiles whose error bound fits the budget, else the sum of squares",
-        "spherical": "the sum of squares" + (f", as D < {MATRIX_DIM}" if shape.dim < MATRIX_DIM else ""),
-    }
-    return "; ".join(f"{form} in {str(dtype).removeprefix('torch.')}: {reasons[form]}" for dtype, form in forms.items())
+    forms = {dtype: form_of(shape.structure, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
+    direct = "the sum of squares" + (f", as D < {MATRIX_DIM}" if shape.dim < MATRIX_DIM else "")
+    products = "matrix products, in tiles whose error bound fits the budget, else the sum of squares"
+    return "; ".join(
+        f"{form} in {str(dtype).removeprefix('torch.')}: {direct if form == shape.structure else products}"
+        for dtype, form in forms.items()
+    )
 
 
 def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:

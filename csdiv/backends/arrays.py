@@ -23,6 +23,7 @@ class Side(NamedTuple):
     own: torch.Size
     same_dims: bool = False  # a variance for each component, whatever the dimension
     same_components: bool = False  # variances that all components of all items have
+    tied: bool = False  # variances that all components of an item have
 
 
 def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -30,8 +31,8 @@ def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = Non
     shape = own + means.shape[-2:]
     if log_weights is not None:
         log_weights = _filled(log_weights, shape[:-1])
-    same_dims, same_components = variances.shape[-1] == 1, variances.shape[:-1].numel() == 1
-    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own, same_dims, same_components)
+    same = (variances.shape[-1] == 1, variances.shape[:-1].numel() == 1, variances.shape[-2] == 1)
+    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own, *same)
 
 
 def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | None = None) -> Side:
@@ -98,7 +99,8 @@ def _one_item(side: Side, n: int) -> Side:
     batch = len(side.own)
     means, variances = (t.reshape(n, *t.shape[batch + 1 :]) for t in (side.means, side.variances))
     log_weights = None if side.log_weights is None else side.log_weights.reshape(n)
-    return Side(means, variances, log_weights, torch.Size(), *side[4:])
+    tied = side.same_components if side.own.numel() > 1 else side.tied
+    return Side(means, variances, log_weights, torch.Size(), side.same_dims, side.same_components, tied)
 
 
 def pointers(side: Side, index: Tensor | None = None) -> tuple[int, ...]:

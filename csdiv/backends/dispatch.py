@@ -21,7 +21,7 @@ class Shape(NamedTuple):
     n: int = 0
     m: int = 0
     dim: int = 0
-    spherical: bool = False  # every component of both sides has one variance
+    structure: str = "diagonal"  # of both sides, one of csdiv.kernels.configurations.STRUCTURES
 
 
 class Rule(NamedTuple):
@@ -37,10 +37,11 @@ RULES = (
     Rule("cpu", lambda shape: True, ("cpu",), "it alone computes on CPU tensors"),
     Rule(
         "cuda",
-        lambda shape: shape.spherical and shape.dim >= MATRIX_DIM and shape.n * shape.m >= MATRIX_PAIRS,
+        lambda shape: shape.structure != "diagonal" and shape.dim >= MATRIX_DIM and shape.n * shape.m >= MATRIX_PAIRS,
         ("cuda", "triton"),
-        f"one variance for each component, D >= {MATRIX_DIM} and N M >= 2^20: triton has a form for these, with fewer "
-        "instructions for an element, but cuda stays first until a GPU has confirmed its speed and its error bound",
+        f"one variance for each component, or for all of a side in each dimension, D >= {MATRIX_DIM} and N M >= 2^20: "
+        "triton has forms for these, with fewer instructions for an element, but cuda stays first until a GPU has "
+        "confirmed their speed and their error bound",
     ),
     Rule(
         "cuda",

@@ -18,6 +18,7 @@ from torch import Tensor
 from csdiv.backends.arrays import Pair, Side, flattened, make_side
 from csdiv.backends.reference import Tensors
 from csdiv.kernels.assign import launch_assign
+from csdiv.kernels.configurations import Shared
 from csdiv.kernels.cs_divergence import launch_cs_divergence
 from csdiv.kernels.gradient_sweep import Weights, launch_gradient_sweep
 from csdiv.kernels.overlap_lse_forward import launch_combine_rows
@@ -66,7 +67,7 @@ def _pack(side: Side, scale: Scale, spherical: bool) -> Packed:
     shape = (side.own.numel(), *side.means.shape[-2:])
     means, variances = (t.view(shape) for t in (side.means, side.variances))
     log_weights = None if side.log_weights is None else side.log_weights.view(shape[:-1])
-    return launch_pack(means, variances, log_weights, scale, spherical)
+    return launch_pack(means, variances, log_weights, scale, Shared(spherical, side.tied))
 
 
 def _problem(pair: Pair) -> Problem:
@@ -75,10 +76,10 @@ def _problem(pair: Pair) -> Problem:
     variances = [side.variances.view(side.own.numel(), *side.means.shape[-2:]) for side in (pair.p, pair.q)]
     own = pair.p.own.numel() == batch == pair.q.own.numel()
     scale = launch_scale(*variances, batch if own else 1)
-    spherical = pair.p.same_dims and pair.q.same_dims
+    spherical = pair.p.same_dims and pair.q.same_dims  # or the scale differs from dimension to dimension
     p = _pack(pair.p, scale, spherical)
     q = p if pair.q is pair.p else _pack(pair.q, scale, spherical)
-    return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, pair.p.means.shape[-1], spherical)
+    return Problem(p, q, *(_index(pair, k) for k in range(2)), scale, batch, pair.p.means.shape[-1])
 
 
 def _index(pair: Pair, k: int) -> Tensor | None:
