@@ -16,7 +16,7 @@ constexpr int64_t kMinProductDim = 16;       // below, sums of squares are as fa
 constexpr int64_t kMinProductBytes = 64;     // of a vector: shorter ones have ports of their own for differences
 constexpr int64_t kCenterSample = 16;        // columns of a stripe that its center is the mean of: any will do
 constexpr int64_t kLane = 16;                // numbers that an array is a multiple of
-constexpr int64_t kScaleSample = 1024;       // components, of an item, that its scale exponent is taken from
+constexpr int64_t kMinScaleSample = 4, kMaxScaleSample = 256;   // components that a scale exponent is taken from
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
@@ -213,7 +213,8 @@ void PackedColumns<T>::pack_centered(int64_t dim, T* center, Stripe<T>& stripe) 
 
 template <class T>
 ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
-  const int64_t step = side.same_components ? std::max(side.n, int64_t(1)) : ceil_div(side.n, kScaleSample);
+  const int64_t sample = side.same_components ? 1 : std::clamp(side.n / 16, kMinScaleSample, kMaxScaleSample);
+  const int64_t step = std::max(ceil_div(side.n, sample), int64_t(1));
   const int64_t factors = side.same_dims ? std::min(dim, int64_t(1)) : dim;
   for (int64_t item = 0; item < side.batch; ++item) {
     LogProduct all;
