@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import threading
 
@@ -68,6 +69,41 @@ def test_instruction_sets_agree(isa, dtype, decades, n, m, d):
             assert torch.equal(actual.isfinite(), wanted.isfinite())
             difference = (actual - wanted)[wanted.isfinite()].abs()
             assert difference.numel() == 0 or difference.amax() <= tolerance * max(1.0, scale)
+
+
+@pytest.mark.parametrize("name", supported_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exponentials_are_right_to_the_last_bits(isa, name, dtype):
+    """c = 1 and equal means leave log b_j as logits, and shares e^(log b_j) / sum as their gradients."""
+    isa(name)
+    lowest = {torch.float32: -100, torch.float64: -720}[dtype]
+    log_weights = torch.linspace(0, lowest, 20_000, dtype=torch.float64).to(dtype).requires_grad_()
+    means, halves = torch.zeros(20_000, 1, dtype=dtype), torch.full((20_000, 1), 0.5, dtype=dtype)
+    q = csdiv.GaussianMixture(means, halves, log_weights)
+    rows = csdiv.component_log_overlap(csdiv.GaussianMixture(means[:1], halves[:1]), q, backend="cpu")
+    (shares,) = torch.autograd.grad(rows.sum(), log_weights)
+    exact = log_weights.detach().double().softmax(0)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    normal = exact > 1.01 * tiny
+    factor = (shares[0] / exact[0]).item()  # of the sum
+    allowed = 3 * eps + torch.finfo(torch.float64).eps * log_weights.detach().abs()  # factors of stripes are float64
+    assert ((shares / factor / exact - 1).abs() <= allowed)[normal].all()
+    assert (shares[exact < 0.99 * tiny * exact[0]] == 0).all()
+
+
+@pytest.mark.parametrize("name", supported_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logarithms_are_right_to_the_last_bits(isa, name, dtype):
+    """Of c, which equal means leave; c near 1, and over 36 powers of two, more than any table or series tells apart."""
+    isa(name)
+    c = torch.cat([2.0 ** torch.linspace(-18, 18, 40_000), 1 + torch.linspace(-1e-3, 1e-3, 2001)])
+    halves = (c.double() / 2).to(dtype).unsqueeze(-1)
+    means = torch.zeros_like(halves)
+    q, p = csdiv.GaussianMixture(means, halves), csdiv.GaussianMixture(means[:1], torch.full((1, 1), 0.0, dtype=dtype))
+    found = csdiv.pairwise_log_overlap(p, q, backend="cpu")[0]
+    logs = halves[:, 0].double().log() + math.log(2 * math.pi)
+    eps = torch.finfo(dtype).eps
+    assert ((found + 0.5 * logs).abs() <= 2 * eps * (1 + 0.5 * logs.abs())).all()
 
 
 def test_unknown_instruction_set_is_refused():
