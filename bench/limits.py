@@ -28,8 +28,8 @@ PLAIN_CASES = 6
 
 @dataclass(frozen=True)
 class Operations:
-    """Vector instructions: multiplications (fused ones too); additions, and what takes their units: comparisons, maxima,
-    conversions, permutations, estimates of reciprocals; and shifts and sums of integers."""
+    """Vector instructions: multiplications (fused ones too); additions, and what takes their units: comparisons,
+    maxima, conversions, permutations, estimates of reciprocals; and shifts and sums of integers."""
 
     multiplications: float
     additions: float

@@ -180,7 +180,7 @@ def page() -> str:
         "## How near the limit",
         "",
         "The bound counts the vector instructions of the inner loops, exponentials and logarithms included, of a self",
-        "term half of the elements. A multiplication takes what a fused one takes in a loop of nothing else on the same",
+        "term half of the elements. A multiplication takes what a fused one takes in a loop of nothing else on as many",
         "threads, an addition, or a shift or sum of integers, what one more of them beside each adds to that. Loads,",
         f"packing and calls count nothing. float32, {machine_line(limit)}.",
         "",

@@ -171,7 +171,8 @@ def test_operations_of_a_pair_are_counted_as_the_kernels_have_them(isa: str, pai
     assert (four.multiplications, four.additions, four.integers) == (17 + pair[0], 9 + pair[1], 3 + pair[2])  # pair.h
     spherical = Case(1, 1, 64, "", structure="spherical")
     sums, products = (limits.operations_of_pair(spherical, False, isa, products=way) for way in (False, True))
-    assert sums.multiplications - products.multiplications == -2 and sums.additions - products.additions == 64 - 4
+    assert sums.multiplications - products.multiplications == -2
+    assert sums.additions - products.additions == 64 - 4
     for backward in (False, True):
         points, tied = Case(1, 1, 8, "", "log_prob"), Case(1, 1, 8, "", structure="tied")
         assert limits.operations_of_pair(points, backward, isa) == limits.operations_of_pair(tied, backward, isa)
@@ -179,7 +180,8 @@ def test_operations_of_a_pair_are_counted_as_the_kernels_have_them(isa: str, pai
 
 def test_the_arithmetic_that_bounds_are_measured_by_is_done() -> None:
     counts = [call() for call in limits.mixes(2)]
-    assert len(set(counts)) == 1 and counts[0] % (2 * 4000 * 84) == 0
+    assert len(set(counts)) == 1
+    assert counts[0] % (2 * 4000 * 84) == 0
 
 
 def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:

@@ -98,7 +98,7 @@ def test_every_cut_of_the_work_gives_the_gradients(
         check(entry, backend, *pair(n, m, 2), wanted, common_grad=0.3)
 
 
-# Slabs of rows, of a million logits and of a tile of rows at least: 2 slabs by rows and by columns, 3 of a tile each.
+# Slabs of rows, as gradient_sweep.h cuts them: 5 by rows, 2 by columns, 3 of a tile each.
 @on_cpu
 @pytest.mark.parametrize("wanted", [P + Q, P, Q], ids=["both", "rows", "columns"])
 @pytest.mark.parametrize(("n", "m", "dim"), [(1100, 1100, 2), (150, 10000, 3), (40, 66000, 1)])

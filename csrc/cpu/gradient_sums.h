@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
@@ -28,11 +30,19 @@ void fill_zero(const AlignedArray<T>& array, int threads) {
   });
 }
 
+// Whether no exponent is the largest one: unlike a comparison of numbers, this is done for many at a time.
 template <class T>
 bool all_finite(const T* sums, int64_t count) {
-  bool finite = true;
-  for (int64_t k = 0; k < count; ++k) finite &= std::abs(sums[k]) <= std::numeric_limits<T>::max();
-  return finite;
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  const T infinity = std::numeric_limits<T>::infinity();
+  Bits largest, found = 0;
+  std::memcpy(&largest, &infinity, sizeof(T));
+  for (int64_t k = 0; k < count; ++k) {
+    Bits bits;
+    std::memcpy(&bits, sums + k, sizeof(T));
+    found |= (bits & largest) == largest;
+  }
+  return found == 0;
 }
 
 // Of `n` rows: (n, dim) for the means, (n, dim) for the variances, (n) for the weights.

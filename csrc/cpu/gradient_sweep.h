@@ -20,8 +20,9 @@
 
 namespace csdiv::cpu {
 
-constexpr double kRise = 8;          // nats that weights may exceed their reference by
-constexpr int64_t kSlab = 1 << 20;   // logits that are kept at a time at least, if there are so many
+constexpr double kRise = 8;                                 // nats that weights may exceed their reference by
+constexpr int64_t kSlab = 5 << 18, kCachedSlab = 1 << 18;   // logits that are kept at a time
+constexpr int64_t kRound = 2 * kCopies;                     // tiles of a slab that blocks share evenly
 
 // One tile of a sweep, and where the sums of its weights go (null: not wanted).
 template <class T>
@@ -69,8 +70,7 @@ class GradientSweep {
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
         tiles_(num_row_tiles(problem)),
-        slab_tiles_(kOnlyPass ? std::clamp(most_of_slab() / slab_size(1), int64_t(1), std::max(tiles_, int64_t(1)))
-                              : tiles_),
+        slab_tiles_(kOnlyPass ? tiles_of_slab() : tiles_),
         partition_(choose_partition(problem, packed_, slab_tiles_, rows_wanted_, columns_wanted_)),
         value_groups_(value_groups(problem, packed_)),
         sums_(problem, packed_, rows_wanted_, columns_wanted_, partition_.column_copies(), rows_per_copy(), threads),
@@ -117,8 +117,15 @@ class GradientSweep {
     AlignedArray<double> row_copies = {};   // sums of rows, where every column group has its own
   };
 
-  // As many numbers as the columns have, if these are many: every slab reads them, and adds to their sums.
-  int64_t most_of_slab() const { return std::max(kSlab, 2 * dim_ * packed_.stripes() * packed_.stride()); }
+  // Logits stay in the cache where the sums of columns do. Every slab reads all columns and adds to their sums: if
+  // these are many numbers, as many logits are kept. Whole rounds of tiles leave no thread without one.
+  int64_t tiles_of_slab() const {
+    const int64_t tile = slab_size(1), columns = 2 * dim_ * packed_.stripes() * packed_.stride();
+    int64_t tiles = std::max(kSlab, columns) / tile;
+    if (kCopies * columns <= kSlab) tiles = std::min(tiles, ceil_div(kCachedSlab, tile * kRound) * kRound);
+    if (tiles > kRound) tiles = tiles / kRound * kRound;
+    return std::clamp(tiles, int64_t(1), std::max(tiles_, int64_t(1)));
+  }
 
   int64_t slab_size(int64_t tiles) const { return tiles * packed_.stripes() * kTileRows * packed_.stride(); }
 
