@@ -279,6 +279,7 @@ class GradientSweep {
     SweepTile<T> place{b, first, s * packed_.width(), rows, columns, nullptr, nullptr};
     TileGradients<T> grads{};
     grads.variances_wanted = grad_p_.variances || grad_q_.variances;
+    if (pairs_ == Pairs::kUpperTriangle) grads.first_column = first_in_triangle<T>(place.diagonal(0));
     if (rows_wanted_) {
       const RowGradientSums sums =
           slab.row_copies.size() > 0 ? rows_of_copy(slab, group, tile) : sums_.rows_for_tile(problem_.p.item(b), tile);

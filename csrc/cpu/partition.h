@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "dispatch.h"
 #include "mixture.h"
 #include "pack.h"
 
@@ -72,6 +73,13 @@ inline int64_t value_blocks(int64_t tiles, int64_t groups) {
 // Which pairs are swept: all, or those with column >= row, of a mixture with itself, where the tiles on the diagonal
 // are for `fill` to cut.
 enum class Pairs { kAll, kUpperTriangle };
+
+// The first column of a tile that is computed, where the pair of its first row with itself is in column `diagonal`.
+template <class T>
+int64_t first_in_triangle(int64_t diagonal) {
+  const int64_t lanes = tile_kernels<T>().lanes;
+  return std::max(diagonal, int64_t(0)) / lanes * lanes;
+}
 
 // Part `k` of `parts` of 0 ... size - 1.
 struct Part {

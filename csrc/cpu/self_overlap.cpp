@@ -29,7 +29,7 @@ struct UpperLogits {
   UpperLogits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_row, int64_t origin, T* tile) {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const TileKernels<T>& kernels = tile_kernels<T>();
-    first_column = std::max(first_row - origin, int64_t(0)) / kernels.lanes * kernels.lanes;
+    first_column = first_in_triangle<T>(first_row - origin);
     kernels.logits(rows, columns, first_column, tile);
     for (int64_t r = 0; r < rows.count; ++r) {
       T* const row = tile + r * columns.stride;

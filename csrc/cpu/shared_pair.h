@@ -175,7 +175,7 @@ void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& c
                          const T* norms, T* weights, const TileGradients<T>& grads) {
   const SphericalRows<kRows, T> spherical(rows, row);
   Vec<T> row_sums[kRows] = {};
-  for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+  for (int64_t j = grads.first_column; j < columns.padded; j += kLanes<T>) {
     Vec<T> quadratic[kRows][1] = {}, column_sum{};
     if (grads.variances_wanted &&
         !(columns.centered && squares_of_products(spherical.variances, norms + row, columns, j,
@@ -206,7 +206,7 @@ void spherical_means(const RowTile<T>& rows, int64_t row, int64_t d, const Strip
   T* const grad_means = kColumnGrads ? grads.column_means + d * columns.stride : nullptr;
   Vec<T> row_mean[kRows], row_sums[kRows] = {};
   for (int r = 0; r < kRows; ++r) row_mean[r] = broadcast<T>(rows.means[(row + r) * rows.dim + d]);
-  for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
+  for (int64_t j = grads.first_column; j < columns.padded; j += kLanes<T>) {
     const Vec<T> mean = load(means + j);
     Vec<T> column_sum{};
     if constexpr (kColumnGrads) column_sum = load(grad_means + j);
@@ -224,7 +224,7 @@ template <bool kRowGrads, bool kColumnGrads, class T>
 void spherical_gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
                          const TileGradients<T>& grads) {
   T tile[kTileRows * kMaxStride], norms[kTileRows];
-  if (columns.centered && grads.variances_wanted) products(rows, columns, 0, tile, norms);
+  if (columns.centered && grads.variances_wanted) products(rows, columns, grads.first_column, tile, norms);
   for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
     spherical_variances<kRowGrads, kColumnGrads, count>(rows, row, columns, tile, norms, weights, grads);
   });

@@ -84,6 +84,7 @@ struct TileGradients {
   T* column_means;   // (dim, stride) of the stripe
   T* column_variances;
   bool variances_wanted;   // else the sums for variances may be left out
+  int64_t first_column;    // of a mixture with itself: whole vectors before it have no weights
 };
 
 // Log weights of a tile's rows become weights: w = grad * exp(logit - log_normalizer).

@@ -210,7 +210,7 @@ void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe
     row_variance[r] = broadcast<T>(row_variances[(row + r) * dim + d]);
     row_grad_mean[r] = row_grad_variance[r] = Vec<T>{};
   }
-  for (int64_t j = 0; j < padded; j += kLanes<T>) {
+  for (int64_t j = grads.first_column; j < padded; j += kLanes<T>) {
     const Vec<T> mean = load(means + j), variance = load(variances + j);
     Vec<T> column_grad_mean{}, column_grad_variance{};
     if constexpr (kColumnGrads) {
