@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         more = {
             "instruction_sets": limits.run_instruction_sets(cases[: limits.PLAIN_CASES], options.rounds),
             "divergences": limits.run_divergences(options.rounds),
+            "shared": limits.run_shared(options.rounds),
         }
         print(limits.tables(records, **more))
     elif options.suite == "epochs":
@@ -106,12 +107,12 @@ def main(arguments: list[str] | None = None) -> None:
         more = {"curves": curves}
         print(swap_in.markdown(records, curves))
     elif options.suite == "scaling":
+        more = {"memory": [scaling.memory()]}
+        print(more["memory"])
         for found in scaling.run(options.rounds):
             print(measure.markdown(found), flush=True)
             records += found
-            write(options.output, info, records, memory=[])
-        more = {"memory": [scaling.memory()]}
-        print(more["memory"])
+            write(options.output, info, records, **more)
     else:
         cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]
         for case in cases:

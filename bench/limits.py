@@ -7,7 +7,9 @@ multiply-adds in registers, alone and with as many additions, of floats or integ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +187,57 @@ def run_instruction_sets(cases: list[Case], rounds: int) -> list[dict[str, Any]]
     return records
 
 
+SHARED_SIZES, SHARED_DIMS = (1024, 4096), (16, 32, 64, 128)
+SHARED = {
+    "(N, 1), (M, 1)": ("each", "each"),
+    "(1, 1), (1, 1)": ("one", "one"),
+    "points, (M, 1)": ("none", "each"),
+    "(1, D), (1, D)": ("dims", "dims"),
+    "points, (M, D)": ("none", "all"),
+}
+"""Shapes of variances, and how many there are on each side."""
+
+
+def run_shared(rounds: int) -> list[dict[str, Any]]:
+    """Rows of mixtures whose variances are shared, beside the same variances as (N, D) arrays, N = M."""
+    records = []
+    for n in SHARED_SIZES:
+        for d in SHARED_DIMS:
+            records += _run_shared(n, d, rounds)
+    return records
+
+
+def _run_shared(n: int, d: int, rounds: int) -> list[dict[str, Any]]:
+    shapes = {"each": (n, 1), "one": (1, 1), "dims": (1, d), "all": (n, d), "none": (1, 1)}
+    mu, _, nu, _, log_b = make_inputs(Case(n, n, d, ""))
+    ways: list[Callable[[], object]] = []
+    for sides in SHARED.values():
+        s, t = (torch.zeros(shapes[k]) if k == "none" else torch.rand(shapes[k]) + 0.5 for k in sides)
+        for spread in (False, True):
+            both = [v.expand(n, d).contiguous() if spread else v for v in (s, t)]
+            leaves = [mu.clone(), both[0], nu.clone(), both[1], log_b.clone()]
+            wanted = [x.requires_grad_() for x in leaves if sides[0] != "none" or x is not both[0]]
+
+            def call(backward: bool, leaves: list[Tensor] = leaves, wanted: list[Tensor] = wanted) -> object:
+                with torch.set_grad_enabled(backward):
+                    p, q = GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:])
+                    rows = csdiv.component_log_overlap(p, q, backend="cpu")
+                    return torch.autograd.grad(rows.sum(), wanted) if backward else rows
+
+            ways += [functools.partial(call, backward) for backward in (False, True)]
+    for way in ways:
+        way()
+    times = iter([timing.median_ms for timing in interleave(ways, rounds)])
+    records = []
+    for name in SHARED:
+        forward, backward, diagonal_forward, diagonal_backward = itertools.islice(times, 4)
+        pairs = (forward, diagonal_forward), (backward, diagonal_backward)
+        for direction, (shared, diagonal) in zip(DIRECTIONS, pairs, strict=True):
+            where = {"variances": name, "size": n, "dim": d, "direction": direction}
+            records.append({**where, "shared_ms": shared, "diagonal_ms": diagonal})
+    return records
+
+
 class Nothing(torch.autograd.Function):
     """What torch itself takes for a function of six tensors with six gradients."""
 
@@ -226,10 +279,23 @@ def run_divergences(rounds: int) -> list[dict[str, Any]]:
     return records
 
 
+def shared_table(records: list[dict[str, Any]]) -> Iterator[str]:
+    """How many times faster than the kernels for (N, D) arrays those for shared variances are."""
+    yield f"\n| N = M | variances of p, of q | direction | {' | '.join(f'D = {d}' for d in SHARED_DIMS)} |"
+    yield "|---|---|---|" + "---|" * len(SHARED_DIMS)
+    for where in dict.fromkeys((r["size"], r["variances"], r["direction"]) for r in records):
+        own = [r for r in records if (r["size"], r["variances"], r["direction"]) == where]
+        ratios = [f"{r['diagonal_ms'] / r['shared_ms']:.1f}" for r in own]
+        yield f"| {' | '.join(map(str, (*where, *ratios)))} |"
+
+
 def tables(
-    bounds: list[dict[str, Any]], instruction_sets: list[dict[str, Any]], divergences: list[dict[str, Any]]
+    bounds: list[dict[str, Any]],
+    instruction_sets: list[dict[str, Any]],
+    divergences: list[dict[str, Any]],
+    shared: list[dict[str, Any]],
 ) -> str:
-    """The three results as Markdown."""
+    """The four results as Markdown."""
     return "\n".join(
         [
             "| case | direction | threads | Gel/s | multiply-adds per element | share of the bound |",
@@ -246,5 +312,8 @@ def tables(
                 f"| {r['case']} | {r['provider']} | {r['median_ms']:.3f} | {r['lower_ms']:.3f} to {r['upper_ms']:.3f} |"
                 for r in divergences
             ),
+            "\nTimes of the diagonal kernels, which the same variances as (N, D) arrays take, divided by those of the "
+            "kernels for shared variances:",
+            *shared_table(shared),
         ]
     )

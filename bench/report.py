@@ -186,7 +186,7 @@ def page() -> str:
         "",
         picture("Limits"),
         "",
-        limits.tables(limit["records"], limit["instruction_sets"], limit["divergences"]),
+        limits.tables(limit["records"], limit["instruction_sets"], limit["divergences"], limit["shared"]),
         "",
         "## Over the number of components",
         "",
