@@ -62,7 +62,7 @@ def run_case(
     for direction in directions:
         backward = direction != "forward"
         truth = exact(case, inputs, backward) if gate else []
-        calls, passed = [], []
+        calls, passed, pauses = [], [], []
         for provider in everyone:
             if backward and not provider.backward:
                 continue
@@ -94,7 +94,8 @@ def run_case(
                     record["cold_ms"] = cold_ms(call)
                 calls.append(call)
                 passed.append(record)
-        for record, timing in zip(passed, interleave(calls, rounds, wait), strict=True):
+                pauses.append(provider.pause)
+        for record, timing in zip(passed, interleave(calls, rounds, wait, pauses), strict=True):
             record.update(timing._asdict(), gel_per_s=case.elements / timing.median_ms / 1e6)
     return records
 

@@ -27,6 +27,9 @@ class Provider:
     formula: Formula
     backward = True  # whether it has gradients
     bytes_per_element = 0  # temporaries of forward_backward
+    pause = (
+        0.0  # seconds for which threads spin after a call, in wait for the next: others would find no processor free
+    )
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         return self.formula(*inputs)
@@ -148,7 +151,7 @@ class Textbook(Provider):
 class ScikitLearn(Provider):
     """GaussianMixture.score_samples: densities at points, no gradients."""
 
-    name, backward = "scikit-learn, score_samples", False
+    name, backward, pause = "scikit-learn, score_samples", False, 0.05  # OpenBLAS: 2^26 cycles
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         from sklearn.mixture import GaussianMixture

@@ -25,13 +25,17 @@ MIN_MS, MAX_MS = 2.0, 10_000.0
 
 
 def interleave(
-    calls: Sequence[Callable[[], object]], rounds: int = 7, wait: Callable[[], object] = lambda: None
+    calls: Sequence[Callable[[], object]],
+    rounds: int = 7,
+    wait: Callable[[], object] = lambda: None,
+    pauses: Sequence[float] = (),
 ) -> list[Timing]:
     """Times every call once in each round, so that slow phases of the machine hit all alike.
 
     Calls shorter than ``MIN_MS`` are repeated within a round and averaged; those that would take more than ``MAX_MS``
     in all sit out the last rounds, but have three. Everything must have been called before. ``wait`` returns when the
-    device has done what it was given.
+    device has done what it was given. ``pauses``: seconds for which threads of a call go on after it; the next call is
+    put off for so long.
     """
 
     def run(call: Callable[[], object], repeat: int) -> float:
@@ -42,15 +46,17 @@ def interleave(
         return 1e3 * (time.perf_counter() - start) / repeat
 
     wait()
+    pauses = pauses or [0.0] * len(calls)
     expected = [max(1e-3, run(call, 1)) for call in calls]
     repeats = [max(1, round(MIN_MS / ms)) for ms in expected]
     limits = [max(3, int(MAX_MS / ms)) for ms in expected]
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        for call, repeat, limit, taken in zip(calls, repeats, limits, times, strict=True):
+        for call, repeat, limit, taken, pause in zip(calls, repeats, limits, times, pauses, strict=True):
             if len(taken) >= limit:
                 continue
             taken.append(run(call, repeat))
+            time.sleep(pause)
     return [_summary(taken) for taken in times]
 
 
