@@ -47,7 +47,10 @@ def interleave(
 
     wait()
     pauses = pauses or [0.0] * len(calls)
-    expected = [max(1e-3, run(call, 1)) for call in calls]
+    expected = []
+    for call, pause in zip(calls, pauses, strict=True):
+        expected.append(max(1e-3, run(call, 1)))
+        time.sleep(pause)
     repeats = [max(1, round(MIN_MS / ms)) for ms in expected]
     limits = [max(3, int(MAX_MS / ms)) for ms in expected]
     times: list[list[float]] = [[] for _ in calls]

@@ -328,11 +328,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", &cpu::current_isa, "The instruction set in use.");
   module.def("cpu_share_openmp_threads", &cpu::share_openmp_threads, "Whether PyTorch's threads are used from now on.");
   module.def("cpu_set_isa", &cpu::set_isa, "For tests: uses another instruction set.");
-  py::enum_<cpu::Mix>(module, "Mix", "What stands beside each of cpu_multiply_adds.")
-      .value("MULTIPLY_ADDS", cpu::Mix::kMultiplyAdds)
-      .value("WITH_ADDITIONS", cpu::Mix::kWithAdditions)
-      .value("WITH_INTEGERS", cpu::Mix::kWithIntegers);
-  module.def("cpu_multiply_adds", &cpu::multiply_adds, "For benchmarks: computes nothing, and says how often.",
+  py::enum_<cpu::Arithmetic>(module, "Arithmetic", "What cpu_arithmetic consists of.")
+      .value("MULTIPLY_ADDS", cpu::Arithmetic::kMultiplyAdds)
+      .value("ADDITIONS", cpu::Arithmetic::kAdditions)
+      .value("BOTH", cpu::Arithmetic::kBoth);
+  module.def("cpu_arithmetic", &cpu::arithmetic, "For benchmarks: computes nothing of use, and how many numbers.",
              py::call_guard<py::gil_scoped_release>());
   module.def("cpu_overlap_lse_forward", &cpu_overlap_lse_forward);
   module.def("cpu_overlap_lse_backward", &cpu_overlap_lse_backward);

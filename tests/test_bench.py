@@ -179,9 +179,10 @@ def test_operations_of_a_pair_are_counted_as_the_kernels_have_them(isa: str, pai
 
 
 def test_the_arithmetic_that_bounds_are_measured_by_is_done() -> None:
-    counts = [call() for call in limits.mixes(2)]
-    assert len(set(counts)) == 1
-    assert counts[0] % (2 * 4000 * 84) == 0
+    alone, additions, both = (call() for call in limits.loops(2))
+    assert alone == additions
+    assert alone % (2 * limits.LOOP_ROUNDS * 12) == 0
+    assert both > alone
 
 
 def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:

@@ -115,3 +115,14 @@ def test_tiny_batches_take_one_pass_and_odd_ones_two() -> None:
         gradients(p, q)
         gradients(GaussianMixture(far, p.variances, p.log_weights), q)
     assert taken == [True, False]
+
+
+@pytest.mark.parametrize("k", range(3))
+@pytest.mark.parametrize("side", ["p", "q"])
+def test_a_weight_that_is_not_a_number_shows_in_its_problem_alone(side: str, k: int) -> None:
+    p, q = batch((40, 3, 3, 1))
+    log_weights = p.log_weights.clone()
+    log_weights[11, k] = torch.nan
+    odd = GaussianMixture(p.means, p.variances, log_weights)
+    values = csdiv.cs_divergence(*((odd, q) if side == "p" else (q, odd)), backend="cpu")
+    assert values.isnan().nonzero().tolist() == [[11]]

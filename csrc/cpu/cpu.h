@@ -19,8 +19,8 @@ struct SideGradients {
   bool wanted() const { return means || variances || log_weights; }
 };
 
-// Numbers multiplied and added on `threads` threads at once, float32, by `rounds` rounds of TileKernels::multiply_adds.
-int64_t multiply_adds(int64_t rounds, Mix mix, int threads);
+// Float32 numbers that `rounds` rounds of TileKernels::arithmetic compute on `threads` threads at once.
+int64_t arithmetic(int64_t rounds, Arithmetic kind, int threads);
 
 // What is left out of each problem's values; the uniform weights of a side count where it has no log weights.
 enum class Uniform { kNone, kOfQ, kOfBoth };

@@ -120,7 +120,7 @@ class GradientSweep {
   // Logits stay in the cache where the sums of columns do. Every slab reads all columns and adds to their sums: if
   // these are many numbers, as many logits are kept. Whole rounds of tiles leave no thread without one.
   int64_t tiles_of_slab() const {
-    const int64_t tile = slab_size(1), columns = 2 * dim_ * packed_.stripes() * packed_.stride();
+    const int64_t tile = std::max(slab_size(1), int64_t(1)), columns = 2 * dim_ * packed_.stripes() * packed_.stride();
     int64_t tiles = std::max(kSlab, columns) / tile;
     if (kCopies * columns <= kSlab) tiles = std::min(tiles, ceil_div(kCachedSlab, tile * kRound) * kRound);
     if (tiles > kRound) tiles = tiles / kRound * kRound;

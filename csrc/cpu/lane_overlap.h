@@ -7,10 +7,11 @@
 
 namespace csdiv::cpu::CSDIV_ISA {
 
-// log x of normal x > 0.
+// log x of normal x > 0; NaN stays, so that it shows in the value.
 template <class T>
 inline Vec<T> log(Vec<T> x) {
-  return log<T>(mantissa<T>(x), biased_exponent<T>(x) - (Float<T>::kBias - 1));
+  const Vec<T> result = log<T>(mantissa<T>(x), biased_exponent<T>(x) - (Float<T>::kBias - 1));
+  return x == x ? result : x;
 }
 
 // Component i of p and j of q in dimension d.

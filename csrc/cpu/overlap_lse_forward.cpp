@@ -56,21 +56,21 @@ bool overlap_lse_forward(const Problem<T>& batched, T* rows, const SideGradients
     return false;
   }
   threads = useful_threads(problem, threads);
-  // Stripes that one task alone reads are packed when it reads them.
-  const bool once = problem.batch == problem.q.batch && num_row_tiles(problem) <= kBlockTiles;
-  const PackedColumns<T> columns(problem, LogWeights::kKept, threads, Products::kYes, once);
+  PackedColumns<T> columns(problem, LogWeights::kKept, Products::kYes);
   const int64_t tiles = num_row_tiles(problem), groups = value_groups(problem, columns);
+  const int64_t blocks = value_blocks(tiles, groups);
+  // Stripes that one task alone reads are packed when it reads them.
+  const bool on_demand = blocks == 1 && problem.batch == problem.q.batch;
+  if (!on_demand) columns.pack_all(problem, threads);
   RowSums<T> sums(problem, groups);
-
-  const int64_t blocks = once ? 1 : value_blocks(tiles, groups);
   parallel_for(problem.batch * blocks * groups, threads, [&](int64_t task) {
     const int64_t group = task % groups, b = task / groups / blocks, item = problem.q.item(b);
     const Part block = part(tiles, blocks, task / groups % blocks), stripes = part(columns.stripes(), groups, group);
-    T* const logits = scratch<T>(kTileRows * columns.stride() + columns.stripe_size());
+    const AlignedArray<T> memory(on_demand ? columns.stripe_size() : 0);
+    T* const logits = scratch<T>(kTileRows * columns.stride());
     double maxima[kTileRows];
     for (int64_t s = stripes.begin; s < stripes.end; ++s) {
-      const Stripe<T> stripe =
-          once ? columns.pack(problem, item, s, logits + kTileRows * columns.stride()) : columns.stripe(item, s);
+      const Stripe<T> stripe = on_demand ? columns.pack(problem, item, s, memory.get()) : columns.stripe(item, s);
       for (int64_t tile = block.begin; tile < block.end; ++tile)
         sums.add(row_tile(problem, b, tile), stripe, b * problem.p.n + tile * kTileRows, group, logits, maxima);
     }

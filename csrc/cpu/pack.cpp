@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "thread_pool.h"
@@ -16,7 +18,7 @@ constexpr int64_t kMinProductDim = 16;       // below, sums of squares are as fa
 constexpr int64_t kMinProductBytes = 64;     // of a vector: shorter ones have ports of their own for differences
 constexpr int64_t kCenterSample = 16;        // columns of a stripe that its center is the mean of: any will do
 constexpr int64_t kLane = 16;                // numbers that an array is a multiple of
-constexpr int64_t kMinScaleSample = 4, kMaxScaleSample = 256;   // components that a scale exponent is taken from
+constexpr int64_t kScaleSample = 4096;       // components, of an item, that its scale exponent is taken from
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
@@ -35,32 +37,29 @@ int64_t centered_size(int64_t dim, int64_t stride) {
   return ceil_div(dim, kLane) * kLane + (dim + 1) * stride;
 }
 
-// log2 of a product of many numbers > 0, with few logarithms.
-class LogProduct {
- public:
-  void multiply(double factor) {
-    if (outside(factor)) {
-      log2_of_rest_ += std::log2(factor);
-      return;
+// The sum of log2 of numbers, those left out that have none, and of how many. Between powers of two it is linear, as
+// the bits of a number are.
+struct SumOfLog2 {
+  double sum = 0;
+  int64_t count = 0;
+
+  template <class T>
+  void add(const T* values, int64_t size) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    constexpr int kExponentBits = sizeof(T) == 4 ? 8 : 11, kFraction = 31 - kExponentBits;   // of the upper 32 bits
+    constexpr uint32_t kOne = 1u << kFraction, kLargest = ((1u << kExponentBits) - 1) << kFraction;
+    uint64_t bits = 0, used = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      Bits all;
+      std::memcpy(&all, values + k, sizeof(T));
+      const uint32_t upper = uint32_t(all >> (8 * sizeof(T) - 32));
+      const bool normal = upper - kOne < kLargest - kOne;
+      bits += normal ? upper : 0;
+      used += normal;
     }
-    product_ *= factor;
-    if (outside(product_)) {
-      log2_of_rest_ += std::log2(product_);
-      product_ = 1;
-    }
+    sum += double(bits) / kOne - double(used) * ((1 << (kExponentBits - 1)) - 1);
+    count += int64_t(used);
   }
-
-  void multiply(const LogProduct& other) {
-    log2_of_rest_ += other.log2_of_rest_;
-    multiply(other.product_);
-  }
-
-  double log2() const { return log2_of_rest_ + std::log2(product_); }
-
- private:
-  static bool outside(double value) { return !(value > 0x1p-500 && value < 0x1p500); }
-
-  double product_ = 1, log2_of_rest_ = 0;
 };
 
 }   // namespace
@@ -99,8 +98,7 @@ RowTile<T> row_tile(const Problem<T>& problem, int64_t b, int64_t tile) {
 }
 
 template <class T>
-PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products,
-                                bool later)
+PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, Products products)
     : log_weights_(log_weights),
       form_(form_of(problem)),
       width_(stripe_width(problem.q.n)),
@@ -113,9 +111,12 @@ PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weight
                 tile_kernels<T>().lanes * int64_t(sizeof(T)) >= kMinProductBytes &&
                 (form_ == Form::kSpherical || form_ == Form::kSphericalTiedRows)),
       stripe_size_((2 * problem.dim + 1) * stride_ + (precision_dims_ ? (precision_dims_ + 1) * stride_ : 0) +
-                   (products_ ? centered_size(problem.dim, stride_) : 0)),
-      memory_(later ? 0 : problem.q.batch * stripes_ * stripe_size_),
-      all_(later ? 0 : problem.q.batch * stripes_) {
+                   (products_ ? centered_size(problem.dim, stride_) : 0)) {}
+
+template <class T>
+void PackedColumns<T>::pack_all(const Problem<T>& problem, int threads) {
+  memory_ = AlignedArray<T>(problem.q.batch * stripes_ * stripe_size_);
+  all_.resize(problem.q.batch * stripes_);
   parallel_for(int64_t(all_.size()), threads, [&](int64_t task) {
     all_[task] = pack(problem, task / stripes_, task % stripes_, memory_.get() + task * stripe_size_);
   });
@@ -213,27 +214,13 @@ void PackedColumns<T>::pack_centered(int64_t dim, T* center, Stripe<T>& stripe) 
 
 template <class T>
 ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
-  const int64_t sample = side.same_components ? 1 : std::clamp(side.n / 16, kMinScaleSample, kMaxScaleSample);
-  const int64_t step = std::max(ceil_div(side.n, sample), int64_t(1));
-  const int64_t factors = side.same_dims ? std::min(dim, int64_t(1)) : dim;
+  const int64_t step = side.same_components ? std::max(side.n, int64_t(1)) : ceil_div(side.n, kScaleSample);
+  const int64_t different = side.same_dims ? std::min(dim, int64_t(1)) : dim;
   for (int64_t item = 0; item < side.batch; ++item) {
-    LogProduct all;
-    int64_t used = 0;
-    for (int64_t k = 0; k < side.n; k += step) {
-      const T* const variances = side.variances + (item * side.n + k) * dim;
-      LogProduct product;
-      bool normal = true;   // all positive and finite
-      for (int64_t d = 0; d < factors && normal; ++d) {
-        normal = variances[d] > 0 && variances[d] <= std::numeric_limits<T>::max();
-        if (normal) product.multiply(double(variances[d]));
-      }
-      if (!normal) continue;
-      all.multiply(product);
-      ++used;
-    }
-    const double repeated = double(dim) / double(std::max(factors, int64_t(1)));
-    const double log2_size = double(dim) + repeated * all.log2() / double(std::max(used, int64_t(1)));
-    exponents_.get()[item] = used ? 2 * std::llround(log2_size / 2) : 0;
+    SumOfLog2 log2;
+    for (int64_t k = 0; k < side.n; k += step) log2.add(side.variances + (item * side.n + k) * dim, different);
+    const double mean = log2.count ? 1 + log2.sum / double(log2.count) : 0;
+    exponents_.get()[item] = 2 * std::llround(0.5 * mean * double(dim));
   }
   side.scale_exponents = exponents_.get();
 }

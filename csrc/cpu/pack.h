@@ -33,10 +33,16 @@ enum class Products { kNo, kYes };
 template <class T>
 class PackedColumns {
  public:
-  // Products: whether equal pairs may differ by rounding, which then depends on the components beside them. Later: no
-  // stripe is packed yet.
-  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products = Products::kNo,
-                bool later = false);
+  // Packs all stripes. Products: whether equal pairs may differ by rounding, which then depends on the components
+  // beside them.
+  PackedColumns(const Problem<T>& problem, LogWeights log_weights, int threads, Products products = Products::kNo)
+      : PackedColumns(problem, log_weights, products) {
+    pack_all(problem, threads);
+  }
+
+  // Packs none.
+  PackedColumns(const Problem<T>& problem, LogWeights log_weights, Products products);
+  void pack_all(const Problem<T>& problem, int threads);
 
   int64_t width() const { return width_; }   // columns of a stripe, but for the last of an item
   int64_t stride() const { return stride_; }
@@ -62,7 +68,7 @@ class PackedColumns {
   std::vector<Stripe<T>> all_;
 };
 
-// Gives a side its scale exponents, for as long as this lives: per item the even integer nearest to the mean of
+// Gives a side its scale exponents, for as long as this lives: per item an even integer near the mean of
 // sum_d log2(2 s_d) over its components, evenly spaced ones where they are many: any value near it serves.
 template <class T>
 class ScaleExponents {

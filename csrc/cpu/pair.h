@@ -156,7 +156,7 @@ class RowBlock {
  public:
   static constexpr int64_t kDims = 64;
 
-  // Of kCount dimensions from `begin` on; `variances`: whether they have any.
+  // Of `count` dimensions from `begin` on; `variances`: whether they have any.
   RowBlock(int64_t begin, int64_t count, bool variances) : begin_(begin), count_(count), variances_(variances) {
     for (int64_t k = 0; k < count * kTileRows; ++k) means_[k] = variance_sums_[k] = 0;
   }
@@ -186,22 +186,11 @@ class RowBlock {
   T means_[kDims * kTileRows], variance_sums_[kDims * kTileRows];
 };
 
-// Asks for the cache lines of `count` numbers that are about to be read; nothing waits for them.
-template <class T>
-CSDIV_INLINE void prefetch(const T* from, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(from + k);
-}
-
 // f(d, block) for all dimensions, where `block` takes the sums of the rows; it is added up if they are wanted.
 template <bool kRowGrads, class T, class F>
 CSDIV_INLINE void for_row_blocks(const RowTile<T>& rows, const TileGradients<T>& grads, bool variances, const F& f) {
   for (int64_t begin = 0; begin < rows.dim; begin += RowBlock<T>::kDims) {
     const int64_t end = begin + RowBlock<T>::kDims < rows.dim ? begin + RowBlock<T>::kDims : rows.dim;
-    for (int64_t row = 0; row < rows.count; ++row) {
-      prefetch(rows.means + row * rows.dim + begin, end - begin);
-      prefetch(rows.variances + row * rows.dim + begin, end - begin);
-    }
     RowBlock<T> block(begin, end - begin, variances);
     for (int64_t d = begin; d < end; ++d) f(d, block);
     if constexpr (kRowGrads) block.add_to(grads, rows.count, rows.dim);

@@ -278,11 +278,11 @@ inline Vec<T> log(Vec<T> m, IntVec<T> n) {
 // The leading half of the digits: products of two such numbers are exact.
 template <class T>
 inline Vec<T> leading_half(Vec<T> x) {
-  return (Vec<T>)((BitsVec<T>)x & ~((typename Float<T>::Unsigned(1) << (Float<T>::kMantissaBits + 1) / 2) - 1));
+  return (Vec<T>)((BitsVec<T>)x & ~((typename Float<T>::Unsigned(1) << (Float<T>::kMantissaBits + 2) / 2) - 1));
 }
 
-// exponent log 2 + high + low; `high` has half of the digits at most, so that its products with small integers are
-// exact.
+// exponent log 2 + high + low; `high` has 13 digits of float, 26 of double at most: its products with integers up to
+// 2^11 are exact, with others rounded as the result is.
 template <class T>
 struct SplitLog {
   Vec<T> exponent, high, low;

@@ -14,9 +14,8 @@ constexpr int64_t kMaxStride = kStripeColumns + 16;   // numbers from one dimens
 constexpr int64_t kMaxDim = 1 << 22;        // the sum of D exponents must fit the 32-bit lanes of the float kernels
 constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it starts from
 
-// Multiply-adds alone, and with as many additions or integer additions beside them.
-enum class Mix { kMultiplyAdds, kWithAdditions, kWithIntegers };
-constexpr int64_t kMultiplyAdds = 84;
+// What loops for benchmarks consist of.
+enum class Arithmetic { kMultiplyAdds, kAdditions, kBoth };
 
 // How the variances of a problem are shared, which decides what its pairs cost: shared_pair.h.
 enum class Form {
@@ -122,9 +121,8 @@ struct TileKernels {
                             T* log_scales);
   void (*row_precisions)(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants);
   void (*lane_overlap)(const LaneProblem<T>& problem);
-  // `rounds` times kMultiplyAdds vectors of fused multiply-adds, beside each of which the mix has another instruction:
-  // what the machine can do at most.
-  T (*multiply_adds)(int64_t rounds, Mix mix);
+  // A loop in registers, which shows what the machine can do at most; how many numbers it computes. `kept`: any.
+  int64_t (*arithmetic)(int64_t rounds, Arithmetic kind, T* kept);
 };
 
 }   // namespace csdiv::cpu

@@ -284,45 +284,34 @@ void gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uin
     gradients_form<false, true>(rows, columns, weights, active_rows, grads);
 }
 
-// As many at a time as do not wait for each other, and as 16 registers hold.
-template <Mix kMix, class T>
-T multiply_adds_in(int64_t rounds) {
-  constexpr int kSums = kMix == Mix::kMultiplyAdds ? 12 : 7;
-  Vec<T> sums[kSums];
-  IntVec<T> others[kSums];
-  for (int k = 0; k < kSums; ++k) {
-    sums[k] = broadcast<T>(T(k));
-    others[k] = broadcast_int<T>(k);
+// So many of each that none waits for another.
+template <int kMultiplyAdds, int kAdditions, class T>
+int64_t arithmetic_loop(int64_t rounds, T* kept) {
+  Vec<T> products[kMultiplyAdds + 1], sums[kAdditions + 1];
+  for (int k = 0; k < kMultiplyAdds; ++k) products[k] = broadcast<T>(T(k));
+  for (int k = 0; k < kAdditions; ++k) sums[k] = broadcast<T>(T(k));
+  const Vec<T> half = broadcast<T>(*kept);
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (int k = 0; k < kMultiplyAdds; ++k) products[k] = products[k] * half + half;
+    for (int k = 0; k < kAdditions; ++k) sums[k] += half;
   }
-  const Vec<T> factor = broadcast<T>(T(0.5));
-  for (int64_t round = 0; round < rounds * (kMultiplyAdds / kSums); ++round) {
-    for (int k = 0; k < kSums; ++k) {
-      sums[k] = sums[k] * factor + factor;
-      if constexpr (kMix == Mix::kWithAdditions) others[k] = (IntVec<T>)((Vec<T>)others[k] + factor);
-      if constexpr (kMix == Mix::kWithIntegers) others[k] += (IntVec<T>)factor;
-    }
-  }
-  for (int k = 0; k < kSums; ++k) sums[0] += sums[k] + __builtin_convertvector(others[k], Vec<T>);
-  return sum<T>(sums[0]);
+  for (int k = 0; k < kMultiplyAdds; ++k) *kept += sum<T>(products[k]);
+  for (int k = 0; k < kAdditions; ++k) *kept += sum<T>(sums[k]);
+  return rounds * (kMultiplyAdds + kAdditions) * kLanes<T>;
 }
 
 template <class T>
-T multiply_adds(int64_t rounds, Mix mix) {
-  switch (mix) {
-    case Mix::kMultiplyAdds:
-      return multiply_adds_in<Mix::kMultiplyAdds, T>(rounds);
-    case Mix::kWithAdditions:
-      return multiply_adds_in<Mix::kWithAdditions, T>(rounds);
-    case Mix::kWithIntegers:
-      return multiply_adds_in<Mix::kWithIntegers, T>(rounds);
-  }
-  return 0;
+int64_t arithmetic(int64_t rounds, Arithmetic kind, T* kept) {
+  constexpr bool kManyRegisters = kVectorBytes == 64;   // 32, not 16
+  if (kind == Arithmetic::kMultiplyAdds) return arithmetic_loop<12, 0>(rounds, kept);
+  if (kind == Arithmetic::kAdditions) return arithmetic_loop<0, 12>(rounds, kept);
+  return arithmetic_loop<kManyRegisters ? 12 : 8, kManyRegisters ? 12 : 6>(rounds, kept);
 }
 
 template <class T>
 constexpr TileKernels<T> kKernels = {
     kLanes<T>, certified<T>, transpose<T>,         range<T>,          logits<T>,       partial_sums<T>, weights<T>,
-    scale<T>,  gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>, multiply_adds<T>};
+    scale<T>,  gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>, arithmetic<T>};
 
 }   // namespace
 
