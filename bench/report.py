@@ -25,6 +25,7 @@ COLOURS = {
     "KeOps": "#c44e52",
     "loop over components": "#8172b2",
     "scikit-learn, score_samples": "#937860",
+    "torch.distributions, 2 MiB chunks": "#da8bc3",
 }
 
 

@@ -24,6 +24,7 @@ from bench.peers import (
     ScikitLearn,
     Textbook,
     TorchDistributions,
+    providers,
 )
 from bench.timing import Timing, interleave
 from csdiv.kernels import configurations
@@ -113,6 +114,12 @@ def test_two_results_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "suite.json").write_text(json.dumps({"benchmarks": [{"name": "a", "stats": {"median": 0.5}}]}))
     with pytest.raises(ValueError, match="no measurement in common"):
         compare.markdown(tmp_path / "before.json", tmp_path / "suite.json")
+
+
+def test_every_peer_has_a_colour_in_the_figures() -> None:
+    """A figure is drawn last, after minutes of measurement."""
+    names = {provider.name for case in CPU_CASES for provider in providers(case)}
+    assert names <= set(report.COLOURS)
 
 
 def test_benchmarks_page_is_that_of_the_committed_results() -> None:

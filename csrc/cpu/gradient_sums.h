@@ -95,7 +95,7 @@ class GradientSums {
         has_merged_(stripes_ * merged_copies_) {}
 
   // Sums are set to zero where they are first added to, and here those that never were.
-  void finish() {
+  void zero_the_rest() {
     for (int64_t k = 0; k < int64_t(has_rows_.size()); ++k) {
       const int64_t tiles = num_row_tiles(problem_);
       rows_for_tile(k / tiles, k % tiles);

@@ -89,9 +89,10 @@ class GradientSweep {
     } else {
       for (int64_t b = 0; b < problem_.batch; ++b) run_problem(b);
     }
-    sums_.finish();
-    if constexpr (kOnlyPass) {
+    if constexpr (kOnlyPass)
       if (failed_ || !fill_.finish()) return false;
+    sums_.zero_the_rest();
+    if constexpr (kOnlyPass) {
       if (!fill_.row_totals) scale_sums();
       if (!sums_.finite()) return false;
     }

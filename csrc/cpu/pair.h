@@ -150,7 +150,8 @@ CSDIV_INLINE void for_active_rows(int64_t rows, uint32_t active_rows, const F& f
     if (active_rows >> row & 1) f(row, std::integral_constant<int, 1>());
 }
 
-// Sums of a tile's rows over its columns, for a block of dimensions: where they belong, rows are far from each other.
+// Sums of a tile's rows over its columns, for a block of dimensions; collected here, as rows are `dim` numbers apart
+// where they belong.
 template <class T>
 class RowBlock {
  public:

@@ -187,7 +187,7 @@ void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& c
       const Vec<T> v = load(at) * shared.reciprocal;
       store(at, v);
       if (!grads.variances_wanted) continue;
-      const Vec<T> share = v * (shared.divide(quadratic[r][0]) - T(rows.dim));
+      const Vec<T> share = v * (shared.divide(quadratic[r][0]) - spherical.dim);
       row_sums[r] += share;
       column_sum += share;
     }

@@ -308,7 +308,7 @@ inline SplitLog<T> split_log(Vec<T> x, Vec<T> error) {
 
 #if defined(__AVX512F__)
 // Tables of 16 numbers, which a register holds, instead of longer series.
-constexpr __mmask16 kAll = -1;   // without a mask, GCC's headers warn of their own variables
+constexpr __mmask16 kEveryLane = -1;   // without a mask, GCC's headers warn of their own variables
 
 // x = (k / 16) log 2 + r; the entries are the bits of 2^(j / 16), less j << 19, to which the bits of k << 19 are added.
 template <>
@@ -320,8 +320,9 @@ inline Vec<float> exp<float>(Vec<float> x) {
   const Vec<float> shifted = x * (16 * 1.44269504f) + F::kRoundingShift;
   const Vec<float> k = shifted - F::kRoundingShift;
   const Vec<float> r = (x - k * (F::kLn2High / 16)) - k * (F::kLn2Low / 16);   // |r| <= log(2) / 32: r^4 / 24 < 2^-26
-  const __m512i table = _mm512_maskz_permutexvar_epi32(kAll, (__m512i)shifted, (__m512i)kPowers);
-  const __m512i power = _mm512_add_epi32(table, _mm512_maskz_slli_epi32(kAll, (__m512i)shifted, F::kMantissaBits - 4));
+  const __m512i table = _mm512_maskz_permutexvar_epi32(kEveryLane, (__m512i)shifted, (__m512i)kPowers);
+  const __m512i power =
+      _mm512_add_epi32(table, _mm512_maskz_slli_epi32(kEveryLane, (__m512i)shifted, F::kMantissaBits - 4));
   const Vec<float> series = ((r * (1.0f / 6) + 0.5f) * r + 1.0f) * r + 1.0f;
   return x < F::kExpMin ? Vec<float>{} : series * (Vec<float>)power;
 }
@@ -354,20 +355,21 @@ struct MantissaLog {
                                  -0x1.48347ap-20f,
                                  0x1.0bfbe8p-15f};
     const __m512i entry =
-        _mm512_maskz_srli_epi32(kAll, _mm512_castps_si512(x), Float<float>::kMantissaBits - 4);   // lowest 4 bits
-    const Vec<float> m = _mm512_maskz_getmant_ps(kAll, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-    const Vec<float> f = m * Vec<float>(_mm512_maskz_permutexvar_ps(kAll, entry, kReciprocals)) - 1;   // -1/32 to 1/16
+        _mm512_maskz_srli_epi32(kEveryLane, _mm512_castps_si512(x), Float<float>::kMantissaBits - 4);   // lowest 4 bits
+    const Vec<float> m = _mm512_maskz_getmant_ps(kEveryLane, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const Vec<float> f =
+        m * Vec<float>(_mm512_maskz_permutexvar_ps(kEveryLane, entry, kReciprocals)) - 1;   // -1/32 to 1/16
     // log(1 + f) - f within 2^-32
     const Vec<float> series = ((0x1.873dbp-3f * f - 0x1.005126p-2f) * f + 0x1.555908p-2f) * f - 0x1.fffff6p-2f;
-    high = _mm512_maskz_permutexvar_ps(kAll, entry, kHigh);
-    low = (Vec<float>(_mm512_maskz_permutexvar_ps(kAll, entry, kLow)) + f * f * series) + f;
+    high = _mm512_maskz_permutexvar_ps(kEveryLane, entry, kHigh);
+    low = (Vec<float>(_mm512_maskz_permutexvar_ps(kEveryLane, entry, kLow)) + f * f * series) + f;
   }
 };
 
 template <>
 inline SplitLog<float> split_log<float>(Vec<float> x, Vec<float> error) {
   const MantissaLog log(x);
-  return {_mm512_maskz_getexp_ps(kAll, x), log.high, log.low + error};
+  return {_mm512_maskz_getexp_ps(kEveryLane, x), log.high, log.low + error};
 }
 
 template <>
