@@ -124,7 +124,8 @@ def draw_both_directions(left: Axes, right: Axes, records: list[Record]) -> None
     right.set_yticks([])
     names = [name for name in COLOURS if any(r["provider"] == name for r in records) and not name.startswith("csdiv")]
     handles = [right.plot([], [], "o", color=COLOURS[name], label=name)[0] for name in names]
-    right.figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=len(names))
+    columns = min(4, len(names))
+    right.figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
 
 
 FIGURES: dict[str, tuple[float, Any]] = {
