@@ -165,7 +165,8 @@ TIED = Case("component_log_overlap", n=3, m=4, dim=17, structures=("tied diagona
     [
         *(TIED._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
         *(TIED._replace(dtype=dtype, dim=dim) for dtype in DTYPES[:2] for dim in (4, 33)),
-        *(TIED._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])[::2]),
+        *(TIED._replace(dtype=dtype) for dtype in DTYPES[2:]),
+        *(TIED._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
         *(TIED._replace(entry="log_overlap", scale=scale, dim=dim) for scale in SCALES for dim in (3, 16)),
         *(TIED._replace(entry="log_overlap", dtype=torch.float64, scale=scale, dim=3) for scale in SCALES[2:3]),
         *(TIED._replace(entry="log_overlap", batch=BATCHES[k], dim=dim) for k, dim in ((0, 17), (2, 3))),
@@ -191,8 +192,10 @@ TIED_ROWS = TIED._replace(dim=5, structures=("tied diagonal", "diagonal"))
     [
         *(TIED_ROWS._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
         *(TIED_ROWS._replace(entry=entry, structures=("diagonal", "tied diagonal")) for entry in FEW),
+        *(TIED_ROWS._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
         *(TIED_ROWS._replace(entry="log_overlap", scale=scale) for scale in SCALES),
         *(TIED_ROWS._replace(dtype=torch.float64, scale=scale) for scale in ("plain", *SCALES[2:3])),
+        *(TIED_ROWS._replace(dtype=dtype) for dtype in DTYPES[2:]),
         *(TIED_ROWS._replace(entry="log_prob", n=n, m=m, dim=dim) for n, m, dim in ((17, 129, 4), (5, 3, 33))),
         *(TIED_ROWS._replace(entry=entry, batch=BATCHES[k]) for entry, k in zip(FEW[:2], (2, 1), strict=True)),
     ],
