@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
+
+from csdiv import process  # noqa: F401 - remembers which one this is
 
 if TYPE_CHECKING:
     from csdiv import nn
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
         warmup,
     )
     from csdiv.mixture import GaussianMixture
-    from csdiv.reductions import channel_log_overlap, cosine_similarity, ise, mmd2, nise, renyi2_entropy
+    from csdiv.distances import channel_log_overlap, cosine_similarity, ise, mmd2, nise, renyi2_entropy
 
 __version__ = "0.1.0"
 
@@ -42,13 +43,10 @@ __all__ = [
     "warmup",
 ]
 
-_PROCESS = os.getpid()
-"""The process that imported csdiv: a fork of it does not have PyTorch's threads any more."""
-
 _MODULES = (
     {"GaussianMixture": "mixture"}
     | dict.fromkeys(("BackendStatus", "available_backends", "backend_status"), "backends")
-    | dict.fromkeys(("channel_log_overlap", "cosine_similarity", "ise", "mmd2", "nise", "renyi2_entropy"), "reductions")
+    | dict.fromkeys(("channel_log_overlap", "cosine_similarity", "ise", "mmd2", "nise", "renyi2_entropy"), "distances")
 )
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the operators: which path a call takes, and the ``torch.autograd.Function`` of each op pair.
+"""Gradients of the operators: which path a call takes, and the ``torch.autograd.Function`` of each path.
 
 A call takes one of three paths.
 
@@ -16,32 +16,145 @@ A backend named explicitly is never replaced: on path 3 it raises NotImplemented
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-from csdiv import ops
-from csdiv.backends import reference
+from csdiv import ops, transforms
+from csdiv.backends.reference import formula
+from csdiv.operators import OPERATORS, Operator
 
-_Tensors = tuple[Tensor | None, ...]
-
-
-class _OpPair(NamedTuple):
-    """An operator, its backward and the same quantity as differentiable torch."""
-
-    forward: Callable[..., tuple[Any, ...]]  # (backend, needs, *tensors) -> value, what backward takes, gradients
-    backward: Callable[..., list[Tensor]]  # (backend, needs, grad, tensors, outputs) -> gradients where needed
-    reference: Callable[..., Tensor]  # (*tensors) -> value
-    event_dims: tuple[int, ...]  # of each tensor, beside its batch dimensions
-    at_once: str = "scalars"  # which values forward gives the gradients of, where needed: "scalars", "rows" or "none"
+_Tensors = Sequence[Tensor | None]
 
 
-def _full_gradients(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
+def parts(name: str, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The value of an operator, differentiable, and the offset that is to be added to it; None: there is none."""
+    outputs = _outputs(name, backend, tensors)
+    has_offset = len(outputs) > 1 and OPERATORS[name].outputs[1].name == "offset"
+    return outputs[0], outputs[1] if has_offset else None
+
+
+def value(name: str, backend: str, *tensors: Tensor | None) -> Tensor:
+    """The same as one tensor."""
+    first, offset = parts(name, backend, *tensors)
+    return first if offset is None else first + offset
+
+
+def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
+    """The outputs of an operator; the reference formula has the value alone."""
+    if torch.compiler.is_compiling():
+        return _Value.apply(name, backend, False, *tensors)
+    if transforms.transforms_active() or transforms.forward_level() >= 0:
+        if transforms.higher_derivatives():
+            if backend != "auto":
+                raise _no_derivative(backend, "forward-mode or nested derivatives")
+            return (formula(name, tensors),)
+        return _TransformableValue.apply(name, backend, *tensors)
+    at_once = torch.is_grad_enabled() and _gives_gradients(OPERATORS[name], backend, tensors)
+    return _Value.apply(name, backend, at_once, *tensors)
+
+
+def _gives_gradients(operator: Operator, backend: str, tensors: _Tensors) -> bool:
+    """Whether gradients are to come with the values. Those of rows ask for the values of the upstream gradient, which a
+    GPU would be waited for and a fake tensor does not have."""
+    if operator.at_once == "rows":
+        means = tensors[0]
+        plain = type(means) in (Tensor, torch.nn.Parameter)
+        return plain and backend in ("auto", "cpu") and means is not None and means.device.type == "cpu"
+    return operator.at_once == "scalars"
+
+
+def _no_derivative(backend: str, what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'backend "{backend}" has no {what}: backend="auto" takes the reference formula there, at its cost in memory'
+    )
+
+
+def _forward(name: str, backend: str, needs: list[bool], tensors: _Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    *outputs, grads = ops.FORWARD[name](*tensors, needs, backend)
+    return outputs, grads
+
+
+def _saved(name: str, outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [outputs[k] for k in OPERATORS[name].saved]
+
+
+def _full_gradients(grads: Sequence[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
     remaining = iter(grads)
     return tuple(next(remaining) if need else None for need in needs)
+
+
+# Path 1
+
+
+class _Value(torch.autograd.Function):
+    """Outputs of an operator; ``at_once``: whether their gradients come with them where that is possible."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, backend: str, at_once: bool, *tensors: Tensor | None) -> Any:
+        operator, needs = OPERATORS[name], list(ctx.needs_input_grad[3:])
+        rows = operator.at_once == "rows"
+        at_once = at_once and any(needs) and (rows or _has_all_items(tensors, operator.event_dims, needs))
+        ctx.name, ctx.backend, ctx.at_once = name, backend, at_once
+        outputs, grads = _forward(name, backend, needs if at_once else [False] * len(needs), tensors)
+        ctx.save_for_backward(*tensors, *([] if at_once and not rows else _saved(name, outputs)), *grads)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        needs = list(ctx.needs_input_grad[3:])
+        call = (ctx.name, ctx.backend, needs, ctx.at_once)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms.higher_derivatives():
+            grads = _Gradients.apply(*call, grad, *ctx.saved_tensors)
+        else:
+            grads = _first_gradients(*call, grad, ctx.saved_tensors)
+        return None, None, None, *_full_gradients(grads, needs)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of an operator as a differentiable function: its derivative is that of the reference formula."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, backend: str, needs: list[bool], at_once: bool, grad: Tensor, *saved: Any) -> Any:
+        ctx.name, ctx.backend, ctx.needs = name, backend, needs
+        ctx.save_for_backward(grad, *saved[: len(needs)])
+        return tuple(_first_gradients(name, backend, needs, at_once, grad, saved))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor) -> Any:
+        if ctx.backend not in ("auto", "reference"):
+            raise _no_derivative(ctx.backend, "second derivatives")
+        with torch.enable_grad():
+            # Views are new variables: grad may itself depend on the tensors, which is another path than this one.
+            inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in ctx.saved_tensors]
+            grad, *tensors = inputs
+            wanted = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
+            firsts = torch.autograd.grad(formula(ctx.name, tensors), wanted, grad, create_graph=True)
+            targets = [t for t in inputs if t is not None and t.requires_grad]
+            seconds = torch.autograd.grad(
+                firsts, targets, grad_grads, allow_unused=True, create_graph=torch.is_grad_enabled()
+            )
+        found = iter(seconds)
+        results = [next(found) if t is not None and t.requires_grad else None for t in inputs]
+        saved_outputs = len(ctx.needs_input_grad) - 4 - len(inputs)
+        return None, None, None, None, *results, *(None,) * saved_outputs
+
+
+def _first_gradients(
+    name: str, backend: str, needs: list[bool], at_once: bool, grad: Tensor, saved: Sequence[Any]
+) -> list[Tensor]:
+    """From what _Value saves: tensors, outputs, and the gradients that came with them."""
+    tensors, outputs = list(saved[: len(needs)]), list(saved[len(needs) :])
+    if at_once:
+        if OPERATORS[name].at_once == "scalars":
+            return _scaled(outputs, grad)
+        outputs, grads = outputs[: -sum(needs)], outputs[-sum(needs) :]
+        if (common := _common_value(grad)) is not None:
+            return _scaled(grads, common)
+    return ops.BACKWARD[name](grad, outputs, tensors, needs, backend)
 
 
 def _scaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -59,139 +172,6 @@ def _common_value(grad: Tensor) -> Tensor | None:
     return common if common != 0 and torch.equal(grad, common.expand_as(grad)) else None
 
 
-def _no_derivative(backend: str, what: str) -> NotImplementedError:
-    return NotImplementedError(
-        f'backend "{backend}" has no {what}: backend="auto" takes the reference formula there, at its cost in memory'
-    )
-
-
-def _make_functions(pair: _OpPair) -> tuple[Any, Any]:
-    """The classic Function and the transformable one of an op pair, both applied to ``(backend, *tensors)``."""
-
-    class Backward(torch.autograd.Function):
-        """The backward op as a differentiable function: its derivative is that of the reference formula."""
-
-        @staticmethod
-        def forward(
-            ctx: Any, backend: str, needs: list[bool], at_once: bool, count: int, grad: Tensor, *rest: Any
-        ) -> Any:
-            ctx.backend, ctx.needs, ctx.count = backend, needs, count
-            ctx.save_for_backward(grad, *rest[:count])
-            return tuple(first_gradients(backend, needs, at_once, grad, list(rest[:count]), list(rest[count:])))
-
-        @staticmethod
-        def backward(ctx: Any, *grad_grads: Tensor) -> Any:
-            if ctx.backend not in ("auto", "reference"):
-                raise _no_derivative(ctx.backend, "second derivatives")
-            with torch.enable_grad():
-                # Views are new variables: grad may itself depend on the tensors, which is another path than this one.
-                inputs = [t.view_as(t) if t is not None and t.requires_grad else t for t in ctx.saved_tensors]
-                grad, *tensors = inputs
-                wanted = [t for t, need in zip(tensors, ctx.needs, strict=True) if need]
-                firsts = torch.autograd.grad(pair.reference(*tensors), wanted, grad, create_graph=True)
-                targets = [t for t in inputs if t is not None and t.requires_grad]
-                seconds = torch.autograd.grad(
-                    firsts, targets, grad_grads, allow_unused=True, create_graph=torch.is_grad_enabled()
-                )
-            found = iter(seconds)
-            results = [next(found) if t is not None and t.requires_grad else None for t in inputs]
-            saved_outputs = len(ctx.needs_input_grad) - 5 - ctx.count
-            return None, None, None, None, *results, *(None,) * saved_outputs
-
-    def first_gradients(
-        backend: str, needs: list[bool], at_once: bool, grad: Tensor, tensors: list[Any], saved: list[Tensor]
-    ) -> list[Tensor]:
-        if not at_once:
-            return pair.backward(backend, needs, grad, tensors, saved)
-        if pair.at_once == "scalars":
-            return _scaled(saved, grad)
-        outputs, grads = saved[: -sum(needs)], saved[-sum(needs) :]
-        common = _common_value(grad)
-        return pair.backward(backend, needs, grad, tensors, outputs) if common is None else _scaled(grads, common)
-
-    class Classic(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, backend: str, at_once: bool, *tensors: Tensor | None) -> Any:
-            needs = list(ctx.needs_input_grad[2:])
-            rows = pair.at_once == "rows"
-            ctx.at_once = at_once and any(needs) and (rows or _has_all_items(tensors, pair.event_dims, needs))
-            ctx.backend = backend
-            *outputs, grads = pair.forward(backend, needs if ctx.at_once else [False] * len(needs), *tensors)
-            ctx.save_for_backward(*tensors, *([] if ctx.at_once and not rows else outputs), *grads)
-            ctx.mark_non_differentiable(*outputs[1:])
-            return tuple(outputs)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-            count = len(pair.event_dims)
-            needs = list(ctx.needs_input_grad[2:])
-            saved = ctx.saved_tensors
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not reference_needed():
-                grads = Backward.apply(ctx.backend, needs, ctx.at_once, count, grad, *saved)
-            else:
-                tensors, rest = list(saved[:count]), list(saved[count:])
-                grads = first_gradients(ctx.backend, needs, ctx.at_once, grad, tensors, rest)
-            return None, None, *_full_gradients(grads, needs)
-
-    class TransformableBackward(torch.autograd.Function):
-        @staticmethod
-        def forward(backend: str, needs: list[bool], count: int, grad: Tensor, *rest: Any) -> Any:
-            return tuple(pair.backward(backend, needs, grad, list(rest[:count]), list(rest[count:])))
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *grad_grads: Tensor) -> Any:
-            raise AssertionError("nested derivatives take the reference formula")
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, backend: str, needs: list[bool], count: int, grad: Tensor, *rest: Any) -> Any:
-            tensors, saved = rest[:count], rest[count:]
-            dims, saved_dims = in_dims[4 : 4 + count], in_dims[4 + count :]
-            size, rank = info.batch_size, _batch_rank(tensors, dims, pair.event_dims)
-            # Every tensor that wants a gradient gets one for each mapped item.
-            moved = [
-                _move(t, dim, event, rank, size if need else None)
-                for t, dim, event, need in zip(tensors, dims, pair.event_dims, needs, strict=True)
-            ]
-            grad = _to_front(grad, in_dims[3], size)
-            outputs = [_to_front(t, dim, size) for t, dim in zip(saved, saved_dims, strict=True)]
-            grads = TransformableBackward.apply(backend, needs, count, grad, *moved, *outputs)
-            wanted = (t for t, need in zip(zip(tensors, dims, strict=True), needs, strict=True) if need)
-            shapes = [_mapped_shape(t, dim, size) for t, dim in wanted]
-            return tuple(g.reshape(s) for g, s in zip(grads, shapes, strict=True)), (0,) * len(grads)
-
-    class Transformable(torch.autograd.Function):
-        @staticmethod
-        def forward(backend: str, *tensors: Tensor | None) -> Any:
-            *outputs, _ = pair.forward(backend, [False] * len(tensors), *tensors)
-            return tuple(outputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.backend = inputs[0]
-            ctx.save_for_backward(*inputs[1:], *output)
-            ctx.mark_non_differentiable(*output[1:])
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor, *rest: Any) -> Any:
-            needs = list(ctx.needs_input_grad[1:])
-            grads = TransformableBackward.apply(ctx.backend, needs, len(pair.event_dims), grad, *ctx.saved_tensors)
-            return None, *_full_gradients(list(grads), needs)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, backend: str, *tensors: Tensor | None) -> Any:
-            dims = in_dims[1:]
-            rank = _batch_rank(tensors, dims, pair.event_dims)
-            moved = [_move(t, d, e, rank) for t, d, e in zip(tensors, dims, pair.event_dims, strict=True)]
-            outputs = Transformable.apply(backend, *moved)
-            return outputs, (0,) * len(outputs)
-
-    return Classic, Transformable
-
-
 def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[bool]) -> bool:
     """Whether every tensor that needs a gradient has all batch dimensions, so that it is of one value of the batch."""
     shapes = [torch.Size() if t is None else t.shape[: t.ndim - e] for t, e in zip(tensors, event_dims, strict=True)]
@@ -199,7 +179,68 @@ def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[b
     return all(shape == batch for shape, need in zip(shapes, needs, strict=True) if need)
 
 
-def _batch_rank(tensors: _Tensors, dims: tuple[int | None, ...], event_dims: tuple[int, ...]) -> int:
+# Path 2
+
+
+class _TransformableValue(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, backend: str, *tensors: Tensor | None) -> Any:
+        return tuple(_forward(name, backend, [False] * len(tensors), tensors)[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name, ctx.backend, *tensors = inputs
+        ctx.save_for_backward(*tensors, *_saved(ctx.name, output))
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        needs = list(ctx.needs_input_grad[2:])
+        grads = _TransformableGradients.apply(ctx.name, ctx.backend, needs, grad, *ctx.saved_tensors)
+        return None, None, *_full_gradients(grads, needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, name: str, backend: str, *tensors: Tensor | None) -> Any:
+        dims, event_dims = in_dims[2:], OPERATORS[name].event_dims
+        rank = _batch_rank(tensors, dims, event_dims)
+        moved = [_move(t, d, e, rank) for t, d, e in zip(tensors, dims, event_dims, strict=True)]
+        outputs = _TransformableValue.apply(name, backend, *moved)
+        return outputs, (0,) * len(outputs)
+
+
+class _TransformableGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, backend: str, needs: list[bool], grad: Tensor, *saved: Any) -> Any:
+        tensors, outputs = list(saved[: len(needs)]), list(saved[len(needs) :])
+        return tuple(ops.BACKWARD[name](grad, outputs, tensors, needs, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor) -> Any:
+        raise AssertionError("nested derivatives take the reference formula")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, name: str, backend: str, needs: list[bool], grad: Tensor, *saved: Any) -> Any:
+        count, size, event_dims = len(needs), info.batch_size, OPERATORS[name].event_dims
+        tensors, dims = saved[:count], in_dims[4 : 4 + count]
+        rank = _batch_rank(tensors, dims, event_dims)
+        # Every tensor that wants a gradient gets one for each mapped item.
+        moved = [
+            _move(t, dim, event, rank, size if need else None)
+            for t, dim, event, need in zip(tensors, dims, event_dims, needs, strict=True)
+        ]
+        outputs = [_to_front(t, dim, size) for t, dim in zip(saved[count:], in_dims[4 + count :], strict=True)]
+        grad = _to_front(grad, in_dims[3], size)
+        grads = _TransformableGradients.apply(name, backend, needs, grad, *moved, *outputs)
+        wanted = (t for t, need in zip(zip(tensors, dims, strict=True), needs, strict=True) if need)
+        shapes = [_mapped_shape(t, dim, size) for t, dim in wanted]
+        return tuple(g.reshape(s) for g, s in zip(grads, shapes, strict=True)), (0,) * len(grads)
+
+
+def _batch_rank(tensors: _Tensors, dims: Sequence[int | None], event_dims: tuple[int, ...]) -> int:
     """The largest number of batch dimensions among the tensors, the mapped one not counted."""
     ranks = [
         t.ndim - event - (dim is not None)
@@ -229,180 +270,3 @@ def _mapped_shape(t: Tensor, dim: int | None, size: int) -> tuple[int, ...]:
     if dim is not None:
         del shape[dim]
     return (size, *shape)
-
-
-def reference_needed() -> bool:
-    """Whether derivatives are under way that only the reference has: forward mode, or a grad within a grad."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    keys = [str(i.key()).rsplit(".", 1)[-1] for i in retrieve_all_functorch_interpreters()]
-    return "Jvp" in keys or keys.count("Grad") > 1
-
-
-def _entry(pair: _OpPair) -> Callable[..., tuple[Tensor, ...]]:
-    """``(backend, *tensors) -> outputs``, the first of them differentiable; the reference returns that one alone."""
-    classic, transformable = _make_functions(pair)
-
-    def entry(backend: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        if backend == "reference":
-            return (pair.reference(*tensors),)
-        if torch.compiler.is_compiling():
-            return classic.apply(backend, False, *tensors)
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-            if reference_needed():
-                if backend != "auto":
-                    raise _no_derivative(backend, "forward-mode or nested derivatives")
-                return (pair.reference(*tensors),)
-            return transformable.apply(backend, *tensors)
-        return classic.apply(backend, torch.is_grad_enabled() and gives_gradients(backend, tensors[0]), *tensors)
-
-    def gives_gradients(backend: str, means: Tensor | None) -> bool:
-        if (
-            pair.at_once == "rows"
-        ):  # the upstream gradient is looked at: a GPU would be waited for, a fake has no values
-            plain = type(means) in (Tensor, torch.nn.Parameter)
-            return plain and backend in ("auto", "cpu") and means is not None and means.device.type == "cpu"
-        return pair.at_once == "scalars"
-
-    return entry
-
-
-_overlap_lse = _entry(
-    _OpPair(
-        lambda backend, needs, *t: ops.overlap_lse_forward(*t, needs, backend),
-        lambda backend, needs, grad, t, out: ops.overlap_lse_backward(grad, t, out, needs, backend),
-        reference.overlap_lse,
-        (2, 2, 2, 2, 1),
-        at_once="rows",
-    )
-)
-_log_overlap = _entry(
-    _OpPair(
-        lambda backend, needs, *t: ops.log_overlap_forward(*t, needs, backend),
-        lambda backend, needs, grad, t, out: ops.log_overlap_backward(grad, t, [out[0], out[2]], needs, backend),
-        reference.log_overlap,
-        (2, 2, 1, 2, 2, 1),
-    )
-)
-_self_overlap = _entry(
-    _OpPair(
-        lambda backend, needs, *t: ops.self_overlap_forward(*t, needs, backend),
-        lambda backend, needs, grad, t, out: ops.self_overlap_backward(grad, t, out[0], needs, backend),
-        reference.self_overlap,
-        (2, 2, 1),
-    )
-)
-_cs_divergence = _entry(
-    _OpPair(
-        lambda backend, needs, *t: ops.cs_divergence_forward(*t, needs, backend),
-        lambda backend, needs, grad, t, out: ops.cs_divergence_backward(grad, t, out[1:], needs, backend),
-        reference.cs_divergence,
-        (2, 2, 1, 2, 2, 1),
-    )
-)
-_pairwise = _entry(
-    _OpPair(
-        lambda backend, needs, *t: (ops.pairwise_forward(*t, backend), []),
-        lambda backend, needs, grad, t, out: ops.pairwise_backward(grad, t, needs, backend),
-        reference.pairwise,
-        (2, 2, 2, 2),
-        at_once="none",
-    )
-)
-_channel_overlap, _full_channel_overlap = (
-    _entry(
-        _OpPair(
-            lambda backend, needs, *t, full=full: (*ops.channel_overlap_forward(*t, full, backend), []),
-            lambda backend, needs, grad, t, out, full=full: ops.channel_overlap_backward(
-                grad, t, out[::2], needs, full, backend
-            ),
-            reference.full_channel_overlap if full else reference.channel_overlap,
-            (2, 3, 2, 3, 2, 2) if full else (2, 2, 2, 2, 2, 2),
-            at_once="none",
-        )
-    )
-    for full in (False, True)
-)
-_full_overlap_lse = _entry(
-    _OpPair(
-        lambda backend, needs, *t: (ops.full_overlap_lse_forward(*t, backend), []),
-        lambda backend, needs, grad, t, out: ops.full_overlap_lse_backward(grad, t, out[0], needs, backend),
-        reference.full_overlap_lse,
-        (2, 3, 2, 3, 1),
-        at_once="none",
-    )
-)
-_full_self_overlap = _entry(
-    _OpPair(
-        lambda backend, needs, *t: (*ops.full_self_overlap_forward(*t, backend), []),
-        lambda backend, needs, grad, t, out: ops.full_self_overlap_backward(grad, t, out, needs, backend),
-        reference.full_self_overlap,
-        (2, 3, 1),
-        at_once="none",
-    )
-)
-_full_pairwise = _entry(
-    _OpPair(
-        lambda backend, needs, *t: (ops.full_pairwise_forward(*t, backend), []),
-        lambda backend, needs, grad, t, out: ops.full_pairwise_backward(grad, t, needs, backend),
-        reference.full_pairwise,
-        (2, 3, 2, 3),
-        at_once="none",
-    )
-)
-
-
-def overlap_lse(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """ℓ_i for p_means, p_variances, q_means, q_variances, q_log_weights: value and offset, None if it is zero."""
-    return _split(_overlap_lse(backend, *tensors))
-
-
-def log_overlap(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """log V(p, q) for p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights: value and offset."""
-    return _split(_log_overlap(backend, *tensors))
-
-
-def self_overlap(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """log V(p, p) for means, variances, log_weights: value and offset, None if it is zero."""
-    return _split(_self_overlap(backend, *tensors))
-
-
-def cs_divergence(backend: str, *tensors: Tensor | None) -> Tensor:
-    """D_CS for p_means, p_variances, p_log_weights, q_means, q_variances, q_log_weights."""
-    return _cs_divergence(backend, *tensors)[0]
-
-
-def pairwise(backend: str, *tensors: Tensor | None) -> Tensor:
-    """log N(μ_i; ν_j, S_i + T_j) for p_means, p_variances, q_means, q_variances."""
-    return _pairwise(backend, *tensors)[0]
-
-
-def channel_overlap(backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """log V of channels for p_means, p_variances, q_means, q_variances and the weights of both: value and offset."""
-    return _split(_channel_overlap(backend, *tensors))
-
-
-def full_channel_overlap(backend: str, *tensors: Tensor) -> Tensor:
-    """log V of channels for p_means, p_covariances, q_means, q_covariances and the weights of both."""
-    return _full_channel_overlap(backend, *tensors)[0]
-
-
-def full_overlap_lse(backend: str, *tensors: Tensor) -> Tensor:
-    """ℓ_i for p_means, p_covariances, q_means, q_covariances, q_log_weights."""
-    return _full_overlap_lse(backend, *tensors)[0]
-
-
-def full_self_overlap(backend: str, *tensors: Tensor) -> Tensor:
-    """log V(p, p) for means, covariances, log_weights."""
-    return _full_self_overlap(backend, *tensors)[0]
-
-
-def full_pairwise(backend: str, *tensors: Tensor) -> Tensor:
-    """log N(μ_i; ν_j, S_i + T_j) for p_means, p_covariances, q_means, q_covariances."""
-    return _full_pairwise(backend, *tensors)[0]
-
-
-def _split(outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    return outputs[0], outputs[1] if len(outputs) > 1 else None

@@ -47,18 +47,6 @@ def as_bandwidth(bandwidth: float | Tensor, like: Tensor) -> Tensor:
     return like.new_full((), bandwidth)
 
 
-def values_readable(t: Tensor) -> bool:
-    """Whether the values of ``t`` may decide anything: not while tracing, transforming or on the meta device."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return not (
-        torch.compiler.is_compiling()
-        or t.is_meta
-        or isinstance(t, FakeTensor)
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def exactly_one(**values: Any) -> tuple[str, Any]:
     given = {name: v for name, v in values.items() if v is not None}
     if len(given) != 1:

@@ -241,9 +241,8 @@ def _explain(sizes: tuple[int, int, int], structure: str, device: str) -> None:
     variances = [
         (1 if structure.startswith("tied") else k, 1 if structure.endswith("spherical") else d) for k in (n, m)
     ]
-    shape = backends.shape_of(n, m, d, *variances)
-    print(f"N = {shape.n}, M = {shape.m}, D = {shape.dim}, {structure}, on {device}:")
-    for line in backends.explain(device, shape):
+    print(f"N = {n}, M = {m}, D = {d}, {structure}, on {device}:")
+    for line in backends.explain(device, d, *variances):
         print(f"  {line}")
 
 

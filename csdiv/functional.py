@@ -7,8 +7,8 @@ the promoted dtype; float16 and bfloat16, also under autocast, are computed and 
 the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
-"auto" depends on the device, the structure, N, M and D alone, by the table in :mod:`csdiv.backends.dispatch`; the
-command ``csdiv info --shape N M D`` tells its choice. Full covariances, also against others, are computed in float64
+"auto" depends on the device alone, by the table in :mod:`csdiv.backends`; the command ``csdiv info --shape N M D`` tells
+its choice. Full covariances, also against others, are computed in float64
 with D ≤ 32, by "cpu" and "cuda", and rounded to the dtype at the end; above that, and where there are no CUDA kernels,
 by the reference. Where p has one covariance, or points, "cpu" factors each component of q once; where both have one,
 they are whitened and cost what spherical ones do.
@@ -21,25 +21,19 @@ import math
 import torch
 from torch import Tensor
 
-from csdiv import autograd, backends, ops, reference
+from csdiv import backends, reference
 from csdiv.checks import as_float_tensor
 from csdiv.mixture import GaussianMixture
 from csdiv.pairs import (
+    DIAGONAL,
+    REFERENCE,
     MixtureLike,
-    add_log_weights,
     as_mixture,
     as_pair,
-    components,
     computing_dtype,
     cross_overlap,
-    has_full,
-    matrices,
-    overlap_rows,
+    route,
     self_overlap,
-    takes_reference,
-    unweighted,
-    weighted,
-    whitened,
     widen,
 )
 
@@ -76,13 +70,12 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     IJCNN 2011, with the self terms corrected (docs/math.md, section 5).
     """
     p, q = as_pair(p, q)
-    if takes_reference(backend, p, q):
-        return reference.cs_divergence(components(p), components(q))
-    if has_full(p, q):
-        wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
-        own = self_overlap(wide_p, backend) + self_overlap(wide_q, backend)
-        return (0.5 * own - cross_overlap(wide_p, wide_q, backend)).to(p.dtype)
-    return autograd.cs_divergence(backend, *weighted(p), *weighted(q))
+    way = route(p, q, backend)
+    if way.formula in (DIAGONAL, REFERENCE):
+        return way.value("cs_divergence")
+    wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
+    own = self_overlap(wide_p, backend) + self_overlap(wide_q, backend)
+    return (0.5 * own - cross_overlap(wide_p, wide_q, backend)).to(p.dtype)
 
 
 def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = "auto") -> Tensor:
@@ -117,8 +110,8 @@ def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "aut
         or a mean, else computed anew. Memory O((N + M) D). Raises: as :func:`cs_divergence`.
     """
     p, q = as_pair(p, q)
-    value, offset = overlap_rows(p, q, backend)
-    return (value if offset is None else value + offset).to(p.dtype)
+    row_lse, offset = route(p, q, backend).parts("overlap_lse")
+    return (row_lse if offset is None else row_lse + offset).to(p.dtype)
 
 
 def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
@@ -129,14 +122,7 @@ def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto
         give +inf, at different places −inf. Gradients: to means and covariances. Raises: as :func:`cs_divergence`.
     """
     p, q = as_pair(p, q)
-    if takes_reference(backend, p, q):
-        return reference.pairwise_log_overlap(components(p), components(q))
-    if has_full(p, q):
-        if white := whitened(p, q):
-            value = autograd.pairwise(backend, *unweighted(white.p), *unweighted(white.q))
-            return (value - white.log_det[..., None, None]).to(p.dtype)
-        return autograd.full_pairwise(backend, *matrices(p)[:2], *matrices(q)[:2]).to(p.dtype)
-    return autograd.pairwise(backend, *unweighted(p), *unweighted(q))
+    return route(p, q, backend).value("pairwise").to(p.dtype)
 
 
 def cs_regularizer(
@@ -190,8 +176,8 @@ def cs_regularizer(
     codes, prior = as_pair(codes, prior, "means", "prior")
     if prior_self_overlap is None:
         prior_self_overlap = self_overlap(prior, backend)
-    value, offset = overlap_rows(codes, prior, backend)
-    cross = value.double() if offset is None else value + offset
+    row_lse, offset = route(codes, prior, backend).parts("overlap_lse")
+    cross = row_lse.double() if offset is None else row_lse + offset
     # −log V(q, p) + ½ log V(q, q) + ½ log V(p, p) in float64, where the scales that cancel cost no accuracy;
     # log V(q, q) = −½ Σ log 4πs, and −log V(q, p) misses ½ Σ (log s − capped).
     own = 0.25 * log_variances.sum(-1, dtype=torch.float64) - 0.5 * capped.sum(-1, dtype=torch.float64)
@@ -203,20 +189,15 @@ def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend
     """See :meth:`GaussianMixture.responsibilities`."""
     codes, p = as_pair(points(x), p, "x", "p")
     logits = pairwise_log_overlap(codes, p, backend=backend)
-    return add_log_weights(logits, None if p.log_weights is None else p.log_weights.unsqueeze(-2)).softmax(-1)
+    if p.log_weights is not None:
+        logits = reference.weighted(logits, p.log_weights.unsqueeze(-2))
+    return logits.softmax(-1)
 
 
 def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """See :meth:`GaussianMixture.assign`."""
     codes, p = as_pair(points(x), p, "x", "p")
-    if takes_reference(backend, codes, p):
-        return reference.assign(components(codes), components(p))
-    with torch.no_grad():
-        if has_full(codes, p):
-            if white := whitened(codes, p):
-                return ops.assign(*unweighted(white.p), *weighted(white.q), backend)
-            return ops.full_assign(*matrices(codes)[:2], *matrices(p), backend)
-        return ops.assign(*unweighted(codes), *weighted(p), backend)
+    return route(codes, p, backend).assign()
 
 
 def points(x: Tensor | GaussianMixture) -> GaussianMixture:
@@ -253,12 +234,11 @@ def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -
         for dtype in (torch.float32, torch.float64):
             ones = torch.ones(2, dim, dtype=dtype, device=where)
             _call_everything(GaussianMixture(ones, ones, ones[:, 0]), backend)
-    for dim in (1, 2, 3, 4, 5, 8, 16, 32) if backend in ("auto", *backends.FULL) else ():  # a kernel for each
+    for dim in (1, 2, 3, 4, 5, 8, 16, 32) if backend == "auto" or backends.has_full(backend) else ():  # a kernel each
         eye = torch.eye(dim, dtype=torch.float64, device=where).expand(2, dim, dim)
         _call_everything(GaussianMixture(eye[0, :1].expand(2, dim), covariance_matrix=eye), backend)
-    devices = getattr(backends.resolve(backend, where), "loaded", None)
-    if devices is not None:
-        devices.add(where)
+    if (loaded := backends.resolve(backend, where).loaded) is not None:
+        loaded.add(where)
 
 
 def _call_everything(p: GaussianMixture, backend: str) -> None:

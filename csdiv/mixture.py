@@ -19,8 +19,8 @@ from csdiv.checks import (
     check_factors,
     check_values,
     exactly_one,
-    values_readable,
 )
+from csdiv.transforms import has_values
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution, MixtureSameFamily
@@ -113,7 +113,7 @@ class GaussianMixture:
             shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in values.items() if v is not None)
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
         checked = validate or (variances is None and means.device.type == "cpu")
-        if checked and values_readable(means):
+        if checked and has_values(means):
             check_factors(self)
             if validate:
                 check_values(self)

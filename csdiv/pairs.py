@@ -1,4 +1,4 @@
-"""Two mixtures on their way to an operator: checked, of one dtype, in the form that their covariances ask for."""
+"""Two mixtures on their way to an operator: checked, of one dtype, and the formula that their covariances take."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csdiv import autograd, backends, reference
+from csdiv import autograd, backends, ops, reference
 from csdiv.mixture import GaussianMixture
+from csdiv.operators import OPERATORS, Operator
+from csdiv.reference import Components
 
 MixtureLike = GaussianMixture | torch.distributions.Distribution | torch.nn.Module
 """A mixture, a distribution that ``GaussianMixture.from_distribution`` takes, or a module that returns a mixture."""
@@ -33,12 +35,22 @@ def as_mixture(value: Any, name: str) -> GaussianMixture:
 def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[GaussianMixture, GaussianMixture]:
     """Both sides as mixtures of one dtype, known to fit."""
     p, q = as_mixture(p, p_name), as_mixture(q, q_name)
-    if p.dim != q.dim:
-        raise ValueError(f"one dimension expected, got D = {p.dim} in {p_name} and D = {q.dim} in {q_name}")
-    if p.device != q.device:
-        raise ValueError(f"one device expected, got {p_name} on {p.device} and {q_name} on {q.device}")
+    dims, devices = (p.means.shape[-1], q.means.shape[-1]), (p.means.device, q.means.device)
+    if dims[0] != dims[1]:
+        raise ValueError(f"one dimension expected, got D = {dims[0]} in {p_name} and D = {dims[1]} in {q_name}")
+    if devices[0] != devices[1]:
+        raise ValueError(f"one device expected, got {p_name} on {devices[0]} and {q_name} on {devices[1]}")
+    dtype = p.means.dtype
+    if computing_dtype(dtype) == dtype and _is_plain(p, dtype) and _is_plain(q, dtype):
+        return p, q
     check_batches(p.batch_shape, q.batch_shape, p_name, q_name)
     return one_dtype(p, q)
+
+
+def _is_plain(p: GaussianMixture, dtype: torch.dtype) -> bool:
+    """Whether p is one mixture whose tensors have this dtype."""
+    tensors = ((p.means, 2), (p.variances, 2), (p.log_weights, 1), (p.scale_tril, 3), (p.covariance_matrix, 3))
+    return all(t is None or (t.dtype == dtype and t.ndim == ndim) for t, ndim in tensors)
 
 
 def one_dtype(p: GaussianMixture, q: GaussianMixture) -> tuple[GaussianMixture, GaussianMixture]:
@@ -69,128 +81,122 @@ def widen(p: GaussianMixture, dtype: torch.dtype | None = None) -> GaussianMixtu
     return p.map(lambda t: t.to(dtype))
 
 
-def takes_reference(backend: str, *sides: GaussianMixture) -> bool:
-    """Whether plain differentiable torch computes this call: asked for by name, or for a full covariance without it."""
-    backends.check_name(backend)
-    if backend == "reference" or not has_full(*sides):
-        return backend == "reference"
-    dim, limit = sides[0].dim, backends.MAX_FULL_DIM
-    if backend == "auto":
-        return sides[0].device.type not in ("cpu", "cuda") or dim > limit
-    has_any = backend in backends.FULL
-    if not has_any or dim > limit:
-        have = f"full covariances up to D = {limit}, got D = {dim}" if has_any else "no full covariances"
-        raise NotImplementedError(f'backend "{backend}" has {have}: take backend="auto" or "reference"')
-    return False
+REFERENCE, DIAGONAL, WHITENED, FULL = "reference", "diagonal", "whitened", "full"
+"""The formulas of a pair: plain differentiable torch; variances; one covariance on each side, in coordinates where their
+sum is the identity, equation (18); covariance matrices."""
 
 
-def has_full(*sides: GaussianMixture) -> bool:
-    return any(side.variances is None for side in sides)
+class Route(NamedTuple):
+    """The formula that a pair takes, and the operators in it."""
+
+    formula: str
+    p: GaussianMixture
+    q: GaussianMixture
+    backend: str
+
+    def parts(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The value of an operator, and what is to be added to it in float64, if anything; float64 if a side is full."""
+        value, offset, shift = self._evaluate(name)
+        return value if shift is None else value - shift, offset
+
+    def value(self, name: str) -> Tensor:
+        """Both parts together."""
+        value, offset, shift = self._evaluate(name)
+        value = value if offset is None else value + offset
+        return value if shift is None else value - shift
+
+    def assign(self) -> Tensor:
+        if self.formula == REFERENCE:
+            return reference.assign(*self._operands()[:2])
+        with torch.no_grad():
+            p, q, _ = self._operands()
+            operator = self._operator("assign")
+            return ops.ASSIGN[operator.name](*_tensors(operator, p, q), self.backend)
+
+    def swapped(self) -> Route:
+        return self._replace(p=self.q, q=self.p)
+
+    def _evaluate(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The value, the offset, and what is to be subtracted."""
+        p, q, log_det = self._operands()
+        operator = self._operator(name)
+        if self.formula == REFERENCE:
+            return reference.FORMULAS[name](*((p, q) if operator.q else (p,))), None, None
+        value, offset = autograd.parts(operator.name, self.backend, *_tensors(operator, p, q))
+        return value, offset, log_det if log_det is None else log_det[(..., *(None,) * len(operator.outputs[0].sizes))]
+
+    def _operator(self, name: str) -> Operator:
+        return OPERATORS[f"full_{name}" if self.formula == FULL else name]
+
+    def _operands(self) -> tuple[Any, Any, Tensor | None]:
+        """Both sides with the tensors that operators take, and the log determinant of whitening."""
+        if self.formula == DIAGONAL:
+            return self.p, self.q, None
+        if self.formula == WHITENED:
+            return whitened(self.p, self.q)
+        form = components if self.formula == REFERENCE else matrices
+        p = form(self.p)
+        return p, p if self.q is self.p else form(self.q), None
 
 
-def overlap_rows(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor | None]:
-    """ℓ_i: value, float64 where a covariance is full, and what is to be added in float64, if anything."""
-    if takes_reference(backend, p, q):
-        return reference.overlap_lse(components(p), components(q)), None
-    if has_full(p, q):
-        if white := whitened(p, q):
-            value, offset = autograd.overlap_lse(backend, *unweighted(white.p), *weighted(white.q))
-            return value - white.log_det.unsqueeze(-1), offset
-        return autograd.full_overlap_lse(backend, *matrices(p)[:2], *matrices(q)), None
-    return autograd.overlap_lse(backend, *unweighted(p), *weighted(q))
+def _tensors(operator: Operator, p: Any, q: Any) -> list[Tensor | None]:
+    return [getattr(side, name) for side, names in ((p, operator.p), (q, operator.q)) for name in names]
+
+
+def route(p: GaussianMixture, q: GaussianMixture, backend: str) -> Route:
+    """Which formula the covariances of a pair take, by structure, sizes, device and ``backend`` alone.
+
+    Raises:
+        ValueError: no such backend. NotImplementedError: one asked for by name that has no such covariances.
+    """
+    if backend != "auto" and backend not in backends.NAMES:
+        backends.check_name(backend)
+    if backend == "reference":
+        return Route(REFERENCE, p, q, backend)
+    if p.variances is not None and q.variances is not None:
+        return Route(DIAGONAL, p, q, backend)
+    dim, limit = p.dim, backends.MAX_FULL_DIM
+    if backend != "auto":
+        has_any = backends.has_full(backend)
+        if not has_any or dim > limit:
+            have = f"full covariances up to D = {limit}, got D = {dim}" if has_any else "no full covariances"
+            raise NotImplementedError(f'backend "{backend}" has {have}: take backend="auto" or "reference"')
+    elif p.device.type not in backends.AUTO or dim > limit:
+        return Route(REFERENCE, p, q, backend)
+    return Route(WHITENED if _can_be_whitened(p, q) else FULL, p, q, backend)
 
 
 def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V(p, q), (*batch,), in float64 where the backend has it."""
-    if takes_reference(backend, p, q):
-        return reference.log_overlap(components(p), components(q))
-    if has_full(p, q):
-        if white := whitened(p, q):
-            value, offset = autograd.log_overlap(backend, *weighted(white.p), *weighted(white.q))
-            return (value if offset is None else value + offset) - white.log_det
-        if _has_one_covariance(q):
-            p, q = q, p  # rows of one covariance take one factor for each column
-        rows, _ = overlap_rows(p, q, backend)
-        return reference.logsumexp(add_log_weights(rows, matrices(p)[2]), -1)
-    value, offset = autograd.log_overlap(backend, *weighted(p), *weighted(q))
-    return value if offset is None else value + offset
-
-
-def channel_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
-    """log V of every pair of channels, (*batch, C, C') float64, in one pass, for log weights (*batch, C, K)."""
-    if not has_full(p, q):
-        value, offset = autograd.channel_overlap(backend, *unweighted(p), *unweighted(q), p.log_weights, q.log_weights)
-        return value if offset is None else value + offset
-    *p_matrices, a = matrices(p)
-    *q_matrices, b = matrices(q)
-    if white := whitened(p, q):
-        value, offset = autograd.channel_overlap(backend, *unweighted(white.p), *unweighted(white.q), a, b)
-        return (value if offset is None else value + offset) - white.log_det[..., None, None]
-    return autograd.full_channel_overlap(backend, *p_matrices, *q_matrices, a, b)
+    way = route(p, q, backend)
+    if way.formula != FULL:
+        return way.value("log_overlap")
+    if has_one_covariance(q):
+        way = way.swapped()  # rows of one covariance take one factor for each column
+    row_lse, _ = way.parts("overlap_lse")
+    return reference.logsumexp(reference.weighted(row_lse, matrices(way.p).log_weights), -1)
 
 
 def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
-    if takes_reference(backend, p):
-        return reference.log_overlap(components(p), components(p))
-    if has_full(p):
-        if white := whitened(p, p):
-            value, offset = autograd.self_overlap(backend, *weighted(white.p))
-            return (value if offset is None else value + offset) - white.log_det
-        return autograd.full_self_overlap(backend, *matrices(p))
-    value, offset = autograd.self_overlap(backend, *weighted(p))
-    return value if offset is None else value + offset
+    return route(p, p, backend).value("self_overlap")
 
 
-def components(p: GaussianMixture) -> reference.Components:
-    covariance = p.covariance_matrix
+def components(p: GaussianMixture) -> Components:
+    covariances = p.covariance_matrix
     if p.scale_tril is not None:
         with torch.autocast(p.device.type, enabled=False):
-            covariance = p.scale_tril @ p.scale_tril.mT
-    return reference.Components(p.means, p.variances, covariance, p.log_weights)
+            covariances = p.scale_tril @ p.scale_tril.mT
+    return Components(p.means, p.variances, covariances, p.log_weights)
 
 
-class Whitened(NamedTuple):
-    p: GaussianMixture  # L⁻¹ (μ − centre), variances ½
-    q: GaussianMixture
-    log_det: Tensor  # (*batch,) log |L|
+def matrices(p: GaussianMixture) -> Components:
+    """p with covariance matrices and given log weights in float64, as the operators for full covariances take them."""
+    wide = components(p.map(torch.Tensor.double))
+    return Components(wide.means, None, reference.matrices(wide), reference.log_weights(wide))
 
 
-def whitened(p: GaussianMixture, q: GaussianMixture) -> Whitened | None:
-    """p and q, each of one covariance, in float64 and in coordinates where S + T = L Lᵀ is the identity, equation (18).
-
-    None where a side has several covariances, or where a batch of them shares means, which would be copied for each.
-    """
-    if not (_has_one_covariance(p) and _has_one_covariance(q)):
-        return None
-    same, p = p is q, p.map(torch.Tensor.double)
-    q = p if same else q.map(torch.Tensor.double)
-    total = (reference.matrices(components(p)) + reference.matrices(components(q))).squeeze(-3)
-    batch = total.shape[:-2]
-    if any(torch.broadcast_shapes(side.means.shape[:-2], batch) != side.means.shape[:-2] for side in (p, q)):
-        return None
-    factor, info = torch.linalg.cholesky_ex(total)
-    factor = torch.where((info == 0)[..., None, None], factor, math.nan)
-    points = q.means.detach().reshape(-1, q.dim)
-    centre = points.sum(0) / max(1, points.shape[0])
-    centre = torch.where(centre.isfinite(), centre, 0.0)
-
-    def whiten(side: GaussianMixture) -> GaussianMixture:
-        # A mean that is not finite stays so, and stays out of L's gradient.
-        finite = side.means.isfinite().all(-1, keepdim=True)
-        centred = torch.where(finite, side.means - centre, 0.0)
-        white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
-        means = torch.where(finite, white, side.means)
-        variances = means.new_full((1, 1), 0.5)
-        log_weights = reference.log_weights(components(side))
-        return GaussianMixture._unchecked(means=means, variances=variances, log_weights=log_weights)
-
-    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    white = whiten(p)
-    return Whitened(white, white if same else whiten(q), log_det)
-
-
-def _has_one_covariance(p: GaussianMixture) -> bool:
+def has_one_covariance(p: GaussianMixture) -> bool:
     """Whether all components have the same, as points have."""
     if p.variances is not None:
         return p.variances.shape[-2] == 1
@@ -198,22 +204,38 @@ def _has_one_covariance(p: GaussianMixture) -> bool:
     return matrix is not None and matrix.shape[-3] == 1
 
 
-def matrices(p: GaussianMixture) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, covariance matrices and log weights in float64, as the operators for full covariances take them."""
-    wide = components(p.map(torch.Tensor.double))
-    return wide.means, reference.matrices(wide), reference.log_weights(wide)
+def _can_be_whitened(p: GaussianMixture, q: GaussianMixture) -> bool:
+    """Not where a side has several covariances, or where a batch of them shares means, which would be copied for each."""
+    if not (has_one_covariance(p) and has_one_covariance(q)):
+        return False
+    own = []
+    for side in (p, q):
+        matrix = side.covariance_matrix if side.scale_tril is None else side.scale_tril
+        own.append(side.variances.shape[:-2] if side.variances is not None else matrix.shape[:-3])
+    batch = torch.broadcast_shapes(*own)
+    return all(torch.broadcast_shapes(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
 
 
-def weighted(p: GaussianMixture) -> tuple[Tensor | None, ...]:
-    return p.means, p.variances, p.log_weights
+def whitened(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components, Tensor]:
+    """Both sides, each of one covariance, in float64 and in coordinates where S + T = L Lᵀ is the identity: L⁻¹ (μ − centre)
+    and variances ½; and log |L|, (*batch,); equation (18)."""
+    same, p = p is q, p.map(torch.Tensor.double)
+    q = p if same else q.map(torch.Tensor.double)
+    total = (reference.matrices(components(p)) + reference.matrices(components(q))).squeeze(-3)
+    factor, info = torch.linalg.cholesky_ex(total)
+    factor = torch.where((info == 0)[..., None, None], factor, math.nan)
+    points = q.means.detach().reshape(-1, q.dim)
+    centre = points.sum(0) / max(1, points.shape[0])
+    centre = torch.where(centre.isfinite(), centre, 0.0)
 
+    def whiten(side: GaussianMixture) -> Components:
+        # A mean that is not finite stays so, and stays out of L's gradient.
+        finite = side.means.isfinite().all(-1, keepdim=True)
+        centred = torch.where(finite, side.means - centre, 0.0)
+        white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+        means = torch.where(finite, white, side.means)
+        return Components(means, means.new_full((1, 1), 0.5), None, reference.log_weights(components(side)))
 
-def unweighted(p: GaussianMixture) -> tuple[Tensor | None, ...]:
-    return p.means, p.variances
-
-
-def add_log_weights(value: Tensor, log_weights: Tensor | None) -> Tensor:
-    """value + log_weights; a weight of zero gives −inf, whatever the value."""
-    if log_weights is None:
-        return value
-    return torch.where(log_weights == -math.inf, -math.inf, value + log_weights)
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    white = whiten(p)
+    return white, white if same else whiten(q), log_det

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from csdiv.transforms import forward_level, transforms_active
+
 CHUNK_ELEMENTS = 2**22
 """Numbers in the largest temporary of one chunk of rows."""
 
@@ -22,11 +24,11 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 
 class Components(NamedTuple):
-    """One side of a pair; exactly one of ``variances`` and ``covariance`` is given."""
+    """One side of a pair; exactly one of ``variances`` and ``covariances`` is given."""
 
     means: Tensor  # (*batch, K, D)
     variances: Tensor | None = None  # (*batch, K or 1, D or 1)
-    covariance: Tensor | None = None  # (*batch, K or 1, D, D)
+    covariances: Tensor | None = None  # (*batch, K or 1, D, D)
     log_weights: Tensor | None = None  # (*batch, K), None: uniform
 
 
@@ -66,9 +68,9 @@ def channel_overlap(p: Components, q: Components) -> Tensor:
 
 def _for_channels(p: Components) -> Components:
     """The channels of p as a batch of mixtures."""
-    covariance = None if p.covariance is None else p.covariance.unsqueeze(-4)
+    covariances = None if p.covariances is None else p.covariances.unsqueeze(-4)
     variances = None if p.variances is None else p.variances.unsqueeze(-3)
-    return Components(p.means.unsqueeze(-3), variances, covariance, p.log_weights)
+    return Components(p.means.unsqueeze(-3), variances, covariances, p.log_weights)
 
 
 def channel_lse(channels: Tensor, rows: Tensor) -> Tensor:
@@ -76,8 +78,7 @@ def channel_lse(channels: Tensor, rows: Tensor) -> Tensor:
     channels = torch.where(channels == math.inf, math.nan, channels).unsqueeze(-2)  # (*batch, C, 1, N)
 
     def overlaps(channels: Tensor, rows: Tensor) -> Tensor:
-        weighted = torch.where(channels == -math.inf, -math.inf, channels + rows.unsqueeze(-3))
-        return logsumexp(weighted, -1)
+        return logsumexp(weighted(rows.unsqueeze(-3), channels), -1)
 
     batch = torch.broadcast_shapes(channels.shape[:-3], rows.shape[:-2])
     count = max(1, CHUNK_ELEMENTS // max(1, math.prod(batch) * channels.shape[-3] * channels.shape[-1]))
@@ -102,11 +103,28 @@ def logsumexp(x: Tensor, dim: int) -> Tensor:
     return torch.where(empty, -math.inf, torch.where(empty, 1.0, total).log() + shift.squeeze(dim))
 
 
+def weighted(value: Tensor, log_weights: Tensor) -> Tensor:
+    """value + log_weights; a weight of zero counts nothing, whatever the value: −inf."""
+    return torch.where(log_weights == -math.inf, -math.inf, value + log_weights)
+
+
 def log_weights(p: Components) -> Tensor:
     """The log weights of p, −log K each if none were given, NaN for +inf; shape (*batch, K)."""
     if p.log_weights is not None:
         return torch.where(p.log_weights == math.inf, math.nan, p.log_weights)
     return p.means.new_full(p.means.shape[-2:-1], -math.log(p.means.shape[-2]))
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "overlap_lse": overlap_lse,
+    "log_overlap": log_overlap,
+    "self_overlap": lambda p: log_overlap(p, p),
+    "cs_divergence": cs_divergence,
+    "pairwise": pairwise_log_overlap,
+    "channel_overlap": channel_overlap,
+    "assign": assign,
+}
+"""The value of each operator, see :mod:`csdiv.operators`."""
 
 
 def _log_normal_diagonal(delta: Tensor, c: Tensor) -> Tensor:
@@ -139,8 +157,8 @@ def nan_if_negative(variances: Tensor) -> Tensor:
 
 def matrices(p: Components) -> Tensor:
     """The covariances of p as matrices, (*batch, K or 1, D, D)."""
-    if p.covariance is not None:
-        return p.covariance
+    if p.covariances is not None:
+        return p.covariances
     assert p.variances is not None
     variances = nan_if_negative(p.variances)
     return torch.diag_embed(variances.expand(*variances.shape[:-1], p.means.shape[-1]))
@@ -151,13 +169,13 @@ def neutralise(p: Components) -> Components:
     if p.log_weights is None:
         return p
     absent = (p.log_weights == -math.inf).unsqueeze(-1)
-    variances, covariance = p.variances, p.covariance
+    variances, covariances = p.variances, p.covariances
     if variances is not None:
         variances = torch.where(absent, 1.0, variances)
-    if covariance is not None:
-        eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-        covariance = torch.where(absent.unsqueeze(-1), eye, covariance)
-    return p._replace(means=torch.where(absent, 0.0, p.means), variances=variances, covariance=covariance)
+    if covariances is not None:
+        eye = torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
+        covariances = torch.where(absent.unsqueeze(-1), eye, covariances)
+    return p._replace(means=torch.where(absent, 0.0, p.means), variances=variances, covariances=covariances)
 
 
 def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Components) -> Tensor:
@@ -165,7 +183,7 @@ def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Compone
     n, dim = p.means.shape[-2:]
     batch = torch.broadcast_shapes(p.means.shape[:-2], q.means.shape[:-2])
     per_row = math.prod(batch) * q.means.shape[-2] * dim
-    if p.covariance is not None or q.covariance is not None:
+    if p.covariances is not None or q.covariances is not None:
         per_row *= dim
     rows = max(1, CHUNK_ELEMENTS // max(1, per_row))
     if rows >= n:
@@ -186,11 +204,6 @@ def _slice(t: Tensor | None, start: int, length: int, axis: int) -> Tensor | Non
 
 def _recomputed(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """``function(*tensors)`` that keeps no intermediates for the backward pass, where torch allows it."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transforms_active():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or transforms_active() or forward_level() >= 0:
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
-
-
-def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -1,28 +1,35 @@
 """The backends: which can run here, why the others cannot, and which one "auto" takes.
 
-Every backend is a module with the same functions on the same tensors; :mod:`csdiv.backends.reference` documents them.
+A backend is an object, see :class:`csdiv.backends.base.Backend`, under a name that :func:`register` gave it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from csdiv.backends.dispatch import Shape, order_of, rule_of
-from csdiv.kernels.configurations import MATRIX_DIM, Shared, form_of, structure_of
+from csdiv.backends.base import Backend
+from csdiv.kernels.configurations import MATRIX_DIM, Shared, form_of, structure_of  # which imports no triton
 
-NAMES = ("auto", "reference", "cpu", "cuda", "triton")
-FULL, MAX_FULL_DIM = ("cpu", "cuda"), 32
-"""The native backends that have full covariances, and the largest D that they have them for."""
-_NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-"""Of each kind of device the backends that compute on it."""
+MAX_FULL_DIM = 32
+"""The largest D that native backends have full covariances for."""
+
+AUTO = {
+    "cpu": (("cpu",), "it alone computes on CPU tensors"),
+    "cuda": (
+        ("cuda", "triton"),
+        "fewer instructions for an element than triton, and one pass over the pairs for the gradients of both sides; "
+        "counted, not timed: docs/kernels.md",
+    ),
+}
+"""The backends that "auto" takes on each kind of device, the first that can run, and why; else "reference"."""
 
 
 class BackendStatus(NamedTuple):
@@ -32,6 +39,56 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
+class _Registered(NamedTuple):
+    load: Callable[[], Backend]
+    status: Callable[[], BackendStatus]
+    device: str | None  # the kind of device that it computes on, None: any
+    full: bool  # whether it has full covariances, up to MAX_FULL_DIM
+
+
+_registered: dict[str, _Registered] = {}
+NAMES = _registered.keys()
+"""Those of all backends, "auto" aside; a view, which grows with :func:`register`."""
+
+
+def register(
+    name: str,
+    load: Callable[[], Backend],
+    *,
+    device: str | None = None,
+    full: bool = False,
+    status: Callable[[], BackendStatus] = lambda: BackendStatus(True, ""),
+) -> None:
+    """Adds a backend, or replaces the one of this name.
+
+    Args:
+        name: what ``backend=`` takes, and :func:`backend_status` lists.
+        load: gives the backend; called when it is first needed.
+        device: the kind of device whose tensors it computes on, such as "cuda"; default any.
+        full: whether it has the operators for full covariances, with D ≤ ``MAX_FULL_DIM``.
+        status: whether it can run here. By default it can.
+
+    Raises:
+        ValueError: the name is "auto".
+    """
+    if name == "auto":
+        raise ValueError('name: any but "auto" expected')
+    _registered[name] = _Registered(functools.cache(load), status, device, full)
+    resolve.cache_clear()
+
+
+@contextlib.contextmanager
+def registrations_restored() -> Iterator[None]:
+    """What is registered within is forgotten at the end, and what was replaced is back."""
+    before = dict(_registered)
+    try:
+        yield
+    finally:
+        _registered.clear()
+        _registered.update(before)
+        resolve.cache_clear()
+
+
 def backend_status() -> dict[str, BackendStatus]:
     """The status of every backend.
 
@@ -39,7 +96,7 @@ def backend_status() -> dict[str, BackendStatus]:
         >>> csdiv.backend_status()["reference"]
         BackendStatus(available=True, reason='')
     """
-    return {name: status() for name, status in _STATUS.items()}
+    return {name: registered.status() for name, registered in _registered.items()}
 
 
 def available_backends() -> tuple[str, ...]:
@@ -48,102 +105,82 @@ def available_backends() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless ``name`` is one of :data:`NAMES`."""
-    if name not in NAMES:
-        raise ValueError(f"backend: one of {', '.join(map(repr, NAMES))} expected, got {name!r}")
+    """Raises ValueError unless ``name`` is "auto" or that of a backend."""
+    if name != "auto" and name not in _registered:
+        names = ", ".join(map(repr, ("auto", *_registered)))
+        raise ValueError(f"backend: one of {names} expected, got {name!r}")
 
 
-def resolve(name: str, device: torch.device, shape: Shape = Shape()) -> ModuleType:  # noqa: B008
-    """The module that computes on ``device``.
+def has_full(name: str) -> bool:
+    """Whether a backend has kernels for full covariances."""
+    return _registered[name].full
 
-    "auto" is the first backend of its line in :mod:`csdiv.backends.dispatch` that can run, else "reference", on a GPU
-    with one warning. Any other name is that backend or an error.
+
+@functools.cache
+def resolve(name: str, device: torch.device, full: bool = False) -> Backend:
+    """The backend that computes on ``device``.
+
+    "auto" is the first backend of its line in :data:`AUTO` that can run, else "reference", on a GPU with one warning;
+    with ``full`` it is "reference" where that one has no full covariances. Any other name is that backend or an error.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run here, or not on this device.
     """
-    return _resolve(name, device, order_of(device.type, shape) if name == "auto" else ())
-
-
-@functools.cache
-def _resolve(name: str, device: torch.device, order: tuple[str, ...]) -> ModuleType:
     check_name(name)
     if name == "auto":
-        name = _first_able(order, device)
+        name = _first_able(device)
         if device.type == "cuda" and name == "reference":
             _warn_slow_cuda()
-    if name != "reference":
-        status = _STATUS[name]()
-        if not status.available:
-            raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
-        for kind, names in _NATIVE.items():
-            if name in names and device.type != kind:
-                raise RuntimeError(
-                    f'backend "{name}" computes on {kind.upper()} tensors, got {device}: '
-                    'move them, or take backend="auto"'
-                )
-        if name == "cuda" and (reason := _missing_kernels(device)):
-            raise RuntimeError(f'backend "cuda" is not available: {reason}')
-    return importlib.import_module(f"csdiv.backends.{name}")
+        if full and not has_full(name):
+            name = "reference"
+    registered = _registered[name]
+    status = registered.status()
+    if not status.available:
+        raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
+    if registered.device not in (None, device.type):
+        raise RuntimeError(
+            f'backend "{name}" computes on {str(registered.device).upper()} tensors, got {device}: '
+            'move them, or take backend="auto"'
+        )
+    if name == "cuda" and (reason := _missing_kernels(device)):
+        raise RuntimeError(f'backend "cuda" is not available: {reason}')
+    return registered.load()
 
 
-def resolve_full(name: str, device: torch.device) -> ModuleType:
-    """:func:`resolve` for full covariances: "auto" is "reference" where the native backend has none."""
-    module = resolve(name, device)
-    if name == "auto" and module.__name__.rpartition(".")[2] not in FULL:
-        return importlib.import_module("csdiv.backends.reference")
-    return module
-
-
-def _first_able(order: tuple[str, ...], device: torch.device) -> str:
-    able = (name for name in order if _STATUS[name]().available)
+def _first_able(device: torch.device) -> str:
+    order, _ = AUTO.get(device.type, ((), ""))
+    able = (name for name in order if _registered[name].status().available)
     return next((name for name in able if name != "cuda" or not _missing_kernels(device)), "reference")
 
 
-def shape_of(n: int, m: int, dim: int, p_variances: Sequence[int], q_variances: Sequence[int]) -> Shape:
-    """What the choice depends on, from the sizes of a problem and the shapes of the variances."""
-    sides = (Shared(shape[-1] == 1, shape[-2] == 1) for shape in (p_variances, q_variances))
-    return Shape(n, m, dim, structure_of(*sides))
-
-
-def explain(device: str, shape: Shape) -> list[str]:
-    """Which backend "auto" prefers for a problem and why, which it takes here, and the form of the pair term."""
-    rule = rule_of(device, shape)
-    if rule is None:
+def explain(device: str, dim: int, p_variances: Sequence[int], q_variances: Sequence[int]) -> list[str]:
+    """Which backend "auto" prefers for variances of these shapes and why, which it takes here, and the pair's form."""
+    if device not in AUTO:
         return [f"reference: csdiv has no kernels for {device}"]
+    order, why = AUTO[device]
     present = device == "cpu" or torch.cuda.is_available()
-    taken = _first_able(rule.order, torch.device(device)) if present else ""
-    lines = [f"preferred: {', then '.join(rule.order)}: {rule.why}"]
-    lines += [f"taken here: {taken}" if present else "taken here: none, torch sees no GPU"]
-    return [*lines, f"form: {_form(taken or rule.order[0], shape)}"]
+    taken = _first_able(torch.device(device)) if present else ""
+    structure = structure_of(*(Shared(shape[-1] == 1, shape[-2] == 1) for shape in (p_variances, q_variances)))
+    return [
+        f"preferred: {', then '.join(order)}: {why}",
+        f"taken here: {taken}" if present else "taken here: none, torch sees no GPU",
+        f"form: {_form(taken or order[0], structure, dim)}",
+    ]
 
 
-def _form(backend: str, shape: Shape) -> str:
-    if backend != "triton" or shape.structure == "diagonal":
+def _form(backend: str, structure: str, dim: int) -> str:
+    if backend != "triton" or structure == "diagonal":
         return "diagonal, a variance for each component and dimension"
-    forms = {dtype: form_of(shape.structure, dtype, shape.dim) for dtype in (torch.float32, torch.float64)}
-    direct = "the sum of squares" + (f", as D < {MATRIX_DIM}" if shape.dim < MATRIX_DIM else "")
+    forms = {dtype: form_of(structure, dtype, dim) for dtype in (torch.float32, torch.float64)}
+    direct = "the sum of squares" + (f", as D < {MATRIX_DIM}" if dim < MATRIX_DIM else "")
     products = "matrix products, in tiles whose error bound fits the budget, else the sum of squares"
     return "; ".join(
-        f"{form} in {str(dtype).removeprefix('torch.')}: {direct if form == shape.structure else products}"
+        f"{form} in {str(dtype).removeprefix('torch.')}: {direct if form == structure else products}"
         for dtype, form in forms.items()
     )
 
 
-def _once(function: Callable[[], BackendStatus]) -> Callable[[], BackendStatus]:
-    """Remembers the status: what is installed does not change while a program runs."""
-    found: list[BackendStatus] = []
-
-    @functools.wraps(function)
-    def status() -> BackendStatus:
-        if not found:
-            found.append(function())
-        return found[0]
-
-    return status
-
-
-@_once
+@functools.cache
 def _native_status() -> BackendStatus:
     try:
         importlib.import_module("csdiv._C")
@@ -152,7 +189,7 @@ def _native_status() -> BackendStatus:
     return BackendStatus(True, "")
 
 
-@_once
+@functools.cache
 def _cuda_status() -> BackendStatus:
     if not _native_status().available:
         return _native_status()
@@ -186,7 +223,7 @@ def _missing_kernels(device: torch.device) -> str:
     return f"{_C.cuda_status}, but not for {name} ({error}): set CSDIV_CUDA_ARCHS and build again"
 
 
-@_once
+@functools.cache
 def _triton_status() -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
         return BackendStatus(False, "the package triton is not installed: pip install triton")
@@ -208,20 +245,22 @@ def _triton_status() -> BackendStatus:
     return BackendStatus(True, "")
 
 
-@_once
-def _warn_slow_cuda() -> BackendStatus:
-    reasons = "; ".join(f"{name}: {backend_status()[name].reason}" for name in ("cuda", "triton"))
+@functools.cache
+def _warn_slow_cuda() -> None:
+    reasons = "; ".join(f"{name}: {backend_status()[name].reason}" for name in AUTO["cuda"][0])
     warnings.warn(
         f"csdiv computes on CUDA tensors with the eager reference, which is slow ({reasons})",
         RuntimeWarning,
         stacklevel=2,
     )
-    return BackendStatus(False, "")
 
 
-_STATUS: dict[str, Callable[[], BackendStatus]] = {
-    "reference": lambda: BackendStatus(True, ""),
-    "cpu": _native_status,
-    "cuda": _cuda_status,
-    "triton": _triton_status,
-}
+def _module(name: str) -> Callable[[], Backend]:
+    """Imports csdiv.backends.<name> when the backend is first needed."""
+    return lambda: importlib.import_module(f"csdiv.backends.{name}").backend
+
+
+register("reference", _module("reference"), full=True)
+register("cpu", _module("cpu"), device="cpu", full=True, status=_native_status)
+register("cuda", _module("cuda"), device="cuda", full=True, status=_cuda_status)
+register("triton", _module("triton"), device="cuda", status=_triton_status)

@@ -11,14 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csdiv.backends.reference import Tensors
+from csdiv.backends.base import Tensors
+from csdiv.operators import Operator
+
+_SIZES = {"1": 1, "3": 3}
+_NOT_WANTED = (0, 0, 0)
 
 
 class Side(NamedTuple):
     """One side as the kernels read it; the tensors are held so that their memory outlives the call."""
 
     means: Tensor  # (*own batch, K, D) contiguous
-    variances: Tensor  # (*own batch, K, D) contiguous; of a full side covariances, (*own batch, K, D, D)
+    variances: Tensor  # (*own batch, K, D) contiguous; covariances, (*own batch, K, D, D), of a full side
     log_weights: Tensor | None  # (*own batch, K) contiguous; None: zeros
     own: torch.Size
     same_dims: bool = False  # a variance for each component, whatever the dimension
@@ -26,21 +30,19 @@ class Side(NamedTuple):
     tied: bool = False  # variances that all components of an item have
 
 
-def make_side(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> Side:
-    own = _own_batch(means, variances, log_weights)
+def make_side(means: Tensor, spread: Tensor, log_weights: Tensor | None = None, full: bool = False) -> Side:
+    """``spread`` is variances, or covariances of a full side."""
+    own, items = means.shape[:-2], spread.shape[: -3 if full else -2]
+    if items != own or (log_weights is not None and log_weights.shape[:-1] != own):
+        own = torch.broadcast_shapes(own, items, *([] if log_weights is None else [log_weights.shape[:-1]]))
     shape = own + means.shape[-2:]
     if log_weights is not None:
         log_weights = _filled(log_weights, shape[:-1])
-    same = (variances.shape[-1] == 1, variances.shape[:-1].numel() == 1, variances.shape[-2] == 1)
-    return Side(_filled(means, shape), _filled(variances, shape), log_weights, own, *same)
-
-
-def make_full_side(means: Tensor, covariances: Tensor, log_weights: Tensor | None = None) -> Side:
-    own = _own_batch(means, covariances[..., 0], log_weights)
-    shape = own + means.shape[-2:]
-    if log_weights is not None:
-        log_weights = _filled(log_weights, shape[:-1])
-    return Side(_filled(means, shape), _filled(covariances, shape + shape[-1:]), log_weights, own)
+    means = _filled(means, shape)
+    if full:
+        return Side(means, _filled(spread, shape + shape[-1:]), log_weights, own)
+    same = (spread.shape[-1] == 1, spread.shape[:-1].numel() == 1, spread.shape[-2] == 1)
+    return Side(means, _filled(spread, shape), log_weights, own, *same)
 
 
 def make_points(means: Tensor) -> Side:
@@ -53,16 +55,8 @@ def _filled(t: Tensor, shape: torch.Size) -> Tensor:
     return t if t.shape == shape and t.is_contiguous() else t.expand(shape).contiguous()
 
 
-def _own_batch(means: Tensor, variances: Tensor, log_weights: Tensor | None) -> torch.Size:
-    own = means.shape[:-2]
-    if variances.shape[:-2] == own and (log_weights is None or log_weights.shape[:-1] == own):
-        return own
-    shapes = [own, variances.shape[:-2]]
-    return torch.broadcast_shapes(*shapes, *([] if log_weights is None else [log_weights.shape[:-1]]))
-
-
-class Pair:
-    """p against q: the arguments that every kernel on a pair shares."""
+class Problem:
+    """p against q, `batch` times."""
 
     def __init__(self, p: Side, q: Side) -> None:
         self.p, self.q = p, q
@@ -70,13 +64,21 @@ class Pair:
         self.n, self.m = p.means.shape[-2], q.means.shape[-2]
         self.indices = [_batch_index(side.own, self.batch, p.means.device) for side in (p, q)]
 
-    def arguments(self) -> tuple[object, ...]:
-        means = self.p.means
-        sides = map(pointers, (self.p, self.q), self.indices)
-        return (means.itemsize, self.batch.numel(), means.shape[-1], *sides)
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.p.means.new_empty((*self.batch, *shape), dtype=dtype)
+    def pointers(self) -> tuple[tuple[int, ...], ...]:
+        """Both sides in the form that csrc/bindings.cpp describes."""
+        return tuple(
+            (
+                side.means.data_ptr(),
+                side.variances.data_ptr(),
+                0 if side.log_weights is None else side.log_weights.data_ptr(),
+                0 if index is None else index.data_ptr(),
+                side.own.numel(),
+                side.means.shape[-2],
+                side.same_dims,
+                side.same_components,
+            )
+            for side, index in zip((self.p, self.q), self.indices, strict=True)
+        )
 
 
 def _batch_index(own: torch.Size, batch: torch.Size, device: torch.device) -> Tensor | None:
@@ -86,12 +88,12 @@ def _batch_index(own: torch.Size, batch: torch.Size, device: torch.device) -> Te
     return torch.arange(own.numel(), device=device).view(own).expand(batch).reshape(-1)
 
 
-def flattened(pair: Pair) -> Pair:
+def flattened(problem: Problem) -> Problem:
     """A batch of p against one q as one problem: rows of different problems share tiles; outputs keep their layout."""
-    p, q = pair.p, pair.q
-    if p.own != pair.batch or q.own.numel() != 1 or len(pair.batch) == 0:
-        return pair
-    return Pair(_one_item(p, p.own.numel() * p.means.shape[-2]), _one_item(q, q.means.shape[-2]))
+    p, q = problem.p, problem.q
+    if p.own != problem.batch or q.own.numel() != 1 or len(problem.batch) == 0:
+        return problem
+    return Problem(_one_item(p, p.own.numel() * p.means.shape[-2]), _one_item(q, q.means.shape[-2]))
 
 
 def _one_item(side: Side, n: int) -> Side:
@@ -103,34 +105,60 @@ def _one_item(side: Side, n: int) -> Side:
     return Side(means, variances, log_weights, torch.Size(), side.same_dims, side.same_components, tied)
 
 
-def pointers(side: Side, index: Tensor | None = None) -> tuple[int, ...]:
-    return (
-        side.means.data_ptr(),
-        side.variances.data_ptr(),
-        0 if side.log_weights is None else side.log_weights.data_ptr(),
-        0 if index is None else index.data_ptr(),
-        side.own.numel(),
-        side.means.shape[-2],
-        side.same_dims,
-        side.same_components,
-    )
+def empty_outputs(operator: Operator, means: Tensor, batch: torch.Size, sizes: dict[str, int]) -> list[Tensor]:
+    """Uninitialised outputs; ``sizes`` are those of the letters in their shapes."""
+    known = sizes | _SIZES
+    return [
+        means.new_empty((*batch, *(known[letter] for letter in output.sizes)), dtype=output.dtype)
+        for output in operator.outputs
+    ]
 
 
-class Gradients:
-    """Gradient arrays of one side, allocated where wanted and summed to the shape of the tensors."""
+class Call:
+    """An operator on tensors as a native function takes it: the problem, outputs, and gradients where needed."""
 
-    def __init__(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> None:
-        self._tensors = tensors
-        arrays = (side.means, side.variances)
-        self._arrays = [torch.empty_like(a) if need else None for a, need in zip(arrays, needs[:2], strict=True)]
-        if len(needs) > 2:
-            self._arrays.append(side.means.new_empty(side.means.shape[:-1]) if needs[2] else None)
+    def __init__(self, operator: Operator, tensors: Tensors, needs: Sequence[bool], p: Side | None = None) -> None:
+        own, full = len(operator.p), operator.full
+        self.operator = operator
+        p = p or make_side(*tensors[:own], full=full)
+        self.problem = Problem(p, make_side(*tensors[own:], full=full) if operator.q else p)
+        self._grads: list[tuple[Tensor, Tensor]] = []  # each array and the tensor that it is the gradient to
+        self.grad_pointers = (self._allocate(self.problem.p, tensors[:own], needs[:own]), _NOT_WANTED)
+        if operator.q:
+            self.grad_pointers = (
+                self.grad_pointers[0],
+                self._allocate(self.problem.q, tensors[own:], needs[own:]),
+            )
 
-    def pointers(self) -> tuple[int, ...]:
-        """(means, variances, log_weights), 0 where not wanted."""
-        pointers = [0 if a is None else a.data_ptr() for a in self._arrays]
-        return (*pointers, *(0,) * (3 - len(pointers)))
+    def _allocate(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> tuple[int, ...]:
+        """Addresses of the gradients to means, variances and log weights, 0 where not wanted."""
+        if True not in needs:
+            return _NOT_WANTED
+        addresses = [0, 0, 0]
+        for k, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
+            if need:
+                array = torch.empty_like(side[k])
+                self._grads.append((array, tensor))
+                addresses[k] = array.data_ptr()
+        return tuple(addresses)
 
-    def results(self) -> list[Tensor]:
-        wanted = [(a, t) for a, t in zip(self._arrays, self._tensors, strict=True) if a is not None]
-        return [a if a.shape == t.shape else a.sum_to_size(t.shape) for a, t in wanted]
+    def outputs(self) -> list[Tensor]:
+        problem = self.problem
+        return empty_outputs(self.operator, problem.p.means, problem.batch, {"N": problem.n, "M": problem.m})
+
+    def arguments(self, arrays: Sequence[Tensor], *, flat: bool = False) -> tuple[object, ...]:
+        """What every native function takes first; ``arrays``, all contiguous: the gradient of the value, outputs."""
+        problem = flattened(self.problem) if flat else self.problem
+        means = problem.p.means
+        return (
+            means.itemsize,
+            problem.batch.numel(),
+            means.shape[-1],
+            tuple(t.data_ptr() for t in arrays),
+            problem.pointers(),
+            self.grad_pointers,
+        )
+
+    def gradients(self) -> list[Tensor]:
+        """Those that are needed, in the shapes of the tensors."""
+        return [a if a.shape == t.shape else a.sum_to_size(t.shape) for a, t in self._grads]

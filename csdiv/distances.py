@@ -171,7 +171,7 @@ def _convolved(p: GaussianMixture, variance: Tensor) -> GaussianMixture:
     if p.variances is not None:
         variances = reference.nan_if_negative(p.variances) + variance[..., None, None]
         return GaussianMixture._unchecked(means=p.means, variances=variances, log_weights=p.log_weights)
-    covariance = pairs.components(p).covariance
+    covariance = pairs.components(p).covariances
     assert covariance is not None
     eye = torch.eye(p.dim, dtype=covariance.dtype, device=covariance.device)
     covariance = covariance + variance[..., None, None, None] * eye
@@ -201,23 +201,22 @@ def _num_channels(p: GaussianMixture) -> int:
 
 def _overlap_of_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V of p's channels with q's, (*batch, C, C'), C ≥ C'."""
-    if pairs.takes_reference(backend, p, q):
-        return reference.channel_overlap(pairs.components(p), pairs.components(q))
-    if _takes_one_pass(p, q):
-        return pairs.channel_overlap(p, q, backend).to(p.dtype)
+    way = pairs.route(p, q, backend)
+    if way.formula == pairs.REFERENCE or _takes_one_pass(p, q, way.formula):
+        return way.value("channel_overlap").to(p.dtype)
     assert p.log_weights is not None
-    rows, offset = pairs.overlap_rows(_by_channel(p), _by_channel(q), backend)
-    value = reference.channel_lse(p.log_weights.to(rows.dtype), rows)
+    row_lse, offset = pairs.route(_by_channel(p), _by_channel(q), backend).parts("overlap_lse")
+    value = reference.channel_lse(p.log_weights.to(row_lse.dtype), row_lse)
     return (value if offset is None else value + offset.mT).to(p.dtype)
 
 
-def _takes_one_pass(p: GaussianMixture, q: GaussianMixture) -> bool:
+def _takes_one_pass(p: GaussianMixture, q: GaussianMixture, formula: str) -> bool:
     """Whether one pass for all channels costs less than one for each of q's."""
     pair, added, call = COSTS
-    pair += p.dim if p.variances is not None and q.variances is not None else p.dim**2
+    pair += p.dim if formula == pairs.DIAGONAL else p.dim**2
     batch = torch.broadcast_shapes(p.means.shape[:-2], q.means.shape[:-2])
-    pairs = math.prod(batch) * p.num_components * q.num_components
-    return ((_num_channels(q) - 1) * pair - added) * pairs >= call
+    count = math.prod(batch) * p.num_components * q.num_components
+    return ((_num_channels(q) - 1) * pair - added) * count >= call
 
 
 def _by_channel(p: GaussianMixture) -> GaussianMixture:

@@ -9,14 +9,14 @@ exponential keeps 700 nats below the largest and a matrix product is one, whatev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from csdiv import reference
-from csdiv.backends.reference import Tensors
+from csdiv.backends.base import Backend, Tensors
+from csdiv.operators import Operator
 
 TILE, TILE_ROWS = 2**19, 32
 """Pairs in a tile on CPUs, so that it stays in the cache, and rows where there are more columns than that."""
@@ -24,24 +24,29 @@ BLOCK = 64
 """Terms that one matrix product adds: so few that BLAS does not cut the sum by the number of threads."""
 
 
-class Pairwise(NamedTuple):
-    """A backend's logits of pairs, and what they take."""
+class Pairwise:
+    """A backend's logits of pairs."""
 
-    forward: Callable[..., Tensor]  # (p_means, p_spread, q_means, q_spread) -> (*batch, N, M)
-    backward: Callable[..., list[Tensor]]  # (grad, these, needs) -> gradients where needed
-    axis: int = -2  # the components of a spread: −2 of variances, −3 of covariances
-    elements: int = 1  # temporary numbers for a pair
+    def __init__(self, backend: Backend, operator: Operator, dim: int) -> None:
+        self._backend, self._name = backend, "full_pairwise" if operator.full else "pairwise"
+        self.axis = -3 if operator.full else -2  # the components of a spread: covariances or variances
+        self.elements = backend.elements_of_pair(dim**2 if operator.full else dim)
+
+    def forward(self, sides: Tensors) -> Tensor:
+        """(p_means, p_spread, q_means, q_spread) -> (*batch, N, M)."""
+        return self._backend.forward(self._name, sides, [False] * 4)[0][0]
+
+    def backward(self, grad: Tensor, sides: Tensors, needs: list[bool]) -> list[Tensor]:
+        return self._backend.backward(self._name, grad, sides, [], needs)
 
 
-def forward(pairwise: Pairwise, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """log V: value and offset, both (*batch, C, C'); row sums (*batch, N, C') for the backward pass; all float64.
-
-    ``tensors``: means and variances, or covariances, of p and of q, then p's channels (*batch, C, N) and q's.
-    """
+def forward(backend: Backend, operator: Operator, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """log V: value and offset, both (*batch, C, C'); row sums (*batch, N, C') for the backward pass; all float64."""
+    pairwise = Pairwise(backend, operator, tensors[0].shape[-1])
     sides, a, b, unit = _prepared(pairwise, tensors)
     scratch = Scratch()
     pieces = [
-        log_product(pairwise.forward(*_tile(pairwise, sides, *tile)), b, scratch) for tile in _tiles(pairwise, sides, b)
+        log_product(pairwise.forward(_tile(pairwise, sides, *tile)), b, scratch) for tile in _tiles(pairwise, sides, b)
     ]
     rows = torch.cat(pieces, -2)
     value = log_product(rows.mT, a).mT.contiguous()
@@ -49,32 +54,34 @@ def forward(pairwise: Pairwise, tensors: Tensors) -> tuple[Tensor, Tensor, Tenso
 
 
 def backward(
-    pairwise: Pairwise, grad: Tensor, tensors: Tensors, saved: Sequence[Tensor], needs: list[bool]
+    backend: Backend, operator: Operator, grad: Tensor, tensors: Tensors, outputs: Sequence[Tensor], needs: list[bool]
 ) -> list[Tensor]:
-    """Gradients of Σ grad · log V, equation (19). ``saved`` is the forward's value and row sums."""
+    """Gradients of Σ grad · log V, equation (19). ``outputs`` is the forward's value and row sums."""
+    pairwise = Pairwise(backend, operator, tensors[0].shape[-1])
     sides, a, b, unit = _prepared(pairwise, tensors)
-    value, rows = saved
-    of_sides = any(needs[:4])
-    grad_rows, grad_a = log_product_gradients(rows.mT, a, value.mT, grad.double().mT, of_sides or needs[5], needs[4])
+    value, rows = outputs
+    side_needs = [*needs[:2], *needs[3:5]]
+    of_sides = any(side_needs)
+    grad_rows, grad_a = log_product_gradients(rows.mT, a, value.mT, grad.double().mT, of_sides or needs[5], needs[2])
     sums = [t.new_zeros(t.shape, dtype=torch.float64) if need else None for t, need in zip(tensors, needs, strict=True)]
-    if sums[4] is not None:
-        sums[4] += grad_a.sum_to_size(a.shape)
+    if sums[2] is not None:
+        sums[2] += grad_a.sum_to_size(a.shape)
     if of_sides or needs[5]:
         grad_rows, scratch = grad_rows.sum_to_size(rows.mT.shape).mT, Scratch()
         for start, length in _tiles(pairwise, sides, b):
             tile = _tile(pairwise, sides, start, length)
-            logits = pairwise.forward(*tile)
+            logits = pairwise.forward(tile)
             own_rows, own_grad = (t.narrow(-2, start, length) for t in (rows, grad_rows))
             grad_logits, grad_b = log_product_gradients(logits, b, own_rows, own_grad, of_sides, needs[5], scratch)
             if sums[5] is not None:
                 sums[5] += grad_b.sum_to_size(b.shape)
             if of_sides:
                 weights = grad_logits.sum_to_size(logits.shape).to(logits.dtype)
-                found = iter(pairwise.backward(weights, tile, needs[:4]))
-                for whole in _tile(pairwise, sums[:4], start, length):
+                found = iter(pairwise.backward(weights, tile, side_needs))
+                for whole in _tile(pairwise, [*sums[:2], *sums[3:5]], start, length):
                     if whole is not None:
                         whole += next(found)
-    units = (unit, unit**2, unit, unit**2, torch.ones_like(unit), torch.ones_like(unit))
+    units = (unit, unit**2, torch.ones_like(unit)) * 2
     return [(s / u).to(t.dtype) for s, u, t in zip(sums, units, tensors, strict=True) if s is not None]
 
 
@@ -106,7 +113,7 @@ def log_product(x: Tensor, y: Tensor, scratch: Scratch | None = None) -> Tensor:
     value = torch.where(empty | inexact, -math.inf, total.log() + x_max + y_max)
     for c in _channels_with(inexact):
         weight = y[..., c : c + 1, :]
-        exact = reference.logsumexp(torch.where(weight == -math.inf, -math.inf, x + weight), -1)
+        exact = reference.logsumexp(reference.weighted(x, weight), -1)
         value[..., c] = torch.where(inexact[..., c], exact, value[..., c])
     return value
 
@@ -185,9 +192,8 @@ def _prepared(pairwise: Pairwise, tensors: Tensors) -> tuple[list[Tensor], Tenso
 
     Components without weight in any channel are N(0, I).
     """
-    *sides, a, b = tensors
     prepared = []
-    for (means, spread), channels in zip((sides[:2], sides[2:]), (a, b), strict=True):
+    for means, spread, channels in (tensors[:3], tensors[3:]):
         present = (channels != -math.inf).any(-2)
         own = 1.0 if pairwise.axis == -2 else torch.eye(means.shape[-1], dtype=means.dtype, device=means.device)
         prepared.append(torch.where(_somewhere(present, means.shape[:-1]).unsqueeze(-1), means, 0.0))
@@ -195,10 +201,10 @@ def _prepared(pairwise: Pairwise, tensors: Tensors) -> tuple[list[Tensor], Tenso
             kept = _somewhere(present, spread.shape[: pairwise.axis + 1])
             spread = torch.where(kept.view(*kept.shape, *(1,) * (-1 - pairwise.axis)), spread, own)
         prepared.append(spread)
-    unit = torch.ones((), dtype=torch.float64, device=a.device)
+    unit = torch.ones((), dtype=torch.float64, device=tensors[0].device)
     if pairwise.axis == -2:
         prepared, unit = _in_units(prepared)
-    a, b = (torch.where(t == math.inf, math.nan, t).double() for t in (a, b))
+    a, b = (torch.where(t == math.inf, math.nan, t).double() for t in tensors[2::3])
     return prepared, a, b, unit
 
 

@@ -1,0 +1,58 @@
+"""What a backend offers, and the tensors that it is given."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Any]
+"""Tensors in the order of the operator, None for weights that were not given."""
+
+
+class Backend(abc.ABC):
+    """Computes the operators of :mod:`csdiv.operators` on tensors of one kind of device.
+
+    Tensors are means (*batch, K, D), variances (*batch, K or 1, D or 1) and log weights (*batch, K), or None (uniform),
+    of one dtype (float32 or float64) and device, on any strides; their batch dimensions broadcast. Operators named
+    ``full_…`` take covariances (*batch, K or 1, D, D) in place of variances, symmetric, with D up to
+    ``csdiv.backends.MAX_FULL_DIM``, and weights that are always given; all is float64. NaN is the value where a sum of
+    two covariances is not positive definite.
+
+    A logarithm comes as a value and an offset, whose sum it is: a backend moves what cancels in D_CS, the scale of log c
+    and constants, to the offset, where it is not rounded to float32.
+    """
+
+    loaded: set[torch.device] | None = None
+    """Devices that have all kernels, where kernels are loaded when they are first called; see :func:`csdiv.warmup`."""
+
+    @abc.abstractmethod
+    def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of an operator, and the gradients of the sum of its values to the tensors that need one.
+
+        ``needs`` holds only False unless the operator's ``at_once`` is "scalars", and every tensor that needs a
+        gradient has all batch dimensions, or "rows", and tensors are on the CPU.
+        """
+
+    @abc.abstractmethod
+    def backward(
+        self, name: str, grad: Tensor, tensors: Tensors, outputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """Gradients of Σ grad · value, in the shapes of the tensors that need one.
+
+        ``outputs`` are those of the forward pass that the operator saves.
+        """
+
+    @abc.abstractmethod
+    def assign(self, name: str, tensors: Tensors) -> Tensor:
+        """argmax_j of log b_j + log N(μ_i; ν_j, S_i + T_j), (*batch, N) int64; the lowest j of equal ones.
+
+        ``name`` is "assign" or "full_assign".
+        """
+
+    def elements_of_pair(self, elements: int) -> int:
+        """Temporary numbers that "pairwise" takes for a pair whose covariances have ``elements`` each."""
+        return 1

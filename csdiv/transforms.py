@@ -1,0 +1,57 @@
+"""What torch has under way around a call. torch says it in private names alone: this is the one place that has them.
+
+Each has a fallback for a release that lacks the name, tested in tests/test_transforms.py. Without
+``transforms_active`` and ``forward_level`` a call looks like a plain one, which torch itself refuses under a transform;
+without the list of transforms every transformed call takes the reference formula, which has derivatives of any order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.autograd import forward_ad
+
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", bool)
+"""Whether a ``torch.func`` transform is under way."""
+forward_level: Callable[[], int] = functools.partial(getattr, forward_ad, "_current_level", -1)
+"""The level of forward-mode differentiation, -1 outside of it."""
+
+
+def higher_derivatives() -> bool:
+    """Whether derivatives are under way that only the reference has: forward mode, or a grad within a grad."""
+    if forward_level() >= 0:
+        return True
+    if not transforms_active():
+        return False
+    try:
+        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters as interpreters
+    except ImportError:
+        return True
+    names = [str(i.key()).rsplit(".", 1)[-1] for i in interpreters()]
+    return "Jvp" in names or names.count("Grad") > 1
+
+
+@contextlib.contextmanager
+def autograd_enabled() -> Iterator[None]:
+    """Autograd inside an operator, also below a ``TorchDispatchMode``, which excludes it from dispatch."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        key, include = (getattr(torch._C, name, None) for name in ("DispatchKey", "_SetExcludeDispatchKeyGuard"))
+        if key is not None and include is not None:
+            stack.enter_context(include(key.AutogradFunctionality, False))
+            stack.enter_context(include(key.ADInplaceOrView, False))
+        yield
+
+
+def has_values(t: torch.Tensor) -> bool:
+    """Whether the values of ``t`` may decide anything: not while tracing, transforming or on the meta device."""
+    if torch.compiler.is_compiling() or t.is_meta or transforms_active():
+        return False
+    try:
+        from torch._subclasses.fake_tensor import FakeTensor
+    except ImportError:
+        return type(t) in (torch.Tensor, torch.nn.Parameter)
+    return not isinstance(t, FakeTensor)
