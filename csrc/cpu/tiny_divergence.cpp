@@ -1,200 +1,144 @@
-#include "lanes.h"
+#include "cpu/tiny_divergence.h"
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
-#include <vector>
 
-#include "cpu.h"
-#include "dispatch.h"
-#include "memory.h"
-#include "thread_pool.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/system/memory.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 namespace {
 
-// Memory for one side of a group of problems, and its gradients.
+constexpr int64_t kMaxLanes = 16;
+
+// Memory for one side of a group of problems, and its gradients: means, variances and log weights of each.
 template <class T>
-class LaneArrays {
+class TinyArrays {
  public:
   static int64_t size(int64_t n, int64_t dim, int64_t lanes) { return 2 * n * (2 * dim + 1) * lanes; }
 
-  LaneArrays(T* memory, int64_t n, int64_t dim, int64_t lanes) : n_(n), dim_(dim), lanes_(lanes) {
-    const int64_t values = n * dim * lanes;
-    for (T** array : {&means_, &variances_, &grad_means_, &grad_variances_}) {
-      *array = memory;
-      memory += values;
+  TinyArrays(T* memory, int64_t n, int64_t dim, int64_t lanes) : sizes_{n * dim, n * dim, n}, lanes_(lanes) {
+    for (T** arrays : {values_, grads_}) {
+      for (int k = 0; k < 3; ++k) {
+        arrays[k] = memory;
+        memory += sizes_[k] * lanes;
+      }
     }
-    log_weights_ = memory;
-    grad_log_weights_ = memory + n * lanes;
   }
 
-  // Problems first ... first + count - 1 of a side; the last one also stands in the lanes that are left over.
-  LaneSide<T> read(const Mixture<T>& side, int64_t first, int64_t count, bool grads) {
-    const int64_t values = n_ * dim_;
-    fill(side.means + first * values, values, count, means_);
-    fill(side.variances + first * values, values, count, variances_);
-    if (side.log_weights)
-      fill(side.log_weights + first * n_, n_, count, log_weights_);
-    else
-      std::fill_n(log_weights_, n_ * lanes_, T(0));
-    if (!grads) return {means_, variances_, log_weights_, n_};
-    for (T* array : {grad_means_, grad_variances_}) std::fill_n(array, values * lanes_, T(0));
-    std::fill_n(grad_log_weights_, n_ * lanes_, T(0));
-    return {means_, variances_, log_weights_, n_, grad_means_, grad_variances_, grad_log_weights_};
+  // These problems of a side; the last one also stands in the lanes that are left over.
+  TinySide<T> read(const Mixture<T>& side, const Part& problems, bool grads) {
+    const T* const from[3] = {side.means, side.variances, side.log_weights};
+    for (int k = 0; k < 3; ++k) {
+      if (from[k])
+        fill(from[k] + problems.begin * sizes_[k], sizes_[k], problems.end - problems.begin, values_[k]);
+      else
+        std::fill_n(values_[k], sizes_[k] * lanes_, T(0));
+      if (grads) std::fill_n(grads_[k], sizes_[k] * lanes_, T(0));
+    }
+    TinySide<T> read{values_[0], values_[1], values_[2], side.n};
+    if (grads) read.grad_means = grads_[0], read.grad_variances = grads_[1], read.grad_log_weights = grads_[2];
+    return read;
   }
 
-  Range<T> range() const { return tile_kernels<T>().range(means_, variances_, n_ * dim_ * lanes_); }
+  Range<T> range() const { return tile_kernels<T>().range(values_[0], values_[1], sizes_[0] * lanes_); }
 
-  void write(const SideGradients<T>& grads, int64_t first, int64_t count) const {
-    const int64_t values = n_ * dim_;
-    if (grads.means) put(grad_means_, values, count, grads.means + first * values);
-    if (grads.variances) put(grad_variances_, values, count, grads.variances + first * values);
-    if (grads.log_weights) put(grad_log_weights_, n_, count, grads.log_weights + first * n_);
+  void write(const SideGradients<T>& grads, const Part& problems) const {
+    T* const to[3] = {grads.means, grads.variances, grads.log_weights};
+    for (int k = 0; k < 3; ++k)
+      if (to[k]) put(grads_[k], sizes_[k], problems.end - problems.begin, to[k] + problems.begin * sizes_[k]);
   }
 
  private:
-  void fill(const T* from, int64_t values, int64_t count, T* to) const {
-    tile_kernels<T>().transpose(from, count, values, to, lanes_);
-    for (int64_t k = 0; count < lanes_ && k < values; ++k)
+  void fill(const T* from, int64_t size, int64_t count, T* to) const {
+    tile_kernels<T>().transpose(from, count, size, to, lanes_);
+    for (int64_t k = 0; count < lanes_ && k < size; ++k)
       std::fill_n(to + k * lanes_ + count, lanes_ - count, to[k * lanes_ + count - 1]);
   }
 
-  void put(const T* from, int64_t values, int64_t count, T* to) const {
-    if (count == lanes_) return tile_kernels<T>().transpose(from, values, lanes_, to, values);
-    for (int64_t k = 0; k < values; ++k)
-      for (int64_t l = 0; l < count; ++l) to[l * values + k] = from[k * lanes_ + l];
+  void put(const T* from, int64_t size, int64_t count, T* to) const {
+    if (count == lanes_) return tile_kernels<T>().transpose(from, size, lanes_, to, size);
+    for (int64_t k = 0; k < size; ++k)
+      for (int64_t l = 0; l < count; ++l) to[l * size + k] = from[k * lanes_ + l];
   }
 
-  int64_t n_, dim_, lanes_;
-  T *means_, *variances_, *grad_means_, *grad_variances_, *log_weights_, *grad_log_weights_;
+  const int64_t sizes_[3], lanes_;
+  T *values_[3], *grads_[3];
 };
 
-// Problems first ... first + count - 1, each with items of its own.
+// At most as many problems as a vector has lanes; false: not possible, nothing was written.
 template <class T>
-Problem<T> slice(Problem<T> problem, int64_t first, int64_t count) {
-  problem.batch = count;
-  for (Mixture<T>* side : {&problem.p, &problem.q}) {
-    side->means += first * side->n * problem.dim;
-    side->variances += first * side->n * problem.dim;
-    if (side->log_weights) side->log_weights += first * side->n;
-    side->scale_exponents += first;
-    if (side->precisions) side->precisions += first * side->n * problem.dim;
-    if (side->log_determinants) side->log_determinants += first * side->n;
-    side->batch = count;
+bool run(const Problem<T>& problem, const Part& problems, T* divergence, T* row_lse, double* overlaps,
+         const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const int64_t lanes = kernels.lanes, dim = problem.dim, n = problem.p.n, m = problem.q.n, k = std::max(n, m);
+  const int64_t p_size = TinyArrays<T>::size(n, dim, lanes), q_size = TinyArrays<T>::size(m, dim, lanes);
+  T* const memory = scratch<T>(p_size + q_size + (3 + n + k + k * k) * lanes);
+  TinyArrays<T> p_arrays(memory, n, dim, lanes), q_arrays(memory + p_size, m, dim, lanes);
+  T* const values = memory + p_size + q_size;   // (3, lanes), as overlaps
+  T* const rows = values + 3 * lanes;
+  T* const self_rows = rows + n * lanes;
+  T* const terms = self_rows + k * lanes;
+
+  const TinySide<T> p = p_arrays.read(problem.p, problems, grad_p.wanted());
+  const TinySide<T> q = q_arrays.read(problem.q, problems, grad_q.wanted());
+  const Range<T> p_range = p_arrays.range(), q_range = q_arrays.range();
+  for (const auto& [a, b] : {std::pair{p_range, q_range}, {p_range, p_range}, {q_range, q_range}})
+    if (!kernels.certified(a, b)) return false;
+
+  int64_t exponents[3][kMaxLanes];
+  for (int64_t l = 0; l < lanes; ++l) {
+    const int64_t b = std::min(problems.begin + l, problems.end - 1);
+    exponents[1][l] = problem.p.scale_exponents[b];
+    exponents[2][l] = problem.q.scale_exponents[b];
+    exponents[0][l] = (exponents[1][l] + exponents[2][l]) / 2;
   }
-  return problem;
+  kernels.tiny_overlap({p, q, dim, exponents[0], false, T(-1), terms, values, rows});
+  kernels.tiny_overlap({p, p, dim, exponents[1], true, T(0.5), terms, values + lanes, self_rows});
+  kernels.tiny_overlap({q, q, dim, exponents[2], true, T(0.5), terms, values + 2 * lanes, self_rows});
+  if (!std::all_of(values, values + 3 * lanes, [](T value) { return std::isfinite(value); })) return false;
+
+  for (int64_t b = problems.begin; b < problems.end; ++b) {
+    const int64_t l = b - problems.begin;
+    for (int64_t term = 0; term < 3; ++term) overlaps[3 * b + term] = values[term * lanes + l];
+    divergence[b] = T(0.5 * (overlaps[3 * b + 1] + overlaps[3 * b + 2]) - overlaps[3 * b]);
+    for (int64_t i = 0; i < n; ++i) row_lse[b * n + i] = rows[i * lanes + l];
+  }
+  p_arrays.write(grad_p, problems);
+  q_arrays.write(grad_q, problems);
+  return true;
 }
-
-template <class T>
-SideGradients<T> slice(SideGradients<T> grads, int64_t first, int64_t n, int64_t dim) {
-  if (grads.means) grads.means += first * n * dim;
-  if (grads.variances) grads.variances += first * n * dim;
-  if (grads.log_weights) grads.log_weights += first * n;
-  return grads;
-}
-
-template <class T>
-class LaneDivergences {
- public:
-  LaneDivergences(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, const SideGradients<T>& grad_p,
-                  const SideGradients<T>& grad_q)
-      : problem_(problem),
-        divergence_(divergence),
-        rows_(rows),
-        overlaps_(overlaps),
-        grad_p_(grad_p),
-        grad_q_(grad_q) {}
-
-  // False: this group is to be computed term by term.
-  bool run(int64_t first, int64_t count) const {
-    const TileKernels<T>& kernels = tile_kernels<T>();
-    const int64_t lanes = kernels.lanes, dim = problem_.dim, n = problem_.p.n, m = problem_.q.n, k = std::max(n, m);
-    const int64_t p_size = LaneArrays<T>::size(n, dim, lanes), q_size = LaneArrays<T>::size(m, dim, lanes);
-    T* memory = scratch<T>(p_size + q_size + (k * k + 2 * k + n + 3) * lanes);
-    LaneArrays<T> p(memory, n, dim, lanes), q(memory + p_size, m, dim, lanes);
-    memory += p_size + q_size;
-    T* const values = memory;   // (3, lanes), as overlaps
-    T* const rows = values + 3 * lanes;
-    T* const self_rows = rows + n * lanes;
-    T* const terms = self_rows + k * lanes;
-
-    const LaneSide<T> left = p.read(problem_.p, first, count, grad_p_.wanted());
-    const LaneSide<T> right = q.read(problem_.q, first, count, grad_q_.wanted());
-    const Range<T> p_range = p.range(), q_range = q.range();
-    for (const auto& [a, b] : {std::pair{p_range, q_range}, {p_range, p_range}, {q_range, q_range}})
-      if (!kernels.certified(a, b)) return false;
-
-    int64_t exponents[3][kMaxLanes];
-    for (int64_t l = 0; l < lanes; ++l) {
-      const int64_t b = first + std::min(l, count - 1);
-      const int64_t own = problem_.p.scale_exponents[b], other = problem_.q.scale_exponents[b];
-      exponents[0][l] = (own + other) / 2;
-      exponents[1][l] = own;
-      exponents[2][l] = other;
-    }
-    kernels.lane_overlap({left, right, dim, exponents[0], false, T(-1), terms, rows, values});
-    kernels.lane_overlap({left, left, dim, exponents[1], true, T(0.5), terms, self_rows, values + lanes});
-    kernels.lane_overlap({right, right, dim, exponents[2], true, T(0.5), terms, self_rows, values + 2 * lanes});
-    if (!std::all_of(values, values + 3 * lanes, [](T value) { return std::isfinite(value); })) return false;
-
-    for (int64_t l = 0; l < count; ++l) {
-      double* const overlaps = overlaps_ + 3 * (first + l);
-      for (int64_t term = 0; term < 3; ++term) overlaps[term] = values[term * lanes + l];
-      divergence_[first + l] = T(0.5 * (overlaps[1] + overlaps[2]) - overlaps[0]);
-      for (int64_t i = 0; i < n; ++i) rows_[(first + l) * n + i] = rows[i * lanes + l];
-    }
-    p.write(grad_p_, first, count);
-    q.write(grad_q_, first, count);
-    return true;
-  }
-
-  bool run_by_terms(int64_t first, int64_t count, int threads) const {
-    const int64_t n = problem_.p.n, m = problem_.q.n, dim = problem_.dim;
-    return cs_divergence_by_terms(slice(problem_, first, count), divergence_ + first, rows_ + first * n,
-                                  overlaps_ + 3 * first, slice(grad_p_, first, n, dim), slice(grad_q_, first, m, dim),
-                                  threads);
-  }
-
- private:
-  static constexpr int64_t kMaxLanes = 16;
-
-  const Problem<T>& problem_;
-  T *divergence_, *rows_;
-  double* overlaps_;
-  const SideGradients<T>&grad_p_, &grad_q_;
-};
 
 }   // namespace
 
 template <class T>
-bool fits_lanes(const Problem<T>& problem) {
+bool is_tiny(const Problem<T>& problem) {
   const auto fits = [&](const Mixture<T>& side) {
-    return side.batch == problem.batch && !side.index && side.n > 0 && side.n <= kMaxLaneComponents;
+    return side.batch == problem.batch && !side.index && side.n > 0 && side.n <= kMaxTinyComponents;
   };
-  return problem.batch >= tile_kernels<T>().lanes && problem.dim <= kMaxLaneDim && fits(problem.p) && fits(problem.q);
+  return problem.batch >= tile_kernels<T>().lanes && problem.dim <= kMaxTinyDim && fits(problem.p) && fits(problem.q);
 }
 
 template <class T>
-bool cs_divergence_in_lanes(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
-                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads) {
-  const int64_t lanes = tile_kernels<T>().lanes, groups = (problem.batch + lanes - 1) / lanes;
-  const LaneDivergences<T> all(problem, divergence, rows, overlaps, grad_p, grad_q);
-  const auto count = [&](int64_t group) { return std::min(lanes, problem.batch - group * lanes); };
+std::vector<Part> tiny_divergence(const Problem<T>& problem, T* values, T* row_lse, double* overlaps,
+                                  const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads) {
+  const int64_t lanes = tile_kernels<T>().lanes, groups = ceil_div(problem.batch, lanes);
+  const auto problems = [&](int64_t group) {
+    return Part{group * lanes, std::min((group + 1) * lanes, problem.batch)};
+  };
   std::vector<char> done(groups);
-  parallel_for(groups, useful_threads(problem, threads),
-               [&](int64_t group) { done[group] = all.run(group * lanes, count(group)); });
-  bool once = true;
+  parallel_for(groups, useful_threads(problem, threads), [&](int64_t group) {
+    done[group] = run(problem, problems(group), values, row_lse, overlaps, grad_p, grad_q);
+  });
+  std::vector<Part> rest;
   for (int64_t group = 0; group < groups; ++group)
-    if (!done[group]) once &= all.run_by_terms(group * lanes, count(group), threads);
-  return once;
+    if (!done[group]) rest.push_back(problems(group));
+  return rest;
 }
 
-template bool fits_lanes(const Problem<float>&);
-template bool fits_lanes(const Problem<double>&);
-template bool cs_divergence_in_lanes(const Problem<float>&, float*, float*, double*, const SideGradients<float>&,
-                                     const SideGradients<float>&, int);
-template bool cs_divergence_in_lanes(const Problem<double>&, double*, double*, double*, const SideGradients<double>&,
-                                     const SideGradients<double>&, int);
+CSDIV_INSTANTIATE(is_tiny);
+CSDIV_INSTANTIATE(tiny_divergence);
 
 }   // namespace csdiv::cpu
