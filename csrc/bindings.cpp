@@ -9,9 +9,10 @@
 
 #include "arguments.h"
 #include "cpu/cpu.h"
-#include "cpu/dispatch.h"
-#include "cpu/pack.h"
-#include "cpu/thread_pool.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/pack.h"
+#include "cpu/sweep/scale.h"
+#include "cpu/system/thread_pool.h"
 #ifdef CSDIV_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -105,7 +106,7 @@ void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
-    cpu::overlap_lse_backward(scaled.problem, values, grads, to_p, to_q, threads);
+    cpu::overlap_lse_backward(scaled.problem, grads, values, to_p, to_q, threads);
   });
 }
 
@@ -123,7 +124,7 @@ bool cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py:
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
     cpu::offsets(scaled.problem, cpu::Uniform::kOfBoth, left_out);
-    return cpu::log_overlap_forward(scaled.problem, T(1), row_values, out, to_p, to_q, threads);
+    return cpu::log_overlap_forward(scaled.problem, T(1), out, row_values, to_p, to_q, threads);
   });
 }
 
@@ -139,7 +140,7 @@ void cpu_log_overlap_backward(int itemsize, int64_t batch, int64_t dim, const py
     const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
     const py::gil_scoped_release unlocked;
     const Scaled<T> scaled(problem);
-    cpu::log_overlap_backward(scaled.problem, grads, T(1), saved, totals, to_p, to_q, threads);
+    cpu::log_overlap_backward(scaled.problem, T(1), grads, totals, saved, to_p, to_q, threads);
   });
 }
 
@@ -168,7 +169,7 @@ void cpu_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Po
     const SideGradients<T> to_p = side_gradients<T>(grad);
     const py::gil_scoped_release unlocked;
     const cpu::ScaleExponents<T> exponents(dim, side);
-    cpu::self_overlap_backward(dim, side, saved, grads, to_p, threads);
+    cpu::self_overlap_backward(dim, side, grads, saved, to_p, threads);
   });
 }
 
@@ -268,7 +269,7 @@ void cpu_full_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, con
   const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
   check(problem.p.variances || !to_p.variances, "points have no gradients to variances");
   const py::gil_scoped_release unlocked;
-  cpu::full_overlap_lse_backward(problem, values, grads, to_p, to_q, threads);
+  cpu::full_overlap_lse_backward(problem, grads, values, to_p, to_q, threads);
 }
 
 void cpu_full_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer rows, int threads) {
@@ -285,7 +286,7 @@ void cpu_full_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& 
   const auto* const grads = pointer<const double>(grad_rows, problem.rows() > 0);
   const auto to_p = side_gradients<double>(grad);
   const py::gil_scoped_release unlocked;
-  cpu::full_self_overlap_backward(problem, values, grads, to_p, threads);
+  cpu::full_self_overlap_backward(problem, grads, values, to_p, threads);
 }
 
 void cpu_full_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,

@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu.h"
-#include "dispatch.h"
-#include "pack.h"
-#include "thread_pool.h"
+#include "cpu/cpu.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/pack.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 
@@ -38,7 +38,6 @@ void assign(const Problem<T>& batched, int64_t* assignment, int threads) {
   });
 }
 
-template void assign(const Problem<float>&, int64_t*, int);
-template void assign(const Problem<double>&, int64_t*, int);
+CSDIV_INSTANTIATE(assign);
 
 }   // namespace csdiv::cpu

@@ -3,8 +3,8 @@
 // of the density and of uniform weights are left out as well.
 #pragma once
 
-#include "mixture.h"
-#include "tile.h"
+#include "cpu/kernels/tile.h"
+#include "cpu/mixture.h"
 
 namespace csdiv::cpu {
 
@@ -17,38 +17,33 @@ struct SideGradients {
   bool add = false;
 
   bool wanted() const { return means || variances || log_weights; }
+  SideGradients added_to() const { return {means, variances, log_weights, true}; }
 };
 
 // Float32 numbers that `rounds` rounds of TileKernels::arithmetic compute on `threads` threads at once.
 int64_t arithmetic(int64_t rounds, Arithmetic kind, int threads);
 
-// What is left out of each problem's values; the uniform weights of a side count where it has no log weights.
-enum class Uniform { kNone, kOfQ, kOfBoth };
+// row_lse[b, i] = LSE_j logit_ij. The gradients of sum_bi row_lse[b, i] are computed in the same pass over the pairs.
+// Forward passes return false where that took another pass, because a row, a value or a sum is not finite.
 template <class T>
-void offsets(const Problem<T>& problem, Uniform uniform, double* offsets);
-
-// rows[b, i] = LSE_j logit_ij. The gradients of sum_bi rows[b, i] are computed in the same pass over the pairs. False:
-// it took another pass, because a row is infinite or NaN.
-template <class T>
-bool overlap_lse_forward(const Problem<T>& problem, T* rows, const SideGradients<T>& grad_p,
+bool overlap_lse_forward(const Problem<T>& problem, T* row_lse, const SideGradients<T>& grad_p,
                          const SideGradients<T>& grad_q, int threads);
 
-// Gradients of sum_bi grad_rows[b, i] (log a_i + rows[b, i]).
+// Gradients of sum_bi grad_row_lse[b, i] (log a_i + row_lse[b, i]).
 template <class T>
-void overlap_lse_backward(const Problem<T>& problem, const T* rows, const T* grad_rows, const SideGradients<T>& grad_p,
-                          const SideGradients<T>& grad_q, int threads);
+void overlap_lse_backward(const Problem<T>& problem, const T* grad_row_lse, const T* row_lse,
+                          const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads);
 
-// values[b] = LSE_i (log a_i + rows[b, i]); rows as above. The gradients of sum_b factor values[b] are computed in the
-// same pass over the pairs; a side that wants any has one item for each problem. False: it took another pass, because a
-// value or a sum is not finite.
+// values[b] = LSE_i (log a_i + row_lse[b, i]). The gradients of sum_b factor values[b] are computed in the same pass
+// over the pairs; a side that wants any has one item for each problem.
 template <class T>
-bool log_overlap_forward(const Problem<T>& problem, T factor, T* rows, double* values, const SideGradients<T>& grad_p,
-                         const SideGradients<T>& grad_q, int threads);
+bool log_overlap_forward(const Problem<T>& problem, T factor, double* values, T* row_lse,
+                         const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads);
 
 // Gradients of sum_b factor grad_values[b] values[b].
 template <class T>
-void log_overlap_backward(const Problem<T>& problem, const T* grad_values, T factor, const T* rows,
-                          const double* values, const SideGradients<T>& grad_p, const SideGradients<T>& grad_q,
+void log_overlap_backward(const Problem<T>& problem, T factor, const T* grad_values, const double* values,
+                          const T* row_lse, const SideGradients<T>& grad_p, const SideGradients<T>& grad_q,
                           int threads);
 
 // values[b] = log sum_ij a_i a_j exp(logit_ij without weights); gradients of sum_b factor values[b] in the same pass.
@@ -57,36 +52,26 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
                           int threads);
 
 template <class T>
-void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* values, const T* grad_values,
+void self_overlap_backward(int64_t dim, const Mixture<T>& p, const T* grad_values, const double* values,
                            const SideGradients<T>& grad, int threads);
 
-// divergence[b] = (pp + qq) / 2 - pq from the three log overlaps, overlaps[b] = (pq, pp, qq); rows as above. The scales
-// cancel: E_pq = (E_pp + E_qq) / 2. Gradients of the divergences in the same pass; a side that wants any has one item
-// for each problem.
+// values[b] = (pp + qq) / 2 - pq from the three log overlaps, overlaps[b] = (pq, pp, qq). The scales cancel:
+// E_pq = (E_pp + E_qq) / 2. Gradients of sum_b values[b] in the same pass; a side that wants any has one item for each
+// problem.
 template <class T>
-bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
-                           SideGradients<T> grad_q, int threads);
+bool cs_divergence_forward(const Problem<T>& problem, T* values, T* row_lse, double* overlaps,
+                           const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads);
 
-// The two ways to it: term by term, or, where fits_lanes, several problems at once.
 template <class T>
-bool cs_divergence_by_terms(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
-                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
-template <class T>
-bool fits_lanes(const Problem<T>& problem);
-template <class T>
-bool cs_divergence_in_lanes(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
+void cs_divergence_backward(const Problem<T>& problem, const T* grad_values, const T* row_lse, const double* overlaps,
                             const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads);
 
+// values[b, i, j] = logit_ij without weights; nothing is left out.
 template <class T>
-void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* rows, const double* overlaps,
-                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads);
-
-// logits[b, i, j], without weights; nothing is left out.
-template <class T>
-void pairwise_forward(const Problem<T>& problem, T* logits, int threads);
+void pairwise_forward(const Problem<T>& problem, T* values, int threads);
 
 template <class T>
-void pairwise_backward(const Problem<T>& problem, const T* grad_logits, const SideGradients<T>& grad_p,
+void pairwise_backward(const Problem<T>& problem, const T* grad_values, const SideGradients<T>& grad_p,
                        const SideGradients<T>& grad_q, int threads);
 
 // assignment[b, i] = argmax_j logit_ij, as torch.argmax.
@@ -97,21 +82,21 @@ void assign(const Problem<T>& problem, int64_t* assignment, int threads);
 // dim), whose lower triangles are read. Nothing is left out of the values. A sum of two that is not positive definite
 // makes its pair NaN. Where p has no variances its components are points, against which each component of q is factored
 // once, and p has no gradients to variances; not for a self overlap.
-void full_overlap_lse_forward(const Problem<double>& problem, double* rows, int threads);
+void full_overlap_lse_forward(const Problem<double>& problem, double* row_lse, int threads);
 
-void full_overlap_lse_backward(const Problem<double>& problem, const double* rows, const double* grad_rows,
+void full_overlap_lse_backward(const Problem<double>& problem, const double* grad_row_lse, const double* row_lse,
                                const SideGradients<double>& grad_p, const SideGradients<double>& grad_q, int threads);
 
-// rows[b, i] = LSE over j >= i, where pairs j > i count twice; p and q are the same mixtures. Gradients of
-// sum_bi grad_rows[b, i] (log a_i + rows[b, i]).
-void full_self_overlap_forward(const Problem<double>& problem, double* rows, int threads);
+// row_lse[b, i] = LSE over j >= i, where pairs j > i count twice; p and q are the same mixtures. Gradients of
+// sum_bi grad_row_lse[b, i] (log a_i + row_lse[b, i]).
+void full_self_overlap_forward(const Problem<double>& problem, double* row_lse, int threads);
 
-void full_self_overlap_backward(const Problem<double>& problem, const double* rows, const double* grad_rows,
+void full_self_overlap_backward(const Problem<double>& problem, const double* grad_row_lse, const double* row_lse,
                                 const SideGradients<double>& grad, int threads);
 
-void full_pairwise_forward(const Problem<double>& problem, double* logits, int threads);
+void full_pairwise_forward(const Problem<double>& problem, double* values, int threads);
 
-void full_pairwise_backward(const Problem<double>& problem, const double* grad_logits,
+void full_pairwise_backward(const Problem<double>& problem, const double* grad_values,
                             const SideGradients<double>& grad_p, const SideGradients<double>& grad_q, int threads);
 
 void full_assign(const Problem<double>& problem, int64_t* assignment, int threads);

@@ -1,70 +1,91 @@
 #include <algorithm>
 
-#include "cpu.h"
-#include "pack.h"
+#include "cpu/cpu.h"
+#include "cpu/system/memory.h"
+#include "cpu/tiny_divergence.h"
 
 namespace csdiv::cpu {
+namespace {
 
 template <class T>
-bool cs_divergence_by_terms(const Problem<T>& problem, T* divergence, T* rows, double* overlaps,
-                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads) {
+bool forward_by_terms(const Problem<T>& problem, T* values, T* row_lse, double* overlaps,
+                      const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads) {
   const AlignedArray<double> pq(problem.batch), pp(problem.p.batch), qq(problem.q.batch);
-  bool once = log_overlap_forward(problem, T(-1), rows, pq.get(), grad_p, grad_q, threads);
-  grad_p.add = grad_q.add = true;
-  once &= self_overlap_forward(problem.dim, problem.p, T(0.5), pp.get(), grad_p, threads);
-  once &= self_overlap_forward(problem.dim, problem.q, T(0.5), qq.get(), grad_q, threads);
+  bool fused = log_overlap_forward(problem, T(-1), pq.get(), row_lse, grad_p, grad_q, threads);
+  fused &= self_overlap_forward(problem.dim, problem.p, T(0.5), pp.get(), grad_p.added_to(), threads);
+  fused &= self_overlap_forward(problem.dim, problem.q, T(0.5), qq.get(), grad_q.added_to(), threads);
   for (int64_t b = 0; b < problem.batch; ++b) {
     double* const terms = overlaps + 3 * b;
     terms[0] = pq.get()[b];
     terms[1] = pp.get()[problem.p.item(b)];
     terms[2] = qq.get()[problem.q.item(b)];
-    divergence[b] = T(0.5 * (terms[1] + terms[2]) - terms[0]);
+    values[b] = T(0.5 * (terms[1] + terms[2]) - terms[0]);
   }
-  return once;
+  return fused;
+}
+
+// Some problems, each with items of its own.
+template <class T>
+Problem<T> slice(Problem<T> problem, const Part& part) {
+  problem.batch = part.end - part.begin;
+  for (Mixture<T>* side : {&problem.p, &problem.q}) {
+    side->means += part.begin * side->n * problem.dim;
+    side->variances += part.begin * side->n * problem.dim;
+    if (side->log_weights) side->log_weights += part.begin * side->n;
+    side->scale_exponents += part.begin;
+    if (side->precisions) side->precisions += part.begin * side->n * problem.dim;
+    if (side->log_determinants) side->log_determinants += part.begin * side->n;
+    side->batch = problem.batch;
+  }
+  return problem;
 }
 
 template <class T>
-bool cs_divergence_forward(const Problem<T>& problem, T* divergence, T* rows, double* overlaps, SideGradients<T> grad_p,
-                           SideGradients<T> grad_q, int threads) {
-  if (fits_lanes(problem)) return cs_divergence_in_lanes(problem, divergence, rows, overlaps, grad_p, grad_q, threads);
-  return cs_divergence_by_terms(problem, divergence, rows, overlaps, grad_p, grad_q, threads);
+SideGradients<T> slice(SideGradients<T> grads, const Part& part, int64_t n, int64_t dim) {
+  if (grads.means) grads.means += part.begin * n * dim;
+  if (grads.variances) grads.variances += part.begin * n * dim;
+  if (grads.log_weights) grads.log_weights += part.begin * n;
+  return grads;
+}
+
+}   // namespace
+
+template <class T>
+bool cs_divergence_forward(const Problem<T>& problem, T* values, T* row_lse, double* overlaps,
+                           const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads) {
+  if (!is_tiny(problem)) return forward_by_terms(problem, values, row_lse, overlaps, grad_p, grad_q, threads);
+  const int64_t n = problem.p.n, m = problem.q.n, dim = problem.dim;
+  bool fused = true;
+  for (const Part& part : tiny_divergence(problem, values, row_lse, overlaps, grad_p, grad_q, threads))
+    fused &=
+        forward_by_terms(slice(problem, part), values + part.begin, row_lse + part.begin * n, overlaps + 3 * part.begin,
+                         slice(grad_p, part, n, dim), slice(grad_q, part, m, dim), threads);
+  return fused;
 }
 
 template <class T>
-void cs_divergence_backward(const Problem<T>& problem, const T* grad, const T* rows, const double* overlaps,
-                            SideGradients<T> grad_p, SideGradients<T> grad_q, int threads) {
+void cs_divergence_backward(const Problem<T>& problem, const T* grad_values, const T* row_lse, const double* overlaps,
+                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads) {
   const AlignedArray<double> pq(problem.batch);
   for (int64_t b = 0; b < problem.batch; ++b) pq.get()[b] = overlaps[3 * b];
-  log_overlap_backward(problem, grad, T(-1), rows, pq.get(), grad_p, grad_q, threads);
+  log_overlap_backward(problem, T(-1), grad_values, pq.get(), row_lse, grad_p, grad_q, threads);
 
   // The self terms are added, each once for all problems that share it.
-  const auto add_self_term = [&](const Mixture<T>& side, int term, SideGradients<T> grads) {
+  const auto add_self_term = [&](const Mixture<T>& side, int term, const SideGradients<T>& grads) {
     if (!grads.wanted()) return;
-    const AlignedArray<T> half(side.batch);
+    const AlignedArray<T> half = filled(side.batch, T(0));
     const AlignedArray<double> values(side.batch);
-    std::fill_n(half.get(), side.batch, T(0));
     for (int64_t b = 0; b < problem.batch; ++b) {
-      half.get()[side.item(b)] += T(0.5) * grad[b];
+      half.get()[side.item(b)] += T(0.5) * grad_values[b];
       values.get()[side.item(b)] = overlaps[3 * b + term];
     }
-    grads.add = true;
-    self_overlap_backward(problem.dim, side, values.get(), half.get(), grads, threads);
+    self_overlap_backward(problem.dim, side, half.get(), values.get(), grads.added_to(), threads);
   };
   add_self_term(problem.p, 1, grad_p);
   add_self_term(problem.q, 2, grad_q);
 }
 
-template bool cs_divergence_by_terms(const Problem<float>&, float*, float*, double*, SideGradients<float>,
-                                     SideGradients<float>, int);
-template bool cs_divergence_by_terms(const Problem<double>&, double*, double*, double*, SideGradients<double>,
-                                     SideGradients<double>, int);
-template bool cs_divergence_forward(const Problem<float>&, float*, float*, double*, SideGradients<float>,
-                                    SideGradients<float>, int);
-template bool cs_divergence_forward(const Problem<double>&, double*, double*, double*, SideGradients<double>,
-                                    SideGradients<double>, int);
-template void cs_divergence_backward(const Problem<float>&, const float*, const float*, const double*,
-                                     SideGradients<float>, SideGradients<float>, int);
-template void cs_divergence_backward(const Problem<double>&, const double*, const double*, const double*,
-                                     SideGradients<double>, SideGradients<double>, int);
+CSDIV_INSTANTIATE(cs_divergence_forward);
+CSDIV_INSTANTIATE(cs_divergence_backward);
 
 }   // namespace csdiv::cpu

@@ -1,9 +1,27 @@
 // What the entry points are given: batches of mixtures, and the problems that pair them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
+// Instantiates a function template for both types of numbers.
+#define CSDIV_INSTANTIATE(function)                   \
+  template decltype(function<float>) function<float>; \
+  template decltype(function<double>) function<double>
+
 namespace csdiv::cpu {
+
+constexpr double kLog2 = 0.69314718055994530942;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// A component of weight zero counts nothing, whatever its parameters and its row. NaN does, to show.
+template <class T>
+bool counts(T log_weight) {
+  return log_weight != -INFINITY;
+}
 
 // Mixtures of n components, read where the caller has them.
 template <class T>
@@ -23,7 +41,11 @@ struct Mixture {
 
   int64_t item(int64_t problem) const { return index ? index[problem] : batch == 1 ? 0 : problem; }
 
-  T log_weight(int64_t item, int64_t k) const { return log_weights ? log_weights[item * n + k] : T(0); }
+  // An infinite weight is none: NaN.
+  T log_weight(int64_t item, int64_t k) const {
+    const T log_weight = log_weights ? log_weights[item * n + k] : T(0);
+    return log_weight == INFINITY ? T(NAN) : log_weight;
+  }
 
   int64_t scale_exponent(int64_t item, int64_t k) const {
     return scale_exponents[exponent_period ? k / exponent_period : item];

@@ -1,25 +1,22 @@
-#include "gradient_sweep.h"
+#include "cpu/sweep/gradient_sweep.h"
 
 namespace csdiv::cpu {
 
 template <class T>
-void overlap_lse_backward(const Problem<T>& batched, const T* rows, const T* grad_rows, const SideGradients<T>& grad_p,
-                          const SideGradients<T>& grad_q, int threads) {
+void overlap_lse_backward(const Problem<T>& batched, const T* grad_row_lse, const T* row_lse,
+                          const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads) {
   const Problem<T> problem = flattened(batched);
   const TileKernels<T>& kernels = tile_kernels<T>();
-  // w = grad_row exp(logit - row): equation (5), r being the softmax of the row.
+  // w = grad_row_lse exp(logit - row_lse): equation (5), r being the softmax of the row.
   const auto fill = [&](const SweepTile<T>& tile, T* weights) {
     const int64_t first = tile.problem * problem.p.n + tile.first_row;
     kernels.logits(tile.rows, tile.columns, 0, weights);
-    return kernels.weights(tile.rows, tile.columns, {rows + first, grad_rows + first}, weights, tile.column_sums,
+    return kernels.weights(tile.rows, tile.columns, {row_lse + first, grad_row_lse + first}, weights, tile.column_sums,
                            tile.row_sums);
   };
   sweep_gradients(problem, LogWeights::kKept, grad_p, grad_q, threads, fill);
 }
 
-template void overlap_lse_backward(const Problem<float>&, const float*, const float*, const SideGradients<float>&,
-                                   const SideGradients<float>&, int);
-template void overlap_lse_backward(const Problem<double>&, const double*, const double*, const SideGradients<double>&,
-                                   const SideGradients<double>&, int);
+CSDIV_INSTANTIATE(overlap_lse_backward);
 
 }   // namespace csdiv::cpu

@@ -2,57 +2,48 @@
 #include <cmath>
 #include <optional>
 
-#include "cpu.h"
-#include "gradient_sweep.h"
-#include "row_sums.h"
+#include "cpu/cpu.h"
+#include "cpu/sweep/gradient_sweep.h"
+#include "cpu/sweep/row_sums.h"
 
 namespace csdiv::cpu {
 namespace {
 
-// The gradients of the sum of all rows, with the rows.
+// The gradients of the sum of all row_lse, with them.
 template <class T>
-class OnlyPassOfRows : public OnlyPass {
- public:
-  OnlyPassOfRows(const Problem<T>& problem, T* rows)
-      : OnlyPass{true, 1.0}, problem_(problem), rows_(rows), totals_(problem.rows()) {}
+struct FusedPassOfRows : FusedPass {
+  const Problem<T>& problem;
+  T* const row_lse;
+  const AlignedArray<double> totals;
+  std::optional<RowSums<T>> sums = {};
 
-  void start(int64_t groups) { sums_.emplace(problem_, groups); }
+  void start(int64_t groups) { sums.emplace(problem, groups); }
 
   void logits(const SweepTile<T>& tile, int64_t group, T* terms, double* scales) {
-    sums_->add(tile.rows, tile.columns, tile.problem * problem_.p.n + tile.first_row, group, terms, scales);
+    sums->add(tile.rows, tile.columns, tile.problem * problem.p.n + tile.first_row, group, terms, scales);
   }
 
   bool finish_rows(int64_t b, int64_t first, int64_t count) {
-    double* const totals = totals_.get() + b * problem_.p.n + first;
-    T* const rows = rows_ + b * problem_.p.n + first;
-    for (int64_t k = 0; k < count; ++k) rows[k] = T(totals[k] = sums_->value(b * problem_.p.n + first + k));
-    return std::all_of(totals, totals + count, [](double total) { return total < INFINITY; });
+    const int64_t row = b * problem.p.n + first;
+    double* const own = totals.get() + row;
+    for (int64_t k = 0; k < count; ++k) row_lse[row + k] = T(own[k] = sums->value(row + k));
+    return std::all_of(own, own + count, [](double total) { return total < INFINITY; });
   }
 
-  bool finish() { return true; }
-
-  double log_total(int64_t b, int64_t i) const { return totals_.get()[b * problem_.p.n + i]; }
-
- private:
-  const Problem<T>& problem_;
-  T* const rows_;
-  AlignedArray<double> totals_;
-  std::optional<RowSums<T>> sums_;
+  double log_total(int64_t b, int64_t i) const { return totals.get()[b * problem.p.n + i]; }
 };
 
 }   // namespace
 
 template <class T>
-bool overlap_lse_forward(const Problem<T>& batched, T* rows, const SideGradients<T>& grad_p,
+bool overlap_lse_forward(const Problem<T>& batched, T* row_lse, const SideGradients<T>& grad_p,
                          const SideGradients<T>& grad_q, int threads) {
   const Problem<T> problem = flattened(batched);
   if (grad_p.wanted() || grad_q.wanted()) {
-    OnlyPassOfRows<T> pass(problem, rows);
+    FusedPassOfRows<T> pass{{true, 1.0}, problem, row_lse, AlignedArray<double>(problem.rows())};
     if (sweep_gradients(problem, LogWeights::kKept, grad_p, grad_q, threads, pass)) return true;
-    overlap_lse_forward(batched, rows, {}, {}, threads);
-    const AlignedArray<T> ones(problem.rows());
-    std::fill_n(ones.get(), ones.size(), T(1));
-    overlap_lse_backward(batched, rows, ones.get(), grad_p, grad_q, threads);
+    overlap_lse_forward(batched, row_lse, {}, {}, threads);
+    overlap_lse_backward(batched, filled(problem.rows(), T(1)).get(), row_lse, grad_p, grad_q, threads);
     return false;
   }
   threads = useful_threads(problem, threads);
@@ -75,13 +66,10 @@ bool overlap_lse_forward(const Problem<T>& batched, T* rows, const SideGradients
         sums.add(row_tile(problem, b, tile), stripe, b * problem.p.n + tile * kTileRows, group, logits, maxima);
     }
   });
-  sums.write(rows);
+  sums.write(row_lse);
   return true;
 }
 
-template bool overlap_lse_forward(const Problem<float>&, float*, const SideGradients<float>&,
-                                  const SideGradients<float>&, int);
-template bool overlap_lse_forward(const Problem<double>&, double*, const SideGradients<double>&,
-                                  const SideGradients<double>&, int);
+CSDIV_INSTANTIATE(overlap_lse_forward);
 
 }   // namespace csdiv::cpu

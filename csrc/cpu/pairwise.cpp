@@ -1,11 +1,12 @@
 #include <cmath>
 
-#include "gradient_sweep.h"
+#include "cpu/sweep/gradient_sweep.h"
+#include "cpu/sweep/scale.h"
 
 namespace csdiv::cpu {
 
 template <class T>
-void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
+void pairwise_forward(const Problem<T>& batched, T* values, int threads) {
   const Problem<T> problem = flattened(batched);
   threads = useful_threads(problem, threads);
   const TileKernels<T>& kernels = tile_kernels<T>();
@@ -23,7 +24,7 @@ void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t row = b * problem.p.n + first + r;
         const double offset = left_out.get()[row / rows_of_problem];
-        T* const to = out + row * m + s * columns.width();
+        T* const to = values + row * m + s * columns.width();
         for (int64_t j = 0; j < stripe.count; ++j) to[j] = T(logits[r * stripe.stride + j] + offset);
       }
     }
@@ -31,7 +32,7 @@ void pairwise_forward(const Problem<T>& batched, T* out, int threads) {
 }
 
 template <class T>
-void pairwise_backward(const Problem<T>& batched, const T* grad, const SideGradients<T>& grad_p,
+void pairwise_backward(const Problem<T>& batched, const T* grad_values, const SideGradients<T>& grad_p,
                        const SideGradients<T>& grad_q, int threads) {
   const Problem<T> problem = flattened(batched);
   const int64_t m = problem.q.n;
@@ -44,7 +45,7 @@ void pairwise_backward(const Problem<T>& batched, const T* grad, const SideGradi
     uint32_t active = 0;
     for (int64_t r = 0; r < tile.rows.count; ++r) {
       T* const row = weights + r * tile.columns.stride;
-      const T* const from = grad + (tile.problem * problem.p.n + tile.first_row + r) * m + tile.first_column;
+      const T* const from = grad_values + (tile.problem * problem.p.n + tile.first_row + r) * m + tile.first_column;
       for (int64_t j = 0; j < tile.columns.padded; ++j) {
         const bool counts = j < tile.columns.count && from[j] != 0 && (plain || row[j] != -INFINITY);
         row[j] = !counts ? T(0) : plain || row[j] == row[j] ? from[j] : row[j];
@@ -56,11 +57,7 @@ void pairwise_backward(const Problem<T>& batched, const T* grad, const SideGradi
   sweep_gradients(problem, LogWeights::kZero, grad_p, grad_q, threads, fill);
 }
 
-template void pairwise_forward(const Problem<float>&, float*, int);
-template void pairwise_forward(const Problem<double>&, double*, int);
-template void pairwise_backward(const Problem<float>&, const float*, const SideGradients<float>&,
-                                const SideGradients<float>&, int);
-template void pairwise_backward(const Problem<double>&, const double*, const SideGradients<double>&,
-                                const SideGradients<double>&, int);
+CSDIV_INSTANTIATE(pairwise_forward);
+CSDIV_INSTANTIATE(pairwise_backward);
 
 }   // namespace csdiv::cpu

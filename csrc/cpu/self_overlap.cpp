@@ -3,8 +3,8 @@
 #include <limits>
 #include <optional>
 
-#include "gradient_sweep.h"
-#include "log_sum_exp.h"
+#include "cpu/sweep/gradient_sweep.h"
+#include "cpu/sweep/log_sum_exp.h"
 
 namespace csdiv::cpu {
 namespace {
@@ -57,7 +57,7 @@ class SelfSums {
     for (int64_t r = 0; r < rows.count; ++r) {
       const double log_weight = p_.log_weight(b, first + r);
       maxima[r] = -std::numeric_limits<T>::infinity();
-      if (log_weight == -INFINITY) continue;
+      if (!counts(log_weight)) continue;
       total.add_one(log_weight + logits.diagonal[r]);
       total.add_scaled(sums[r].max, 2 * sums[r].sum, log_weight);
       maxima[r] = sums[r].max;
@@ -77,23 +77,24 @@ class SelfSums {
 // The value and its gradients at once: equation (6), twice the one-sided gradients. A pair j > i counts for both of its
 // components at once; the pair (i, i), swept as a row and as a column, counts half for each.
 template <class T>
-class OnlyPassOfSelf : public OnlyPass {
- public:
-  OnlyPassOfSelf(int64_t dim, const Mixture<T>& p, double factor, double* values)
-      : OnlyPass{false, factor}, dim_(dim), p_(p), values_(values) {}
+struct FusedPassOfSelf : FusedPass {
+  const int64_t dim;
+  const Mixture<T>& p;
+  double* const values;
+  std::optional<SelfSums<T>> sums = {};
 
-  void start(int64_t groups) { sums_.emplace(dim_, p_, groups); }
+  void start(int64_t groups) { sums.emplace(dim, p, groups); }
 
   void logits(const SweepTile<T>& tile, int64_t group, T* terms, double* scales) {
     const UpperLogits<T> upper(tile.rows, tile.columns, tile.first_row, tile.first_column, terms);
     T maxima[kTileRows];
-    sums_->add(tile.rows, tile.columns, tile.problem, tile.first_row, group, upper, terms, maxima);
+    sums->add(tile.rows, tile.columns, tile.problem, tile.first_row, group, upper, terms, maxima);
     for (int64_t r = 0; r < tile.rows.count; ++r) {
       T* const row = terms + r * tile.columns.stride;
       std::fill_n(row, upper.first_column, T(0));
-      const double log_weight = p_.log_weight(tile.problem, tile.first_row + r);
+      const double log_weight = p.log_weight(tile.problem, tile.first_row + r);
       T top = maxima[r];
-      if (log_weight != -INFINITY && upper.diagonal[r] != -INFINITY) {
+      if (counts(log_weight) && upper.diagonal[r] != -INFINITY) {
         if (upper.diagonal[r] > top) {
           const T rise = std::exp(top - upper.diagonal[r]);
           for (int64_t j = 0; j < tile.columns.padded; ++j) row[j] *= rise;
@@ -101,26 +102,16 @@ class OnlyPassOfSelf : public OnlyPass {
         }
         row[tile.diagonal(r)] = T(0.5) * std::exp(upper.diagonal[r] - top);
       }
-      scales[r] = log_weight == -INFINITY ? -INFINITY : kLog2 + log_weight + top;
+      scales[r] = counts(log_weight) ? kLog2 + log_weight + top : log_weight;
     }
   }
 
-  bool finish_rows(int64_t, int64_t, int64_t) { return true; }
-
   bool finish() {
-    sums_->write(values_);
-    return std::all_of(values_, values_ + p_.batch, [](double value) { return std::isfinite(value); });
+    sums->write(values);
+    return std::all_of(values, values + p.batch, [](double value) { return std::isfinite(value); });
   }
 
-  double log_total(int64_t b, int64_t) const { return values_[b]; }
-
- private:
-  static constexpr double kLog2 = 0.69314718055994530942;
-
-  const int64_t dim_;
-  const Mixture<T>& p_;
-  double* const values_;
-  std::optional<SelfSums<T>> sums_;
+  double log_total(int64_t b, int64_t) const { return values[b]; }
 };
 
 }   // namespace
@@ -130,12 +121,10 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
                           int threads) {
   const Problem<T> problem = with_itself(dim, p);
   if (grad.wanted()) {
-    OnlyPassOfSelf<T> pass(dim, p, factor, values);
+    FusedPassOfSelf<T> pass{{false, factor}, dim, p, values};
     if (sweep_self_gradients(problem, grad, threads, pass)) return true;
     self_overlap_forward(dim, p, factor, values, {}, threads);
-    const AlignedArray<T> factors(p.batch);
-    std::fill_n(factors.get(), p.batch, factor);
-    self_overlap_backward(dim, p, values, factors.get(), grad, threads);
+    self_overlap_backward(dim, p, filled(p.batch, factor).get(), values, grad, threads);
     return false;
   }
   threads = useful_threads(problem, threads);
@@ -159,7 +148,7 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
 }
 
 template <class T>
-void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* values, const T* grad_values,
+void self_overlap_backward(int64_t dim, const Mixture<T>& p, const T* grad_values, const double* values,
                            const SideGradients<T>& grad, int threads) {
   if (!grad.wanted()) return;
   const Problem<T> problem = with_itself(dim, p);
@@ -169,7 +158,7 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* value
     for (int64_t r = 0; r < tile.rows.count; ++r) {
       const T log_weight = p.log_weight(tile.problem, tile.first_row + r);
       log_normalizers[r] = T(values[tile.problem] - double(log_weight));
-      grads[r] = log_weight == -INFINITY || values[tile.problem] == -INFINITY ? T(0) : 2 * grad_values[tile.problem];
+      grads[r] = !counts(log_weight) || values[tile.problem] == -INFINITY ? T(0) : 2 * grad_values[tile.problem];
     }
     const UpperLogits<T> upper(tile.rows, tile.columns, tile.first_row, tile.first_column, weights);
     for (int64_t r = 0; r < tile.rows.count; ++r)
@@ -191,11 +180,7 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const double* value
   sweep_self_gradients(problem, grad, threads, fill);
 }
 
-template bool self_overlap_forward(int64_t, const Mixture<float>&, float, double*, const SideGradients<float>&, int);
-template bool self_overlap_forward(int64_t, const Mixture<double>&, double, double*, const SideGradients<double>&, int);
-template void self_overlap_backward(int64_t, const Mixture<float>&, const double*, const float*,
-                                    const SideGradients<float>&, int);
-template void self_overlap_backward(int64_t, const Mixture<double>&, const double*, const double*,
-                                    const SideGradients<double>&, int);
+CSDIV_INSTANTIATE(self_overlap_forward);
+CSDIV_INSTANTIATE(self_overlap_backward);
 
 }   // namespace csdiv::cpu

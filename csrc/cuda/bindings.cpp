@@ -14,8 +14,8 @@ namespace csdiv {
 namespace {
 
 using cuda::Context;
+using cuda::Mixture;
 using cuda::Problem;
-using cuda::Side;
 using cuda::SideGradients;
 
 // The device of a call, for its duration.
@@ -32,7 +32,7 @@ class DeviceGuard {
 };
 
 template <class T>
-Side<T> side(const py::tuple& fields, int64_t dim) {
+Mixture<T> side(const py::tuple& fields, int64_t dim) {
   check(fields.size() == 8, "a side has 8 fields");
   const auto address = [&](int k) { return fields[k].cast<Pointer>(); };
   const auto items = fields[4].cast<int64_t>(), n = fields[5].cast<int64_t>();

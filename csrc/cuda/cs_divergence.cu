@@ -7,7 +7,7 @@ namespace {
 
 // A side with itself, one problem for each of its items if there are any that use them, on the scale of the pair.
 template <class T>
-Problem<T> with_itself(const Problem<T>& problem, const Side<T>& side) {
+Problem<T> with_itself(const Problem<T>& problem, const Mixture<T>& side) {
   return {problem.batch > 0 ? side.items : 0, problem.dim, side.alone(), side.alone(), problem.scale};
 }
 
@@ -19,7 +19,7 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad, const
   GradientTasks<T> tasks{{{problem, false, Weights::kOfTotal, nullptr, nullptr, overlaps, 3}}, 1};
   tasks.tasks[0].rows_wanted = grad_p.wanted();
   tasks.tasks[0].columns_wanted = grad_q.wanted();
-  const auto add_self_term = [&](const Side<T>& side, int term, const SideGradients<T>& wanted) {
+  const auto add_self_term = [&](const Mixture<T>& side, int term, const SideGradients<T>& wanted) {
     if (!wanted.wanted()) return 0;
     tasks.tasks[tasks.count] = {with_itself(problem, side),
                                 true,

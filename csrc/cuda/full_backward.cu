@@ -15,8 +15,8 @@ struct FullSweep {
   int64_t parts = 1;        // of the others
   double* sums = nullptr;   // (items, parts, n or m, record)
 
-  CSDIV_HOST_DEVICE const Side<double>& own() const { return of_p ? problem.p : problem.q; }
-  CSDIV_HOST_DEVICE const Side<double>& other() const { return of_p ? problem.q : problem.p; }
+  CSDIV_HOST_DEVICE const Mixture<double>& own() const { return of_p ? problem.p : problem.q; }
+  CSDIV_HOST_DEVICE const Mixture<double>& other() const { return of_p ? problem.q : problem.p; }
 
   // Problems that an item of its own side may be in: its own, or any.
   CSDIV_HOST_DEVICE int64_t problems() const { return own().own(problem.batch) ? 1 : problem.batch; }
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1) full_backward_kernel(const __grid
   CSDIV_SHARED(FullShared<kWidth>, shared);
   using Pair = FullPair<kWidth>;
   constexpr int kComponents = kWarpComponents<kWidth>;
-  const Side<double>&own = sweep.own(), &other = sweep.other();
+  const Mixture<double>&own = sweep.own(), &other = sweep.other();
   const int64_t dim = sweep.problem.dim, tiles = ceil_div(own.n, kComponents), problems = sweep.problems();
   const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int64_t its_part = warp % sweep.parts, tile = warp / sweep.parts % tiles, item = warp / sweep.parts / tiles;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) full_backward_kernel(const __grid
 // A thread for each number of every component: the parts are added in order. delta is own mean - other mean on both
 // sides, so the means take the minus sign, equations (5).
 __global__ void full_write_gradients_kernel(const __grid_constant__ FullSweep sweep, SideGradients<double> grads) {
-  const Side<double>& own = sweep.own();
+  const Mixture<double>& own = sweep.own();
   const int64_t dim = sweep.problem.dim, width = dim + dim * dim + 1;
   const int64_t element = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t component = element / width, at = element % width;
@@ -99,7 +99,7 @@ __global__ void full_write_gradients_kernel(const __grid_constant__ FullSweep sw
 
 void run(Context& context, FullSweep sweep, const SideGradients<double>& grads) {
   if (!grads.wanted()) return;
-  const Side<double>& own = sweep.own();
+  const Mixture<double>& own = sweep.own();
   const int64_t dim = sweep.problem.dim;
   sweep.covariances = grads.variances;
   with_width(dim, [&](auto width) {

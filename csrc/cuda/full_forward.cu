@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, kWidth < 32 ? 2 : 1)
   CSDIV_SHARED(FullShared<kWidth>, shared);
   using Pair = FullPair<kWidth>;
   constexpr int kRows = kWarpComponents<kWidth>;
-  const Side<double>&p = rows.problem.p, &q = rows.problem.q;
+  const Mixture<double>&p = rows.problem.p, &q = rows.problem.q;
   const int64_t dim = rows.problem.dim, tiles = ceil_div(p.n, kRows);
   const int64_t warp = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int its_part = int(warp % rows.parts), tile = int(warp / rows.parts % tiles),

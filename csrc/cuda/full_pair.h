@@ -284,7 +284,7 @@ inline int64_t choose_parts(int64_t processors, int64_t tiles, int64_t others) {
 }
 
 // A component's log weight, base 2.
-CSDIV_DEVICE double log2_weight(const Side<double>& side, int64_t item, int64_t k) {
+CSDIV_DEVICE double log2_weight(const Mixture<double>& side, int64_t item, int64_t k) {
   const double weight = side.log_weights ? side.log_weights[item * side.n + k] : 0;
   return weight == INFINITY ? double(NAN) : kLog2E * weight;
 }

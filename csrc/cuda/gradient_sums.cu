@@ -8,7 +8,7 @@ template <class T>
 __global__ void write_gradients_kernel(const __grid_constant__ GradientWrites<T> writes) {
   const int which = blockIdx.x < writes.sides[0].blocks ? 0 : 1;
   const int64_t block = blockIdx.x - which * writes.sides[0].blocks, batch = writes.batch, dim = writes.dim;
-  const Side<T>& side = writes.sides[which].side;
+  const Mixture<T>& side = writes.sides[which].side;
   const GradientSources<T>& sources = writes.sides[which].sources;
   const SideGradients<T>& grads = writes.sides[which].grads;
   const int64_t width = 2 * dim + 1, element = block * kThreads + threadIdx.x;

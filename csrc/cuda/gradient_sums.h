@@ -36,7 +36,7 @@ struct GradientSources {
 template <class T>
 struct GradientWrites {
   struct {
-    Side<T> side;
+    Mixture<T> side;
     GradientSources<T> sources;
     SideGradients<T> grads;
     int64_t blocks;
@@ -44,7 +44,7 @@ struct GradientWrites {
   int count;
   int64_t batch, dim;
 
-  void add(const Side<T>& side, const GradientSources<T>& sources, const SideGradients<T>& grads) {
+  void add(const Mixture<T>& side, const GradientSources<T>& sources, const SideGradients<T>& grads) {
     if (grads.wanted())
       sides[count++] = {side, sources, grads, ceil_div(side.items * side.n * (2 * dim + 1), int64_t(kThreads))};
   }

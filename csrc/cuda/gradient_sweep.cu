@@ -126,7 +126,7 @@ CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& til
 
 // Scaled means and variances of kCount components of a packed tile in dimension d; padding beyond the dimensions.
 template <int kCount, class T>
-CSDIV_DEVICE void read_packed(const Side<T>& side, int64_t dim, int64_t tile, int component, int64_t d,
+CSDIV_DEVICE void read_packed(const Mixture<T>& side, int64_t dim, int64_t tile, int component, int64_t d,
                               T (&means)[kCount], T (&variances)[kCount]) {
   const int64_t padded = padded_dim(dim);
   if (d < padded) {
@@ -291,7 +291,7 @@ CSDIV_DEVICE void begin_sweep(const GradientTasks<T>& tasks, GradientShared<T>& 
   int k = 0, block = blockIdx.x;
   while (block >= tasks.tasks[k].blocks) block -= int(tasks.tasks[k++].blocks);
   const GradientTask<T>& task = tasks.tasks[k];
-  const Side<T>&p = task.problem.p, &q = task.problem.q;
+  const Mixture<T>&p = task.problem.p, &q = task.problem.q;
   const Partition& partition = task.partition;
   const int row_copy = block % partition.row_copies(),
             row_range = block / partition.row_copies() % partition.row_ranges;

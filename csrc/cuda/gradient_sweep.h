@@ -24,7 +24,7 @@ struct GradientTask {
   const T* given = nullptr;         // ... and their gradients; kGiven: (batch, n, m)
   const double* values = nullptr;   // kOfTotal: of problem b at b * value_stride
   int64_t value_stride = 1;
-  const int64_t* index = nullptr;   // of a side alone: the item of each of the `problems` that have values; see Side
+  const int64_t* index = nullptr;   // of a side alone: the item of each of the `problems` that have values; see Mixture
   int64_t problems = 0;             // 0: as many as there are items
   bool rows_wanted = true, columns_wanted = true;
   ComponentSums row_sums{}, column_sums{};

@@ -29,7 +29,7 @@ CSDIV_HOST_DEVICE int64_t flags_per_tile(int64_t dim) {
 
 // Mixtures of n components: as the caller has them, contiguous, and packed by pack().
 template <class T>
-struct Side {
+struct Mixture {
   const T* means;         // (items, n, dim)
   const T* variances;     // (items, n, dim)
   const T* log_weights;   // (items, n); null: all 0
@@ -45,8 +45,8 @@ struct Side {
   CSDIV_HOST_DEVICE bool own(int64_t problems) const { return !index && items == problems; }
 
   // Itself as the side of `items` problems.
-  Side alone() const {
-    Side side = *this;
+  Mixture alone() const {
+    Mixture side = *this;
     side.index = nullptr;
     return side;
   }
@@ -70,7 +70,7 @@ template <class T>
 struct Problem {
   int64_t batch;
   int64_t dim;
-  Side<T> p, q;
+  Mixture<T> p, q;
   Scale<T> scale;
 };
 

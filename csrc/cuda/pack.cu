@@ -14,7 +14,7 @@ struct PackShared {
 // Mean of log2 variance over some components of an item, or of all where problems share the scale; infinite or NaN
 // where one of them has no logarithm.
 template <class T>
-CSDIV_DEVICE T mean_log2_variance(const Side<T>& side, int64_t item, bool all, int64_t dim, int64_t d) {
+CSDIV_DEVICE T mean_log2_variance(const Mixture<T>& side, int64_t item, bool all, int64_t dim, int64_t d) {
   const int64_t first = all ? 0 : item * side.n, count = all ? side.items * side.n : side.n;
   if (count == 0) return T(NAN);
   T sum = 0;
@@ -39,7 +39,7 @@ __global__ void pack_kernel(Problem<T> problem) {
   CSDIV_SHARED(PackShared<T>, shared);
   const int64_t p_blocks = problem.p.items * problem.p.tiles();
   const bool of_q = blockIdx.x >= p_blocks;
-  const Side<T>& side = of_q ? problem.q : problem.p;
+  const Mixture<T>& side = of_q ? problem.q : problem.p;
   const int64_t block = of_q ? blockIdx.x - p_blocks : blockIdx.x;   // item * tiles + tile
   const int64_t item = block / side.tiles(), first = block % side.tiles() * kTile;
   const int64_t dim = problem.dim, padded = padded_dim(dim);
@@ -111,7 +111,7 @@ __global__ void pack_kernel(Problem<T> problem) {
 }
 
 template <class T>
-void take(Context& context, Side<T>& side, int64_t dim) {
+void take(Context& context, Mixture<T>& side, int64_t dim) {
   const int64_t tiles = side.items * side.tiles();
   side.values = context.take<T>(tiles * padded_dim(dim) * 2 * kTile);
   side.log2_weights = context.take<T>(tiles * kTile);

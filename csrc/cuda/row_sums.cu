@@ -21,7 +21,7 @@ CSDIV_DEVICE void begin_rows(const RowTasks<T>& tasks, RowShared<T>& shared) {
   int64_t block = blockIdx.x;
   while (block >= tasks.tasks[k].blocks) block -= tasks.tasks[k++].blocks;
   const RowTask<T>& task = tasks.tasks[k];
-  const Side<T>&p = task.problem.p, &q = task.problem.q;
+  const Mixture<T>&p = task.problem.p, &q = task.problem.q;
   const int64_t parts = task.partials.parts;
   const int b = int(block / parts / p.tiles()), row_tile = int(block / parts % p.tiles());
   const int first = task.self ? row_tile * (kTile / kColumns<T>) : 0;

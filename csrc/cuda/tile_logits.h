@@ -88,7 +88,7 @@ CSDIV_DEVICE void copy_packed(const T* values, int first, int dims, T* to) {
 // Mean and variance of a component as the caller has them; a negative variance is NaN, and what counts nothing is
 // regular.
 template <class T>
-CSDIV_DEVICE void read_component(const Side<T>& side, int64_t dim, int64_t item, int64_t k, int64_t d, T& mean,
+CSDIV_DEVICE void read_component(const Mixture<T>& side, int64_t dim, int64_t item, int64_t k, int64_t d, T& mean,
                                  T& variance) {
   mean = 0, variance = T(0.5);
   if (d >= dim || side.log2_weights[item * side.tiles() * kTile + k] == -T(INFINITY)) return;
@@ -98,7 +98,7 @@ CSDIV_DEVICE void read_component(const Side<T>& side, int64_t dim, int64_t item,
 }
 
 template <int kWidth, class T>
-CSDIV_DEVICE void copy_exact(const Side<T>& side, int64_t dim, int64_t item, int64_t first, int64_t begin, int dims,
+CSDIV_DEVICE void copy_exact(const Mixture<T>& side, int64_t dim, int64_t item, int64_t first, int64_t begin, int dims,
                              T* to) {
 #pragma unroll 1
   for (int e = threadIdx.x; e < dims * kWidth; e += kThreads) {

@@ -17,7 +17,7 @@ CSDIV_DEVICE void add(double& max, double& sum, double other_max, double other_s
 // log2 sum_i a_i 2^row_i of a task's item, in every thread. `rows`: where the rows go as well, or null.
 template <class T>
 CSDIV_DEVICE double log2_total(const RowTask<T>& task, int64_t item, int64_t p_item, T* rows, TotalShared<T>& shared) {
-  const Side<T>& p = task.problem.p;
+  const Mixture<T>& p = task.problem.p;
   const int lane = threadIdx.x;
   double max = -DBL_MAX, sum = 0;
   for (int64_t i = lane; i < p.n; i += kThreads) {

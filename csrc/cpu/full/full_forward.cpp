@@ -1,12 +1,12 @@
 #include <algorithm>
 #include <limits>
 
-#include "cpu.h"
-#include "dispatch.h"
-#include "full_pack.h"
-#include "log_sum_exp.h"
-#include "partition.h"
-#include "thread_pool.h"
+#include "cpu/cpu.h"
+#include "cpu/full/full_pack.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/log_sum_exp.h"
+#include "cpu/sweep/partition.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 namespace {
@@ -36,7 +36,7 @@ void for_each_row(const Problem<double>& problem, Pairs pairs, int64_t groups, i
 
 // `cut(row, first column, columns, logits)` changes logits before they are summed.
 template <class Cut>
-void sum_rows(const Problem<double>& problem, Pairs pairs, double* rows, int threads, const Cut& cut) {
+void sum_rows(const Problem<double>& problem, Pairs pairs, double* row_lse, int threads, const Cut& cut) {
   threads = useful_threads(problem, threads);
   const int64_t chunks = ceil_div(problem.q.n, kFullColumns);
   const int64_t groups = num_full_tiles(problem) < kCopies ? std::min(chunks, kCopies) : 1;
@@ -50,26 +50,26 @@ void sum_rows(const Problem<double>& problem, Pairs pairs, double* rows, int thr
     sums.at(row, group).add(sum.max, sum.sum);
   };
   for_each_row(problem, pairs, groups, threads, add);
-  for (int64_t row = 0; row < problem.rows(); ++row) rows[row] = sums.value(row, row + 1);
+  for (int64_t row = 0; row < problem.rows(); ++row) row_lse[row] = sums.value(row, row + 1);
 }
 
 }   // namespace
 
-void full_overlap_lse_forward(const Problem<double>& problem, double* rows, int threads) {
-  sum_rows(flattened(problem), Pairs::kAll, rows, threads, [](int64_t, int64_t, int64_t, double*) {});
+void full_overlap_lse_forward(const Problem<double>& problem, double* row_lse, int threads) {
+  sum_rows(flattened(problem), Pairs::kAll, row_lse, threads, [](int64_t, int64_t, int64_t, double*) {});
 }
 
-void full_self_overlap_forward(const Problem<double>& problem, double* rows, int threads) {
+void full_self_overlap_forward(const Problem<double>& problem, double* row_lse, int threads) {
   const auto cut = [&](int64_t row, int64_t first, int64_t columns, double* logits) {
     cut_to_upper_triangle(row % problem.p.n, first, columns, logits);
   };
-  sum_rows(problem, Pairs::kUpperTriangle, rows, threads, cut);
+  sum_rows(problem, Pairs::kUpperTriangle, row_lse, threads, cut);
 }
 
-void full_pairwise_forward(const Problem<double>& batched, double* out, int threads) {
+void full_pairwise_forward(const Problem<double>& batched, double* values, int threads) {
   const Problem<double> problem = flattened(batched);
   const auto copy = [&](int64_t row, int64_t, int64_t first, int64_t columns, const double* logits) {
-    std::copy_n(logits, columns, out + row * problem.q.n + first);
+    std::copy_n(logits, columns, values + row * problem.q.n + first);
   };
   for_each_row(problem, Pairs::kAll, 1, useful_threads(problem, threads), copy);
 }

@@ -11,11 +11,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu.h"
-#include "dispatch.h"
-#include "memory.h"
-#include "pack.h"
-#include "thread_pool.h"
+#include "cpu/cpu.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/pack.h"
+#include "cpu/system/memory.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 

@@ -1,8 +1,9 @@
 // From the weights of pairs to the gradients of both sides: the driver behind every backward pass.
 //
-// The weights are given, by values that an earlier pass has found; or this is the only pass. Then the rows are swept in
-// slabs: the logits of a slab are computed and kept, their exponentials are summed, and the gradients of the slab
-// follow. Weights of a scalar, whose value is known last, are relative to a reference that rises from slab to slab.
+// The weights are given, by values that an earlier pass has found; or one pass finds both, a fused one. Then the rows
+// are swept in slabs: the logits of a slab are computed and kept, their exponentials are summed, and the gradients of
+// the slab follow. Weights of a scalar, whose value is known last, are relative to a reference that rises from slab to
+// slab.
 #pragma once
 
 #include <algorithm>
@@ -12,11 +13,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu.h"
-#include "dispatch.h"
-#include "gradient_sums.h"
-#include "partition.h"
-#include "thread_pool.h"
+#include "cpu/cpu.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/gradient_sums.h"
+#include "cpu/sweep/partition.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 
@@ -38,23 +39,25 @@ struct SweepTile {
   int64_t diagonal(int64_t r) const { return first_row + r - first_column; }
 };
 
-// The weights of a tile. Given ones: fill(tile, weights) writes them and returns the mask of rows that have any. In the
-// only pass Fill is derived from this and offers more:
+// The weights of a tile. Given ones: fill(tile, weights) writes them and returns the mask of rows that have any. In a
+// fused pass Fill is derived from this and offers more:
 //   start(groups): called first, with the number of column groups.
 //   logits(tile, group, terms, scales): writes terms, row r of which times exp(scales[r]) are the weights times the
 //     total; and adds them to the total.
-//   finish_rows(b, first, count): called after all columns of these rows, where each row has a total of its own; false
-//     if one is not finite.
-//   finish(): called after all tiles; false if a total is not finite.
 //   log_total(b, i): of the row, or of the problem that row i of problem b belongs to.
-struct OnlyPass {
+struct FusedPass {
   bool row_totals;   // each row has its own
   double factor;     // of what the sweep results in
+
+  // After all columns of these rows, where each row has a total of its own; false if one is not finite.
+  bool finish_rows(int64_t /*b*/, int64_t /*first*/, int64_t /*count*/) { return true; }
+  // After all tiles; false if a total is not finite.
+  bool finish() { return true; }
 };
 
 template <class T, class Fill>
 class GradientSweep {
-  static constexpr bool kOnlyPass = std::is_base_of_v<OnlyPass, Fill>;
+  static constexpr bool kFusedPass = std::is_base_of_v<FusedPass, Fill>;
 
  public:
   GradientSweep(const Problem<T>& problem, Pairs pairs, LogWeights log_weights, const SideGradients<T>& grad_p,
@@ -70,29 +73,21 @@ class GradientSweep {
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
         tiles_(num_row_tiles(problem)),
-        slab_tiles_(kOnlyPass ? tiles_of_slab() : tiles_),
+        slab_tiles_(kFusedPass ? tiles_of_slab() : tiles_),
         partition_(choose_partition(problem, packed_, slab_tiles_, rows_wanted_, columns_wanted_)),
         value_groups_(value_groups(problem, packed_)),
         sums_(problem, packed_, rows_wanted_, columns_wanted_, partition_.column_copies(), rows_per_copy(), threads),
-        row_references_(kOnlyPass && rows_wanted_ ? problem.p.batch * problem.p.n : 0, kNoReference),
-        column_references_(kOnlyPass ? problem.q.batch : 0, kNoReference) {}
+        row_references_(kFusedPass && rows_wanted_ ? problem.p.batch * problem.p.n : 0, kNoReference),
+        column_references_(kFusedPass ? problem.q.batch : 0, kNoReference) {}
 
-  // False: this cannot be the only pass, and nothing was written. A total or a sum is not finite.
+  // False: a fused pass cannot do it, and nothing was written. A total or a sum is not finite.
   bool run() {
-    if constexpr (kOnlyPass) fill_.start(value_groups_);
-    // Problems that share no sums run side by side; those that do run one after the other.
-    const auto own_items = [&](const Mixture<T>& side, bool wanted) {
-      return !wanted || (!side.index && side.batch == problem_.batch);
-    };
-    if (own_items(problem_.p, rows_wanted_) && own_items(problem_.q, columns_wanted_)) {
-      parallel_for(problem_.batch, threads_, [&](int64_t b) { run_problem(b); });
-    } else {
-      for (int64_t b = 0; b < problem_.batch; ++b) run_problem(b);
-    }
-    if constexpr (kOnlyPass)
+    if constexpr (kFusedPass) fill_.start(value_groups_);
+    for_each_problem(problem_, rows_wanted_, columns_wanted_, threads_, [&](int64_t b) { run_problem(b); });
+    if constexpr (kFusedPass)
       if (failed_ || !fill_.finish()) return false;
     sums_.zero_the_rest();
-    if constexpr (kOnlyPass) {
+    if constexpr (kFusedPass) {
       if (!fill_.row_totals) scale_sums();
       if (!sums_.finite()) return false;
     }
@@ -109,7 +104,7 @@ class GradientSweep {
  private:
   static constexpr double kNoReference = -std::numeric_limits<double>::infinity();
 
-  // Tiles begin ... end - 1 of a problem. In the only pass, with their terms, scales and the references of their rows.
+  // Tiles begin ... end - 1 of a problem. In a fused pass, with their terms, scales and the references of their rows.
   struct Slab {
     int64_t begin, end;
     AlignedArray<T> terms;         // (tiles, stripes, kTileRows, stride)
@@ -150,9 +145,9 @@ class GradientSweep {
   void run_problem(int64_t b) {
     for (int64_t begin = 0; begin < tiles_ && !failed_; begin += slab_tiles_) {
       const int64_t end = std::min(tiles_, begin + slab_tiles_);
-      Slab slab{begin, end, AlignedArray<T>(kOnlyPass ? slab_size(end - begin) : 0),
-                AlignedArray<double>(kOnlyPass ? slab_size(end - begin) / packed_.stride() : 0)};
-      if constexpr (kOnlyPass) {
+      Slab slab{begin, end, AlignedArray<T>(kFusedPass ? slab_size(end - begin) : 0),
+                AlignedArray<double>(kFusedPass ? slab_size(end - begin) / packed_.stride() : 0)};
+      if constexpr (kFusedPass) {
         find_terms(b, slab);
         if (!find_references(b, slab)) {
           failed_ = true;
@@ -233,14 +228,7 @@ class GradientSweep {
     const int64_t copies = rows_wanted_ && cut.row_copies() > 1 ? cut.row_copies() : 0;
     slab.row_copies = AlignedArray<double>(copies * RowGradientSums::size(slab_rows, dim_));
     fill_zero(slab.row_copies, threads_);
-    const bool square = cut.phases > 1;
-    for (int64_t phase = 0; phase < cut.phases; ++phase) {
-      parallel_for(square ? cut.row_blocks : cut.row_blocks * cut.column_groups, threads_, [&](int64_t task) {
-        const int64_t block = square ? task : task / cut.column_groups;
-        const int64_t group = square ? (task + phase) % cut.column_groups : task % cut.column_groups;
-        run_block(b, slab, block, group);
-      });
-    }
+    for_each_block(cut, threads_, [&](int64_t block, int64_t group) { run_block(b, slab, block, group); });
     if (copies > 0) merge_rows(b, slab, copies);
   }
 
@@ -295,7 +283,7 @@ class GradientSweep {
       place.column_sums = sums.weights;
     }
     const TileKernels<T>& kernels = tile_kernels<T>();
-    if constexpr (kOnlyPass) {
+    if constexpr (kFusedPass) {
       T* const weights = terms_at(slab, tile, s);
       const double* const scales = scales_at(slab, tile, s);
       T factors[kTileRows];

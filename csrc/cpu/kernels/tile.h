@@ -1,10 +1,8 @@
-// The interface between the drivers (compiled once) and the tile kernels (compiled once per instruction set).
-// Plain data only: nothing here may instantiate a standard template in a kernel translation unit.
+// The interface between the drivers (compiled once) and the tile kernels (compiled once per instruction set): plain
+// data alone, see README.md.
 #pragma once
 
 #include <cstdint>
-
-#include "lanes.h"
 
 namespace csdiv::cpu {
 
@@ -17,7 +15,7 @@ constexpr int64_t kMaxExponent = 1 << 30;   // and so must the scale exponent it
 // What loops for benchmarks consist of.
 enum class Arithmetic { kMultiplyAdds, kAdditions, kBoth };
 
-// How the variances of a problem are shared, which decides what its pairs cost: shared_pair.h.
+// The structure of a problem's variances, which decides what its pairs cost: structured_pair.h.
 enum class Form {
   kDiagonal,
   kSpherical,           // those of one component are the same in all dimensions, on both sides
@@ -62,7 +60,7 @@ struct Stripe {
   Form form;
   const T* precisions;   // (dim, stride) 1 / c, of tied rows; if spherical (stride); right where the tile is certified
   const T* log_scales;   // (stride) log_weights - (log|c| - E ln 2) / 2, of tied rows
-  // Where distances may be taken from products, of the spherical forms; else null. See products.h.
+  // Where distances may be taken from products, of the spherical forms; else null. See squares.h.
   const T* center;     // (dim)
   const T* centered;   // (dim, stride) means - center
   const T* norms;      // (stride) |means - center|^2
@@ -93,6 +91,34 @@ struct RowScale {
   const T* grads;             // (count)
 };
 
+constexpr int64_t kMaxTinyComponents = 32;   // of either side; more fill vectors by themselves
+constexpr int64_t kMaxTinyDim = 8;
+
+// A side of as many tiny problems as a vector has lanes. Arrays of gradients are added to; null: not wanted.
+template <class T>
+struct TinySide {
+  const T* means;         // (n, dim, lanes)
+  const T* variances;     // (n, dim, lanes)
+  const T* log_weights;   // (n, lanes)
+  int64_t n;
+  T* grad_means = nullptr;         // (n, dim, lanes), of the sum of factor * values; all three or none
+  T* grad_variances = nullptr;     // (n, dim, lanes)
+  T* grad_log_weights = nullptr;   // (n, lanes)
+};
+
+// A tiny problem in each lane, whose pairs are computed one after the other.
+template <class T>
+struct TinyProblem {
+  TinySide<T> p, q;
+  int64_t dim;
+  const int64_t* scale_exponents;   // (lanes) E
+  bool self;                        // q is p: pairs j >= i, those with j > i twice
+  T factor;
+  T* terms;     // (p.n, q.n, lanes), scratch
+  T* values;    // (lanes), LSE_i (log a_i + row_lse_i)
+  T* row_lse;   // (p.n, lanes), LSE_j logit_ij, over j >= i of a self term
+};
+
 // One tile is (kTileRows, stride) of T.
 template <class T>
 struct TileKernels {
@@ -120,7 +146,7 @@ struct TileKernels {
   void (*column_precisions)(const T* row_variances, int64_t dim, int64_t exponent, const Stripe<T>& columns, T* to,
                             T* log_scales);
   void (*row_precisions)(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants);
-  void (*lane_overlap)(const LaneProblem<T>& problem);
+  void (*tiny_overlap)(const TinyProblem<T>& problem);
   // A loop in registers, which shows what the machine can do at most; how many numbers it computes. `kept`: any.
   int64_t (*arithmetic)(int64_t rounds, Arithmetic kind, T* kept);
 };

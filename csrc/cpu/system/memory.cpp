@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "cpu/system/memory.h"
 
 #include <cstddef>
 #include <new>

@@ -1,12 +1,12 @@
-// The pair term where variances are shared (tile.h, Form). Tiles are certified as for the fast form of pair.h.
+// The pair term where variances have a structure (tile.h, Form). Tiles are certified as for the fast form of pair.h.
 //   kSpherical: one c for all dimensions, so that log|c| = D log c; a reciprocal and a logarithm for a pair.
 //   kTiedRows, kTiedColumns: 1 / c and log|c| were found beforehand, for every column or for every row.
 //   kSphericalTiedRows: both.
-// Distances of spherical components come from products.h where they may, else they are sums of delta^2.
+// Distances of spherical components come from squares.h where they may, else they are sums of delta^2.
 #pragma once
 
 #include "pair.h"
-#include "products.h"
+#include "squares.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
 
@@ -55,10 +55,10 @@ CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Str
 
 // c = s + t, which all dimensions have, and what rounding took from it: D log c magnifies that.
 template <class T>
-struct SharedVariance {
+struct SphericalVariance {
   Vec<T> c, error, reciprocal;
 
-  SharedVariance(T s, Vec<T> t) : c(s + t) {
+  SphericalVariance(T s, Vec<T> t) : c(s + t) {
     const Vec<T> larger = maximum<T>(broadcast<T>(s), t), smaller = minimum<T>(broadcast<T>(s), t);
     error = smaller - (c - larger);
     reciprocal = fast_reciprocal<T>(c);
@@ -101,10 +101,10 @@ CSDIV_INLINE void store_logits(const RowTile<T>& rows, int64_t row, const Spheri
       const int64_t j = column + v * kLanes<T>;
       Vec<T> logits;
       if constexpr (kForm == Form::kSpherical) {
-        const SharedVariance<T> shared(spherical.variances[r], load(columns.variances + j));
+        const SphericalVariance<T> variance(spherical.variances[r], load(columns.variances + j));
         logits =
-            load(columns.log_weights + j) -
-            T(0.5) * (shared.divide(quadratic[r][v]) + shared.log_determinant(spherical.dim, spherical.exponents[r]));
+            load(columns.log_weights + j) - T(0.5) * (variance.divide(quadratic[r][v]) +
+                                                      variance.log_determinant(spherical.dim, spherical.exponents[r]));
       } else if constexpr (kForm == Form::kSphericalTiedRows) {
         logits = load(columns.log_scales + j) - T(0.5) * quadratic[r][v] * load(columns.precisions + j);
       } else if constexpr (kForm == Form::kTiedRows) {
@@ -133,23 +133,23 @@ void logits_of_products(const RowTile<T>& rows, int64_t row, Stripe<T> columns, 
 }
 
 template <Form kForm, int kRows, int kVectors, class T>
-CSDIV_INLINE void shared_logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
-                                     T* tile) {
+CSDIV_INLINE void structured_logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                                         T* tile) {
   Vec<T> quadratic[kRows][kVectors];
   quadratic_forms<kForm>(rows, row, columns, column, quadratic);
   store_logits<kForm>(rows, row, SphericalRows<kRows, T>(rows, row), columns, column, quadratic, tile);
 }
 
 template <Form kForm, int kVectors, class T>
-void shared_logits_columns(const RowTile<T>& rows, const Stripe<T>& columns, int64_t column, T* tile) {
+void structured_logits_columns(const RowTile<T>& rows, const Stripe<T>& columns, int64_t column, T* tile) {
   int64_t row = 0;
   for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
-    shared_logits_rows<kForm, kRegisterRows, kVectors>(rows, row, columns, column, tile);
-  for (; row < rows.count; ++row) shared_logits_rows<kForm, 1, kVectors>(rows, row, columns, column, tile);
+    structured_logits_rows<kForm, kRegisterRows, kVectors>(rows, row, columns, column, tile);
+  for (; row < rows.count; ++row) structured_logits_rows<kForm, 1, kVectors>(rows, row, columns, column, tile);
 }
 
 template <Form kForm, class T>
-void shared_logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
+void structured_logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
   if constexpr (is_spherical(kForm)) {
     if (columns.centered) {
       T norms[kTileRows];
@@ -164,8 +164,8 @@ void shared_logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t fir
   constexpr int64_t kStep = kRegisterVectors * kLanes<T>;
   int64_t column = first_column;
   for (; column + kStep <= columns.padded; column += kStep)
-    shared_logits_columns<kForm, kRegisterVectors>(rows, columns, column, tile);
-  for (; column < columns.padded; column += kLanes<T>) shared_logits_columns<kForm, 1>(rows, columns, column, tile);
+    structured_logits_columns<kForm, kRegisterVectors>(rows, columns, column, tile);
+  for (; column < columns.padded; column += kLanes<T>) structured_logits_columns<kForm, 1>(rows, columns, column, tile);
 }
 
 // Spherical: v = w / c in place of the weights; and the sums for the variances, w (sum_d delta^2 / c^2 - D / c), which
@@ -183,11 +183,11 @@ void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& c
       quadratic_forms<Form::kSpherical>(rows, row, columns, j, quadratic);
     for (int r = 0; r < kRows; ++r) {
       T* const at = weights + (row + r) * columns.stride + j;
-      const SharedVariance<T> shared(spherical.variances[r], load(columns.variances + j));
-      const Vec<T> v = load(at) * shared.reciprocal;
+      const SphericalVariance<T> variance(spherical.variances[r], load(columns.variances + j));
+      const Vec<T> v = load(at) * variance.reciprocal;
       store(at, v);
       if (!grads.variances_wanted) continue;
-      const Vec<T> share = v * (shared.divide(quadratic[r][0]) - spherical.dim);
+      const Vec<T> share = v * (variance.divide(quadratic[r][0]) - spherical.dim);
       row_sums[r] += share;
       column_sum += share;
     }
@@ -252,9 +252,9 @@ void column_precisions(const T* row_variances, int64_t dim, int64_t exponent, co
                        T* log_scales) {
   for (int64_t j = 0; j < columns.padded; j += kLanes<T>) {
     if (columns.form == Form::kSphericalTiedRows) {
-      const SharedVariance<T> shared(row_variances[0], load(columns.variances + j));
-      store(to + j, shared.divide(broadcast<T>(1)));
-      store(log_scales + j, load(columns.log_weights + j) - T(0.5) * shared.log_determinant(dim, exponent));
+      const SphericalVariance<T> variance(row_variances[0], load(columns.variances + j));
+      store(to + j, variance.divide(broadcast<T>(1)));
+      store(log_scales + j, load(columns.log_weights + j) - T(0.5) * variance.log_determinant(dim, exponent));
       continue;
     }
     const Vec<T> log_determinant = precisions<T>(

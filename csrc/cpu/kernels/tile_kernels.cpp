@@ -3,10 +3,10 @@
 
 #include <type_traits>
 
-#include "lane_overlap.h"
 #include "pair.h"
-#include "shared_pair.h"
 #include "simd.h"
+#include "structured_pair.h"
+#include "tiny.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
 namespace {
@@ -108,13 +108,13 @@ void logits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_colu
       case Form::kDiagonal:
         return logits_tile<true>(rows, columns, first_column, tile);
       case Form::kSpherical:
-        return shared_logits<Form::kSpherical>(rows, columns, first_column, tile);
+        return structured_logits<Form::kSpherical>(rows, columns, first_column, tile);
       case Form::kSphericalTiedRows:
-        return shared_logits<Form::kSphericalTiedRows>(rows, columns, first_column, tile);
+        return structured_logits<Form::kSphericalTiedRows>(rows, columns, first_column, tile);
       case Form::kTiedRows:
-        return shared_logits<Form::kTiedRows>(rows, columns, first_column, tile);
+        return structured_logits<Form::kTiedRows>(rows, columns, first_column, tile);
       case Form::kTiedColumns:
-        return shared_logits<Form::kTiedColumns>(rows, columns, first_column, tile);
+        return structured_logits<Form::kTiedColumns>(rows, columns, first_column, tile);
     }
   }
   logits_tile<false>(rows, columns, first_column, tile);
@@ -311,7 +311,7 @@ int64_t arithmetic(int64_t rounds, Arithmetic kind, T* kept) {
 template <class T>
 constexpr TileKernels<T> kKernels = {
     kLanes<T>, certified<T>, transpose<T>,         range<T>,          logits<T>,       partial_sums<T>, weights<T>,
-    scale<T>,  gradients<T>, column_precisions<T>, row_precisions<T>, lane_overlap<T>, arithmetic<T>};
+    scale<T>,  gradients<T>, column_precisions<T>, row_precisions<T>, tiny_overlap<T>, arithmetic<T>};
 
 }   // namespace
 

@@ -3,8 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "cpu.h"
-#include "thread_pool.h"
+#include "cpu/cpu.h"
+#include "cpu/system/thread_pool.h"
 #include "tile_kernels.h"
 
 namespace csdiv::cpu {

@@ -3,15 +3,11 @@
 
 #include <vector>
 
-#include "memory.h"
-#include "mixture.h"
-#include "tile.h"
+#include "cpu/kernels/tile.h"
+#include "cpu/mixture.h"
+#include "cpu/system/memory.h"
 
 namespace csdiv::cpu {
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 template <class T>
 int64_t num_row_tiles(const Problem<T>& problem) {
@@ -66,17 +62,6 @@ class PackedColumns {
   const int64_t stripe_size_;
   AlignedArray<T> memory_;
   std::vector<Stripe<T>> all_;
-};
-
-// Gives a side its scale exponents, for as long as this lives: per item an even integer near the mean of
-// sum_d log2(2 s_d) over its components, evenly spaced ones where they are many: any value near it serves.
-template <class T>
-class ScaleExponents {
- public:
-  ScaleExponents(int64_t dim, Mixture<T>& side);
-
- private:
-  AlignedArray<int64_t> exponents_;
 };
 
 // Gives the rows of a problem their precisions, for as long as this lives, where its form wants them.

@@ -1,13 +1,13 @@
 // The sums over columns that a forward pass makes, with or without gradients beside it: the same bits either way.
 #pragma once
 
-#include "dispatch.h"
-#include "log_sum_exp.h"
-#include "partition.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/log_sum_exp.h"
+#include "cpu/sweep/partition.h"
 
 namespace csdiv::cpu {
 
-// rows[b, i] = LSE_j logit_ij, in parts: one for each column group.
+// row_lse[b, i] = LSE_j logit_ij, in parts: one for each column group.
 template <class T>
 class RowSums {
  public:
@@ -27,8 +27,8 @@ class RowSums {
 
   double value(int64_t row) const { return sums_.value(row, row + 1); }
 
-  void write(T* rows) const {
-    for (int64_t row = 0; row < size_; ++row) rows[row] = T(value(row));
+  void write(T* row_lse) const {
+    for (int64_t row = 0; row < size_; ++row) row_lse[row] = T(value(row));
   }
 
  private:

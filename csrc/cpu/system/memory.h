@@ -1,6 +1,7 @@
 // Memory of the drivers: for one call, or of one thread.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 
@@ -42,6 +43,13 @@ class AlignedArray {
   Block block_{nullptr, 0};
   int64_t size_ = 0;
 };
+
+template <class T>
+AlignedArray<T> filled(int64_t size, T value) {
+  AlignedArray<T> array(size);
+  std::fill_n(array.get(), size, value);
+  return array;
+}
 
 // Memory of the calling thread, kept between tasks; valid until the thread's next call.
 template <class T>

@@ -3,9 +3,10 @@
 
 #include <algorithm>
 
-#include "dispatch.h"
-#include "mixture.h"
-#include "pack.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/mixture.h"
+#include "cpu/sweep/pack.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 
@@ -68,6 +69,31 @@ int64_t value_groups(const Problem<T>& problem, const PackedColumns<T>& packed) 
 
 inline int64_t value_blocks(int64_t tiles, int64_t groups) {
   return std::max(ceil_div(tiles, kBlockTiles), groups >= kCopies ? 1 : std::min(tiles, kMaxBlocks));
+}
+
+// run(b): problems that share no sums run side by side; those that do run one after the other.
+template <class T, class Run>
+void for_each_problem(const Problem<T>& problem, bool rows_wanted, bool columns_wanted, int threads, const Run& run) {
+  const auto own_items = [&](const Mixture<T>& side) { return !side.index && side.batch == problem.batch; };
+  if ((!rows_wanted || own_items(problem.p)) && (!columns_wanted || own_items(problem.q))) {
+    parallel_for(problem.batch, threads, run);
+  } else {
+    for (int64_t b = 0; b < problem.batch; ++b) run(b);
+  }
+}
+
+// run(block, group) for all row blocks and column groups.
+template <class Run>
+void for_each_block(const Partition& cut, int threads, const Run& run) {
+  const bool square = cut.phases > 1;
+  for (int64_t phase = 0; phase < cut.phases; ++phase) {
+    parallel_for(square ? cut.row_blocks : cut.row_blocks * cut.column_groups, threads, [&](int64_t task) {
+      if (square)
+        run(task, (task + phase) % cut.column_groups);
+      else
+        run(task / cut.column_groups, task % cut.column_groups);
+    });
+  }
 }
 
 // Which pairs are swept: all, or those with column >= row, of a mixture with itself, where the tiles on the diagonal

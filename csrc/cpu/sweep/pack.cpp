@@ -1,24 +1,20 @@
-#include "pack.h"
+#include "cpu/sweep/pack.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
 
-#include "dispatch.h"
-#include "thread_pool.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 namespace {
 
-constexpr int64_t kMinSphericalDim = 9;      // below, the logarithm of each pair costs more than its dimensions save
-constexpr int64_t kMaxSharedDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
-constexpr int64_t kMinProductDim = 16;       // below, sums of squares are as fast
-constexpr int64_t kMinProductBytes = 64;     // of a vector: shorter ones have ports of their own for differences
-constexpr int64_t kCenterSample = 16;        // columns of a stripe that its center is the mean of: any will do
-constexpr int64_t kLane = 16;                // numbers that an array is a multiple of
-constexpr int64_t kScaleSample = 4096;       // components, of an item, that its scale exponent is taken from
+constexpr int64_t kMinSphericalDim = 9;   // below, the logarithm of each pair costs more than its dimensions save
+constexpr int64_t kMaxStructuredDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
+constexpr int64_t kMinProductDim = 16;           // below, sums of squares are as fast
+constexpr int64_t kMinProductBytes = 64;         // of a vector: shorter ones have ports of their own for differences
+constexpr int64_t kCenterSample = 16;            // columns of a stripe that its center is the mean of: any will do
+constexpr int64_t kLane = 16;                    // numbers that an array is a multiple of
 
 // Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
 int64_t stripe_width(int64_t columns) {
@@ -37,37 +33,12 @@ int64_t centered_size(int64_t dim, int64_t stride) {
   return ceil_div(dim, kLane) * kLane + (dim + 1) * stride;
 }
 
-// The sum of log2 of numbers, those left out that have none, and of how many. Between powers of two it is linear, as
-// the bits of a number are.
-struct SumOfLog2 {
-  double sum = 0;
-  int64_t count = 0;
-
-  template <class T>
-  void add(const T* values, int64_t size) {
-    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    constexpr int kExponentBits = sizeof(T) == 4 ? 8 : 11, kFraction = 31 - kExponentBits;   // of the upper 32 bits
-    constexpr uint32_t kOne = 1u << kFraction, kLargest = ((1u << kExponentBits) - 1) << kFraction;
-    uint64_t bits = 0, used = 0;
-    for (int64_t k = 0; k < size; ++k) {
-      Bits all;
-      std::memcpy(&all, values + k, sizeof(T));
-      const uint32_t upper = uint32_t(all >> (8 * sizeof(T) - 32));
-      const bool normal = upper - kOne < kLargest - kOne;
-      bits += normal ? upper : 0;
-      used += normal;
-    }
-    sum += double(bits) / kOne - double(used) * ((1 << (kExponentBits - 1)) - 1);
-    count += int64_t(used);
-  }
-};
-
 }   // namespace
 
 template <class T>
 Form form_of(const Problem<T>& problem) {
   const Mixture<T>&p = problem.p, &q = problem.q;
-  if (problem.dim > kMaxSharedDim || problem.rows() == 0 || p.batch == 0 || q.batch == 0) return Form::kDiagonal;
+  if (problem.dim > kMaxStructuredDim || problem.rows() == 0 || p.batch == 0 || q.batch == 0) return Form::kDiagonal;
   const bool spherical = p.same_dims && q.same_dims;
   if (p.same_components) return spherical ? Form::kSphericalTiedRows : Form::kTiedRows;
   if (spherical && problem.dim >= kMinSphericalDim) return Form::kSpherical;
@@ -138,7 +109,6 @@ Stripe<T> PackedColumns<T>::pack(const Problem<T>& problem, int64_t item, int64_
 template <class T>
 void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t item, int64_t s, T* means,
                                        Stripe<T>& stripe) const {
-  constexpr T kInfinity = std::numeric_limits<T>::infinity(), kNaN = std::numeric_limits<T>::quiet_NaN();
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t first = s * width_, count = std::min(width_, q.n - first);
   T* const variances = means + dim * stride_;
@@ -146,8 +116,7 @@ void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t
 
   for (int64_t j = 0; j < stride_; ++j) {
     const bool real = j < count;
-    const T weight = !real ? -kInfinity : log_weights_ == LogWeights::kZero ? T(0) : q.log_weight(item, first + j);
-    packed_weights[j] = weight == kInfinity ? kNaN : weight;
+    packed_weights[j] = !real ? -T(INFINITY) : log_weights_ == LogWeights::kZero ? T(0) : q.log_weight(item, first + j);
   }
   const int64_t source = (item * q.n + first) * dim;
   kernels.transpose(q.means + source, count, dim, means, stride_);
@@ -157,7 +126,7 @@ void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t
     std::fill_n(end, stride_ - count, end[-1]);
   }
   for (int64_t j = 0; j < stride_; ++j) {
-    if (packed_weights[std::min(j, count - 1)] != -kInfinity) continue;
+    if (counts(packed_weights[std::min(j, count - 1)])) continue;
     for (int64_t d = 0; d < dim; ++d) {
       means[d * stride_ + j] = T(0);
       variances[d * stride_ + j] = T(1);
@@ -166,7 +135,7 @@ void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t
   Range<T> range = kernels.range(means, variances, dim * stride_);
   if (range.variance_min < 0 || !range.finite) {   // a NaN hides what came before it
     for (int64_t k = 0; k < dim * stride_; ++k)
-      if (variances[k] < 0) means[k] = kNaN;
+      if (variances[k] < 0) means[k] = T(NAN);
     range.finite = false;
   }
   stripe.means = means;
@@ -213,19 +182,6 @@ void PackedColumns<T>::pack_centered(int64_t dim, T* center, Stripe<T>& stripe) 
 }
 
 template <class T>
-ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
-  const int64_t step = side.same_components ? std::max(side.n, int64_t(1)) : ceil_div(side.n, kScaleSample);
-  const int64_t different = side.same_dims ? std::min(dim, int64_t(1)) : dim;
-  for (int64_t item = 0; item < side.batch; ++item) {
-    SumOfLog2 log2;
-    for (int64_t k = 0; k < side.n; k += step) log2.add(side.variances + (item * side.n + k) * dim, different);
-    const double mean = log2.count ? 1 + log2.sum / double(log2.count) : 0;
-    exponents_.get()[item] = 2 * std::llround(0.5 * mean * double(dim));
-  }
-  side.scale_exponents = exponents_.get();
-}
-
-template <class T>
 RowPrecisions<T>::RowPrecisions(Problem<T>& problem) {
   if (form_of(problem) != Form::kTiedColumns) return;
   Mixture<T>& p = problem.p;
@@ -246,15 +202,11 @@ RowPrecisions<T>::RowPrecisions(Problem<T>& problem) {
   p.log_determinants = log_determinants_.get();
 }
 
-template Form form_of(const Problem<float>&);
-template Form form_of(const Problem<double>&);
-template class RowPrecisions<float>;
-template class RowPrecisions<double>;
-template RowTile<float> row_tile(const Problem<float>&, int64_t, int64_t);
-template RowTile<double> row_tile(const Problem<double>&, int64_t, int64_t);
+CSDIV_INSTANTIATE(form_of);
+CSDIV_INSTANTIATE(row_tile);
 template class PackedColumns<float>;
 template class PackedColumns<double>;
-template class ScaleExponents<float>;
-template class ScaleExponents<double>;
+template class RowPrecisions<float>;
+template class RowPrecisions<double>;
 
 }   // namespace csdiv::cpu

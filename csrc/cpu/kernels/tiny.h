@@ -1,9 +1,9 @@
 // One log overlap of a tiny problem in each lane, with its gradients. Ranges are certified (pair.h); where a value
-// comes out infinite or NaN, rows and gradients are not to be used.
+// comes out infinite or NaN, row_lse and gradients are not to be used.
 #pragma once
 
-#include "lanes.h"
 #include "pair.h"
+#include "tile.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
 
@@ -16,10 +16,10 @@ inline Vec<T> log(Vec<T> x) {
 
 // Component i of p and j of q in dimension d.
 template <class T>
-struct LanePair {
+struct TinyPair {
   Vec<T> delta, c;
 
-  LanePair(const LaneProblem<T>& problem, int64_t i, int64_t j, int64_t d)
+  TinyPair(const TinyProblem<T>& problem, int64_t i, int64_t j, int64_t d)
       : delta(load(at(problem.p.means, problem.dim, i, d)) - load(at(problem.q.means, problem.dim, j, d))),
         c(load(at(problem.p.variances, problem.dim, i, d)) + load(at(problem.q.variances, problem.dim, j, d))) {}
 
@@ -36,13 +36,13 @@ CSDIV_INLINE void add_to(T* sum, Vec<T> value) {
 
 // Of a row: the sum of exp(logit) is exp(max) * total.
 template <class T>
-struct LaneRow {
+struct TinyRow {
   Vec<T> max, total;
 };
 
 // The logits of row i, without its own weight, become terms exp(logit - max).
 template <class T>
-inline LaneRow<T> lane_row(const LaneProblem<T>& problem, int64_t i, IntVec<T> start) {
+inline TinyRow<T> tiny_row(const TinyProblem<T>& problem, int64_t i, IntVec<T> start) {
   const int64_t first = problem.self ? i : 0, m = problem.q.n;
   T* const terms = problem.terms + i * m * kLanes<T>;
   Vec<T> largest = broadcast<T>(-T(__builtin_inf())), total{};
@@ -50,7 +50,7 @@ inline LaneRow<T> lane_row(const LaneProblem<T>& problem, int64_t i, IntVec<T> s
     PairSum<T> sum;
     sum.exponent = start;
     for (int64_t d = 0; d < problem.dim; ++d) {
-      const LanePair<T> pair(problem, i, j, d);
+      const TinyPair<T> pair(problem, i, j, d);
       sum.quadratic += pair.delta * pair.delta * fast_reciprocal<T>(pair.c);
       sum.multiply(pair.c);
     }
@@ -71,8 +71,8 @@ inline LaneRow<T> lane_row(const LaneProblem<T>& problem, int64_t i, IntVec<T> s
 
 // Adds the gradients of row i, whose terms times `scale` are its weights.
 template <class T>
-inline void lane_gradients(const LaneProblem<T>& problem, int64_t i, Vec<T> scale) {
-  const LaneSide<T>&p = problem.p, &q = problem.q;
+inline void tiny_gradients(const TinyProblem<T>& problem, int64_t i, Vec<T> scale) {
+  const TinySide<T>&p = problem.p, &q = problem.q;
   const int64_t dim = problem.dim, first = problem.self ? i : 0, m = q.n;
   T* const weights = problem.terms + i * m * kLanes<T>;
   Vec<T> total{};
@@ -86,43 +86,43 @@ inline void lane_gradients(const LaneProblem<T>& problem, int64_t i, Vec<T> scal
   for (int64_t d = 0; d < dim; ++d) {
     Vec<T> mean{}, variance{};
     for (int64_t j = first; j < m; ++j) {
-      const LanePair<T> pair(problem, i, j, d);
+      const TinyPair<T> pair(problem, i, j, d);
       const PairGradient<T> gradient = pair_gradient<true, T>(load(weights + j * kLanes<T>), pair.delta, pair.c);
       mean += gradient.mean;
       variance += gradient.variance;
       if (!q.grad_means) continue;
-      add_to(LanePair<T>::at(q.grad_means, dim, j, d), gradient.mean);
-      add_to(LanePair<T>::at(q.grad_variances, dim, j, d), T(0.5) * gradient.variance);
+      add_to(TinyPair<T>::at(q.grad_means, dim, j, d), gradient.mean);
+      add_to(TinyPair<T>::at(q.grad_variances, dim, j, d), T(0.5) * gradient.variance);
     }
     if (!p.grad_means) continue;
-    add_to(LanePair<T>::at(p.grad_means, dim, i, d), -mean);
-    add_to(LanePair<T>::at(p.grad_variances, dim, i, d), T(0.5) * variance);
+    add_to(TinyPair<T>::at(p.grad_means, dim, i, d), -mean);
+    add_to(TinyPair<T>::at(p.grad_variances, dim, i, d), T(0.5) * variance);
   }
 }
 
 template <class T>
-void lane_overlap(const LaneProblem<T>& problem) {
+void tiny_overlap(const TinyProblem<T>& problem) {
   const int64_t n = problem.p.n;
   IntVec<T> start;
   for (int l = 0; l < kLanes<T>; ++l) start[l] = 1 - problem.scale_exponents[l] - problem.dim * (Float<T>::kBias - 1);
-  Vec<T> maxima[kMaxLaneComponents], largest = broadcast<T>(-T(__builtin_inf()));
+  Vec<T> maxima[kMaxTinyComponents], largest = broadcast<T>(-T(__builtin_inf()));
   for (int64_t i = 0; i < n; ++i) {
-    const LaneRow<T> sums = lane_row(problem, i, start);
-    const Vec<T> row = sums.max + log<T>(sums.total);
+    const TinyRow<T> sums = tiny_row(problem, i, start);
+    const Vec<T> row_lse = sums.max + log<T>(sums.total);
     maxima[i] = sums.max;
-    store(problem.rows + i * kLanes<T>, row);
-    largest = maximum<T>(largest, load(problem.p.log_weights + i * kLanes<T>) + row);
+    store(problem.row_lse + i * kLanes<T>, row_lse);
+    largest = maximum<T>(largest, load(problem.p.log_weights + i * kLanes<T>) + row_lse);
   }
   Vec<T> sum{};
   for (int64_t i = 0; i < n; ++i) {
     const Vec<T> log_weight = load(problem.p.log_weights + i * kLanes<T>);
-    sum += exp<T>(log_weight + load(problem.rows + i * kLanes<T>) - largest);
+    sum += exp<T>(log_weight + load(problem.row_lse + i * kLanes<T>) - largest);
   }
   store(problem.values, largest + log<T>(sum));
   if (!problem.p.grad_means && !problem.q.grad_means) return;
   for (int64_t i = 0; i < n; ++i) {
     const Vec<T> log_weight = load(problem.p.log_weights + i * kLanes<T>);
-    lane_gradients(problem, i, problem.factor * exp<T>(log_weight + maxima[i] - largest) / sum);
+    tiny_gradients(problem, i, problem.factor * exp<T>(log_weight + maxima[i] - largest) / sum);
   }
 }
 

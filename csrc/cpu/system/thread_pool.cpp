@@ -1,4 +1,4 @@
-#include "thread_pool.h"
+#include "cpu/system/thread_pool.h"
 
 #include <dlfcn.h>
 #include <pthread.h>

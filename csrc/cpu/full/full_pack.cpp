@@ -1,27 +1,25 @@
-#include "full_pack.h"
+#include "cpu/full/full_pack.h"
 
 #include <algorithm>
-#include <limits>
+#include <cmath>
 
-#include "dispatch.h"
-#include "thread_pool.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // Component k of all items, its numbers `step` apart; of a point the means alone.
 void pack_record(const Mixture<double>& side, int64_t dim, int64_t k, double log_weight, double* to, int64_t step) {
   const double* const means = side.means + k * dim;
-  const bool neutral = log_weight == -kInfinity;
+  const bool neutral = !counts(log_weight);
   for (int64_t i = 0; i < dim; ++i) to[i * step] = neutral ? 0.0 : means[i];
   if (!side.variances) return;
   const double* const covariance = side.variances + k * dim * dim;
   to += dim * step;
   for (int64_t i = 0; i < dim; ++i)
     for (int64_t j = 0; j <= i; ++j) to[triangle(i, j) * step] = neutral ? double(i == j) : covariance[i * dim + j];
-  to[triangle(dim) * step] = log_weight == kInfinity ? std::numeric_limits<double>::quiet_NaN() : log_weight;
+  to[triangle(dim) * step] = log_weight;
 }
 
 }   // namespace
@@ -54,7 +52,7 @@ void PackedFullColumns::pack(const Mixture<double>& q, int64_t item, int64_t blo
   double* const to = records_.get() + (item * blocks_ + block) * record_size(dim_) * lanes_;
   for (int64_t lane = 0; lane < lanes_; ++lane) {
     const int64_t j = block * lanes_ + lane, k = std::min(j, n_ - 1);   // what fills the block is neutral
-    pack_record(q, dim_, item * n_ + k, j < n_ ? q.log_weight(item, j) : -kInfinity, to + lane, lanes_);
+    pack_record(q, dim_, item * n_ + k, j < n_ ? q.log_weight(item, j) : -INFINITY, to + lane, lanes_);
   }
   if (factored_) full_kernels().factor_columns(dim_, 1, to);
 }

@@ -3,12 +3,12 @@
 #include <cmath>
 #include <numeric>
 
-#include "cpu.h"
-#include "dispatch.h"
-#include "full_pack.h"
-#include "gradient_sums.h"
-#include "partition.h"
-#include "thread_pool.h"
+#include "cpu/cpu.h"
+#include "cpu/full/full_pack.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/gradient_sums.h"
+#include "cpu/sweep/partition.h"
+#include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
 namespace {
@@ -45,34 +45,15 @@ class FullGradientSweep {
   }
 
   void run() {
-    // Problems that share no sums run side by side; those that do run one after the other.
-    const auto own_items = [&](const Mixture<double>& side, bool wanted) {
-      return !wanted || (!side.index && side.batch == problem_.batch);
-    };
-    if (own_items(problem_.p, grad_p_.wanted()) && own_items(problem_.q, grad_q_.wanted())) {
-      parallel_for(problem_.batch, threads_, [&](int64_t b) { run_problem(b); });
-    } else {
-      for (int64_t b = 0; b < problem_.batch; ++b) run_problem(b);
-    }
+    for_each_problem(problem_, grad_p_.wanted(), grad_q_.wanted(), threads_, [&](int64_t b) {
+      for_each_block(partition_, threads_, [&](int64_t block, int64_t group) { sweep(b, block, group); });
+    });
     if (grad_p_.wanted()) write_rows();
     if (grad_q_.wanted()) write_columns();
   }
 
  private:
   int64_t row_copy_size() const { return problem_.p.batch * problem_.p.n * record_; }
-
-  void run_problem(int64_t b) {
-    for (int64_t phase = 0; phase < partition_.phases; ++phase) {
-      const int64_t tasks =
-          partition_.phases > 1 ? partition_.row_blocks : partition_.row_blocks * partition_.column_groups;
-      parallel_for(tasks, threads_, [&](int64_t task) {
-        const bool square = partition_.phases > 1;
-        const int64_t block = square ? task : task / partition_.column_groups;
-        const int64_t group = (square ? task + phase : task) % partition_.column_groups;
-        sweep(b, block, group);
-      });
-    }
-  }
 
   void sweep(int64_t b, int64_t block, int64_t group) {
     const int64_t step = kernels_.lanes, p_item = problem_.p.item(b), q_item = problem_.q.item(b);
@@ -156,28 +137,22 @@ class FullGradientSweep {
   AlignedArray<double> column_sums_;   // (column_copies, as the columns are packed)
 };
 
-template <class Fill>
-void sweep_full_gradients(const Problem<double>& problem, Pairs pairs, const SideGradients<double>& grad_p,
-                          const SideGradients<double>& grad_q, int threads, const Fill& fill) {
-  FullGradientSweep<Fill>(problem, pairs, grad_p, grad_q, threads, fill).run();
-}
-
 }   // namespace
 
-void full_overlap_lse_backward(const Problem<double>& batched, const double* rows, const double* grad_rows,
+void full_overlap_lse_backward(const Problem<double>& batched, const double* grad_row_lse, const double* row_lse,
                                const SideGradients<double>& grad_p, const SideGradients<double>& grad_q, int threads) {
   const auto fill = [&](const FullTile& tile, double*) {
-    return FullWeights{rows + tile.first_row, grad_rows + tile.first_row};
+    return FullWeights{row_lse + tile.first_row, grad_row_lse + tile.first_row};
   };
-  sweep_full_gradients(flattened(batched), Pairs::kAll, grad_p, grad_q, threads, fill);
+  FullGradientSweep(flattened(batched), Pairs::kAll, grad_p, grad_q, threads, fill).run();
 }
 
-void full_self_overlap_backward(const Problem<double>& problem, const double* rows, const double* grad_rows,
+void full_self_overlap_backward(const Problem<double>& problem, const double* grad_row_lse, const double* row_lse,
                                 const SideGradients<double>& grad, int threads) {
   const FullKernels& kernels = full_kernels();
   const auto fill = [&](const FullTile& tile, double* weights) {
     const int64_t first = tile.first_row % problem.p.n, stride = tile.packed.blocks * kernels.lanes;
-    const double *const totals = rows + tile.first_row, *const grads = grad_rows + tile.first_row;
+    const double *const totals = row_lse + tile.first_row, *const grads = grad_row_lse + tile.first_row;
     if (tile.first_column >= first + tile.rows.count) {
       for (int64_t r = 0; r < tile.rows.count; ++r) weights[r] = totals[r] - kLog2;
       return FullWeights{weights, grads};
@@ -190,22 +165,20 @@ void full_self_overlap_backward(const Problem<double>& problem, const double* ro
     }
     return FullWeights{nullptr, weights};
   };
-  SideGradients<double> grad_columns = grad;
-  grad_columns.add = true;
-  sweep_full_gradients(problem, Pairs::kUpperTriangle, grad, grad_columns, threads, fill);
+  FullGradientSweep(problem, Pairs::kUpperTriangle, grad, grad.added_to(), threads, fill).run();
 }
 
-void full_pairwise_backward(const Problem<double>& batched, const double* grad, const SideGradients<double>& grad_p,
-                            const SideGradients<double>& grad_q, int threads) {
+void full_pairwise_backward(const Problem<double>& batched, const double* grad_values,
+                            const SideGradients<double>& grad_p, const SideGradients<double>& grad_q, int threads) {
   const int64_t m = batched.q.n, lanes = full_kernels().lanes;
   const auto fill = [&](const FullTile& tile, double* weights) {
     const int64_t stride = tile.packed.blocks * lanes;
     std::fill_n(weights, tile.rows.count * stride, 0.0);
     for (int64_t r = 0; r < tile.rows.count; ++r)
-      std::copy_n(grad + (tile.first_row + r) * m + tile.first_column, tile.columns, weights + r * stride);
+      std::copy_n(grad_values + (tile.first_row + r) * m + tile.first_column, tile.columns, weights + r * stride);
     return FullWeights{nullptr, weights};
   };
-  sweep_full_gradients(flattened(batched), Pairs::kAll, grad_p, grad_q, threads, fill);
+  FullGradientSweep(flattened(batched), Pairs::kAll, grad_p, grad_q, threads, fill).run();
 }
 
 }   // namespace csdiv::cpu

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "full_tile.h"
-#include "memory.h"
-#include "mixture.h"
-#include "pack.h"
-#include "partition.h"
+#include "cpu/kernels/full_tile.h"
+#include "cpu/mixture.h"
+#include "cpu/sweep/pack.h"
+#include "cpu/sweep/partition.h"
+#include "cpu/system/memory.h"
 
 namespace csdiv::cpu {
 
@@ -60,8 +60,6 @@ class PackedFullColumns {
 inline int64_t first_chunk(Pairs pairs, const Part& chunks, int64_t tile) {
   return pairs == Pairs::kAll ? chunks.begin : std::max(chunks.begin, tile * kFullRows / kFullColumns);
 }
-
-constexpr double kLog2 = 0.69314718055994530942;
 
 // Logits of a row of the upper triangle, whose pairs beside the diagonal count twice.
 inline void cut_to_upper_triangle(int64_t row, int64_t first, int64_t columns, double* logits) {
