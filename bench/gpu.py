@@ -56,7 +56,7 @@ class Naive(Csdiv):
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
-        cuda = importlib.import_module("csdiv.backends.cuda")
+        cuda = importlib.import_module("csdiv.backends.cuda").backend
         shipped, cuda.native = cuda.native, self._native
         try:
             yield

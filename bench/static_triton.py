@@ -75,7 +75,7 @@ def launches(
     Raises:
         ImportError: there is no triton.
     """
-    triton, backend = importlib.import_module("triton"), importlib.import_module("csdiv.backends.triton")
+    triton, backend = importlib.import_module("triton"), importlib.import_module("csdiv.backends.triton").backend
     pack, found = importlib.import_module("csdiv.kernels.pack"), dict[str, Launch]()
 
     def record(function: Any, *arguments: Any, grid: object, warmup: bool, **named: Any) -> None:
@@ -108,14 +108,15 @@ def call_every_operator(
     for weights in (True, False):
         a, b = (side if weights else [*side[:2], None] for side in (p, q))
         needs = [True, True, weights]
-        backend.cs_divergence_forward(*a, *b, needs + needs)
-        backend.log_overlap_forward(*a, *b, needs + needs)
-        backend.self_overlap_forward(*a, needs)
-        backend.overlap_lse_forward(*a[:2], *b, [True, True, *needs])
-    backend.log_overlap_forward(*p, *q, [False, False, True] * 2)
-    densities = backend.pairwise_forward(*p[:2], *q[:2])
-    backend.pairwise_backward(densities, (*p[:2], *q[:2]), [True] * 4)
-    backend.assign(*p[:2], *q)
+        backend.forward("cs_divergence", a + b, needs + needs)
+        backend.forward("log_overlap", a + b, needs + needs)
+        backend.forward("self_overlap", a, needs)
+        rows, _ = backend.forward("overlap_lse", a[:2] + b, [False] * 5)
+        backend.backward("overlap_lse", rows[0], a[:2] + b, rows, [True, True, *needs])
+    backend.forward("log_overlap", p + q, [False, False, True] * 2)
+    densities, _ = backend.forward("pairwise", p[:2] + q[:2], [False] * 4)
+    backend.backward("pairwise", densities[0], p[:2] + q[:2], [], [True] * 4)
+    backend.assign("assign", p[:2] + q)
 
 
 def compiled(launch: Launch, capability: int) -> static.Kernel:

@@ -50,7 +50,7 @@ def call_of(kernel: str, form: str, dtype: torch.dtype, dim: int, size: int, dev
 
     Of tied rows it is one: the other has the diagonal form.
     """
-    backend, g = importlib.import_module("csdiv.backends.triton"), torch.Generator().manual_seed(dim)
+    backend, g = importlib.import_module("csdiv.backends.triton").backend, torch.Generator().manual_seed(dim)
     p, q = (
         testing.random_mixture(size, dim, structure=structure, dtype=dtype, generator=g)
         for structure in MIXTURES[form.removesuffix(" matrix")]
@@ -58,13 +58,13 @@ def call_of(kernel: str, form: str, dtype: torch.dtype, dim: int, size: int, dev
     tensors = [t.to(device) for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
 
     def forward() -> list[Tensor]:
-        return backend.log_overlap_forward(*tensors, [False] * 6)[:3]
+        return backend.forward("log_overlap", tensors, [False] * 6)[0]
 
-    saved = forward()
-    grad = torch.ones_like(saved[0])
-    return (lambda: [forward()[2]]) if kernel == "rows" else lambda: backend.log_overlap_backward(
-        grad, tensors, saved, [form != "tied rows"] * 3 + [True] * 3
-    )  # fmt: skip
+    value, _, row_lse = forward()
+    needs = [form != "tied rows"] * 3 + [True] * 3
+    if kernel == "rows":
+        return lambda: [forward()[2]]
+    return lambda: backend.backward("log_overlap", torch.ones_like(value), tensors, [value, row_lse], needs)
 
 
 def measure(

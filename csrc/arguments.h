@@ -30,6 +30,33 @@ T* pointer(Pointer address, bool needed = true) {
   return reinterpret_cast<T*>(address);
 }
 
+// The arrays of a call in the order of csdiv/operators.py: the gradient of the value, outputs.
+class Arrays {
+ public:
+  Arrays(const py::tuple& addresses) : count_(int(addresses.size())) {
+    check(count_ <= kMost, "too many arrays");
+    for (int k = 0; k < count_; ++k) addresses_[k] = addresses[k].cast<Pointer>();
+  }
+
+  template <class T>
+  T* at(int k, bool needed) const {
+    check(k < count_, "an array is missing");
+    return pointer<T>(addresses_[k], needed);
+  }
+
+ private:
+  static constexpr int kMost = 4;
+
+  int count_;
+  Pointer addresses_[kMost];
+};
+
+// The sides of a call, or their gradients: p and q.
+inline py::tuple one_of_two(const py::tuple& sides, int k) {
+  check(sides.size() == 2, "p and q are needed");
+  return sides[k].cast<py::tuple>();
+}
+
 // Calls f(float{}) or f(double{}); f takes what it needs of Python objects before it releases the lock.
 template <class F>
 auto with_type(int itemsize, const F& f) {

@@ -1,11 +1,15 @@
 // The module csdiv._C: raw pointers, sizes and a number of threads; no torch. csdiv/backends/cpu.py is its only caller.
 //
-// A side is the tuple (means, variances, log_weights, index, batch, n, same_dims, same_components), see mixture.h;
-// pointers are integers, 0 where an array is not given. `itemsize` is 4 (float) or 8 (double).
+// Every operator takes (itemsize, batch, dim, arrays, sides, grads, threads), see csdiv/backends/arrays.py: `itemsize` is
+// 4 (float) or 8 (double); `arrays` the addresses of the gradient of the value, in a backward pass, and of the outputs;
+// `sides` those of p and q, each (means, variances, log_weights, index, batch, n, same_dims, same_components), see
+// mixture.h, the same twice for a mixture with itself; `grads` those of the gradients to both sides, each (means,
+// variances, log_weights). An address is 0 where an array is not given or not wanted.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 
 #include "arguments.h"
 #include "cpu/cpu.h"
@@ -53,17 +57,6 @@ Problem<T> make_problem(int64_t batch, int64_t dim, const py::tuple& p, const py
   return problem;
 }
 
-// A pair with its scale exponents: made where the lock is released, for the call.
-template <class T>
-struct Scaled {
-  explicit Scaled(const Problem<T>& given) : problem(given) {}
-
-  Problem<T> problem;
-  cpu::ScaleExponents<T> p{problem.dim, problem.p}, q{problem.dim, problem.q};
-  cpu::RowPrecisions<T> precisions{problem};
-};
-
-// (means, variances, log_weights)
 template <class T>
 SideGradients<T> side_gradients(const py::tuple& grads) {
   check(grads.size() == 3, "the gradients of a side have 3 fields");
@@ -71,248 +64,152 @@ SideGradients<T> side_gradients(const py::tuple& grads) {
   return {pointer<T>(address(0), false), pointer<T>(address(1), false), pointer<T>(address(2), false)};
 }
 
-// Those of a forward pass: problems may not share the side.
+// What Python hands over for one operator, checked.
 template <class T>
-SideGradients<T> own_gradients(const Mixture<T>& side, int64_t batch, const py::tuple& grads) {
-  const SideGradients<T> gradients = side_gradients<T>(grads);
-  check(!gradients.wanted() || (side.batch == batch && !side.index), "gradients of a side that problems share");
-  return gradients;
+struct Call {
+  Problem<T> problem;
+  Arrays arrays;
+  SideGradients<T> grad_p, grad_q;
+  int threads;
+
+  // Array k, of numbers for each row, or for each problem.
+  template <class U = T>
+  U* rows(int k) const {
+    return arrays.at<U>(k, problem.rows() > 0);
+  }
+  template <class U = T>
+  U* items(int k) const {
+    return arrays.at<U>(k, problem.batch > 0);
+  }
+
+  // Gradients of a forward pass: problems may not share a side that has any.
+  void check_own_gradients() const {
+    const auto own = [&](const Mixture<T>& side, const SideGradients<T>& grads) {
+      return !grads.wanted() || (side.batch == problem.batch && !side.index);
+    };
+    check(own(problem.p, grad_p) && own(problem.q, grad_q), "gradients of a side that problems share");
+  }
+};
+
+template <class T>
+Call<T> make_call(int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides, const py::tuple& grads,
+                  int threads, bool points = false) {
+  return {make_problem<T>(batch, dim, one_of_two(sides, 0), one_of_two(sides, 1), points), Arrays(arrays),
+          side_gradients<T>(one_of_two(grads, 0)), side_gradients<T>(one_of_two(grads, 1)), threads};
 }
 
-bool cpu_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                             Pointer rows, Pointer offsets, const py::tuple& grad_p, const py::tuple& grad_q,
-                             int threads) {
-  return with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    T* const out = pointer<T>(rows, problem.rows() > 0);
-    double* const left_out = pointer<double>(offsets, batch > 0);
-    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::offsets(scaled.problem, cpu::Uniform::kOfQ, left_out);
-    return cpu::overlap_lse_forward(scaled.problem, out, to_p, to_q, threads);
-  });
-}
+// The scale exponents of a pair, or of a mixture with itself, for the time of a call.
+template <class T>
+struct PairScale {
+  explicit PairScale(Problem<T>& problem) : p(problem.dim, problem.p), q(problem.dim, problem.q), precisions(problem) {}
 
-void cpu_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                              Pointer rows, Pointer grad_rows, const py::tuple& grad_p, const py::tuple& grad_q,
-                              int threads) {
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    const T* const values = pointer<const T>(rows, problem.rows() > 0);
-    const T* const grads = pointer<const T>(grad_rows, problem.rows() > 0);
-    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::overlap_lse_backward(scaled.problem, grads, values, to_p, to_q, threads);
-  });
-}
+  cpu::ScaleExponents<T> p, q;
+  cpu::RowPrecisions<T> precisions;
+};
+template <class T>
+struct SelfScale {
+  explicit SelfScale(Problem<T>& problem) : p(problem.dim, problem.p) { problem.q = problem.p; }
 
-bool cpu_log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                             Pointer rows, Pointer values, Pointer offsets, const py::tuple& grad_p,
-                             const py::tuple& grad_q, int threads) {
-  return with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    T* const row_values = pointer<T>(rows, problem.rows() > 0);
-    double* const out = pointer<double>(values, batch > 0);
-    double* const left_out = pointer<double>(offsets, batch > 0);
-    const SideGradients<T> to_p = own_gradients(problem.p, batch, grad_p);
-    const SideGradients<T> to_q = own_gradients(problem.q, batch, grad_q);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::offsets(scaled.problem, cpu::Uniform::kOfBoth, left_out);
-    return cpu::log_overlap_forward(scaled.problem, T(1), out, row_values, to_p, to_q, threads);
-  });
-}
+  cpu::ScaleExponents<T> p;
+};
 
-void cpu_log_overlap_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                              Pointer rows, Pointer values, Pointer grad_values, const py::tuple& grad_p,
-                              const py::tuple& grad_q, int threads) {
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    const T* const saved = pointer<const T>(rows, problem.rows() > 0);
-    const double* const totals = pointer<const double>(values, batch > 0);
-    const T* const grads = pointer<const T>(grad_values, batch > 0);
-    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::log_overlap_backward(scaled.problem, T(1), grads, totals, saved, to_p, to_q, threads);
-  });
-}
-
-bool cpu_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer offsets,
-                              const py::tuple& grad, int threads) {
-  return with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    Mixture<T> side = mixture<T>(p, dim);
-    double* const out = pointer<double>(values, side.batch > 0);
-    double* const left_out = pointer<double>(offsets, side.batch > 0);
-    const SideGradients<T> to_p = side_gradients<T>(grad);
-    const py::gil_scoped_release unlocked;
-    const cpu::ScaleExponents<T> exponents(dim, side);
-    cpu::offsets(Problem<T>{side.batch, dim, side, side}, cpu::Uniform::kOfBoth, left_out);
-    return cpu::self_overlap_forward(dim, side, T(1), out, to_p, threads);
-  });
-}
-
-void cpu_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Pointer values, Pointer grad_values,
-                               const py::tuple& grad, int threads) {
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    Mixture<T> side = mixture<T>(p, dim);
-    const double* const saved = pointer<const double>(values, side.batch > 0);
-    const T* const grads = pointer<const T>(grad_values, side.batch > 0);
-    const SideGradients<T> to_p = side_gradients<T>(grad);
-    const py::gil_scoped_release unlocked;
-    const cpu::ScaleExponents<T> exponents(dim, side);
-    cpu::self_overlap_backward(dim, side, grads, saved, to_p, threads);
-  });
-}
-
-bool cpu_cs_divergence_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                               Pointer divergence, Pointer rows, Pointer overlaps, const py::tuple& grad_p,
-                               const py::tuple& grad_q, int threads) {
-  return with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    T* const out = pointer<T>(divergence, batch > 0);
-    T* const row_values = pointer<T>(rows, problem.rows() > 0);
-    double* const terms = pointer<double>(overlaps, batch > 0);
-    const SideGradients<T> to_p = own_gradients(problem.p, batch, grad_p);
-    const SideGradients<T> to_q = own_gradients(problem.q, batch, grad_q);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    return cpu::cs_divergence_forward(scaled.problem, out, row_values, terms, to_p, to_q, threads);
-  });
-}
-
-void cpu_cs_divergence_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                                Pointer grad, Pointer rows, Pointer overlaps, const py::tuple& grad_p,
-                                const py::tuple& grad_q, int threads) {
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    const T* const grads = pointer<const T>(grad, batch > 0);
-    const T* const row_values = pointer<const T>(rows, problem.rows() > 0);
-    const double* const terms = pointer<const double>(overlaps, batch > 0);
-    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::cs_divergence_backward(scaled.problem, grads, row_values, terms, to_p, to_q, threads);
-  });
-}
-
-void cpu_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                          Pointer logits, int threads) {
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    T* const out = pointer<T>(logits, problem.rows() > 0);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::pairwise_forward(scaled.problem, out, threads);
-  });
-}
-
-void cpu_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                           Pointer grad_logits, const py::tuple& grad_p, const py::tuple& grad_q, int threads) {
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    const T* const grads = pointer<const T>(grad_logits, problem.rows() > 0);
-    const SideGradients<T> to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::pairwise_backward(scaled.problem, grads, to_p, to_q, threads);
-  });
-}
-
-void cpu_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q, Pointer assignment,
-                int threads) {
-  with_type(itemsize, [&](auto type) {
-    using T = decltype(type);
-    const Problem<T> problem = make_problem<T>(batch, dim, p, q);
-    auto* const out = pointer<int64_t>(assignment, problem.rows() > 0);
-    const py::gil_scoped_release unlocked;
-    const Scaled<T> scaled(problem);
-    cpu::assign(scaled.problem, out, threads);
+// run(call), without Python's lock.
+template <template <class> class Scale, class F>
+void define(py::module_& module, const char* name, const F& run) {
+  module.def(name, [run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides,
+                         const py::tuple& grads, int threads) {
+    return with_type(itemsize, [&](auto type) {
+      using T = decltype(type);
+      Call<T> call = make_call<T>(batch, dim, arrays, sides, grads, threads);
+      const py::gil_scoped_release unlocked;
+      const Scale<T> scale(call.problem);
+      return run(std::as_const(call));
+    });
   });
 }
 
 // The variances of both sides are covariances, see cpu.h; a p without them has points.
-Problem<double> full_problem(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q) {
-  check(itemsize == sizeof(double), "full covariances are computed in double");
-  check(dim <= cpu::kMaxFullDim, "dim must be at most 32 for full covariances");
-  const auto problem = make_problem<double>(batch, dim, p, q, true);
-  for (const auto* side : {&problem.p, &problem.q}) check_sizes({side->batch, side->n, dim, dim});
-  return problem;
+template <class F>
+void define_full(py::module_& module, const char* name, const F& run) {
+  module.def(name, [run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides,
+                         const py::tuple& grads, int threads) {
+    check(itemsize == sizeof(double), "full covariances are computed in double");
+    check(dim <= cpu::kMaxFullDim, "dim must be at most 32 for full covariances");
+    const auto call = make_call<double>(batch, dim, arrays, sides, grads, threads, true);
+    for (const auto* side : {&call.problem.p, &call.problem.q}) check_sizes({side->batch, side->n, dim, dim});
+    check(call.problem.p.variances || !call.grad_p.variances, "points have no gradients to variances");
+    const py::gil_scoped_release unlocked;
+    run(call);
+  });
 }
 
-void cpu_full_overlap_lse_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                                  Pointer rows, int threads) {
-  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
-  auto* const out = pointer<double>(rows, problem.rows() > 0);
-  const py::gil_scoped_release unlocked;
-  cpu::full_overlap_lse_forward(problem, out, threads);
-}
+void define_operators(py::module_& module) {
+  define<PairScale>(module, "cpu_overlap_lse_forward", [](const auto& call) {
+    cpu::offsets(call.problem, cpu::Uniform::kOfQ, call.template items<double>(1));
+    return cpu::overlap_lse_forward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
+  });
+  define<PairScale>(module, "cpu_overlap_lse_backward", [](const auto& call) {
+    cpu::overlap_lse_backward(call.problem, call.rows(0), call.rows(1), call.grad_p, call.grad_q, call.threads);
+  });
+  define<PairScale>(module, "cpu_log_overlap_forward", [](const auto& call) {
+    call.check_own_gradients();
+    cpu::offsets(call.problem, cpu::Uniform::kOfBoth, call.template items<double>(1));
+    return cpu::log_overlap_forward(call.problem, {1}, call.template items<double>(0), call.rows(2), call.grad_p,
+                                    call.grad_q, call.threads);
+  });
+  define<PairScale>(module, "cpu_log_overlap_backward", [](const auto& call) {
+    cpu::log_overlap_backward(call.problem, {1}, call.items(0), call.template items<double>(1), call.rows(2),
+                              call.grad_p, call.grad_q, call.threads);
+  });
+  define<SelfScale>(module, "cpu_self_overlap_forward", [](const auto& call) {
+    cpu::offsets(call.problem, cpu::Uniform::kOfBoth, call.template items<double>(1));
+    return cpu::self_overlap_forward(call.problem.dim, call.problem.p, {1}, call.template items<double>(0), call.grad_p,
+                                     call.threads);
+  });
+  define<SelfScale>(module, "cpu_self_overlap_backward", [](const auto& call) {
+    cpu::self_overlap_backward(call.problem.dim, call.problem.p, call.items(0), call.template items<double>(1),
+                               call.grad_p, call.threads);
+  });
+  define<PairScale>(module, "cpu_cs_divergence_forward", [](const auto& call) {
+    call.check_own_gradients();
+    return cpu::cs_divergence_forward(call.problem, call.items(0), call.rows(1), call.template items<double>(2),
+                                      call.grad_p, call.grad_q, call.threads);
+  });
+  define<PairScale>(module, "cpu_cs_divergence_backward", [](const auto& call) {
+    cpu::cs_divergence_backward(call.problem, call.items(0), call.rows(1), call.template items<double>(2), call.grad_p,
+                                call.grad_q, call.threads);
+  });
+  define<PairScale>(module, "cpu_pairwise_forward", [](const auto& call) {
+    cpu::pairwise_forward(call.problem, call.rows(0), call.threads);
+  });
+  define<PairScale>(module, "cpu_pairwise_backward", [](const auto& call) {
+    cpu::pairwise_backward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
+  });
+  define<PairScale>(module, "cpu_assign", [](const auto& call) {
+    cpu::assign(call.problem, call.template rows<int64_t>(0), call.threads);
+  });
 
-void cpu_full_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                                   Pointer rows, Pointer grad_rows, const py::tuple& grad_p, const py::tuple& grad_q,
-                                   int threads) {
-  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
-  const auto* const values = pointer<const double>(rows, problem.rows() > 0);
-  const auto* const grads = pointer<const double>(grad_rows, problem.rows() > 0);
-  const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
-  check(problem.p.variances || !to_p.variances, "points have no gradients to variances");
-  const py::gil_scoped_release unlocked;
-  cpu::full_overlap_lse_backward(problem, grads, values, to_p, to_q, threads);
-}
-
-void cpu_full_self_overlap_forward(int itemsize, int64_t dim, const py::tuple& p, Pointer rows, int threads) {
-  const Problem<double> problem = full_problem(itemsize, p[4].cast<int64_t>(), dim, p, p);
-  auto* const out = pointer<double>(rows, problem.rows() > 0);
-  const py::gil_scoped_release unlocked;
-  cpu::full_self_overlap_forward(problem, out, threads);
-}
-
-void cpu_full_self_overlap_backward(int itemsize, int64_t dim, const py::tuple& p, Pointer rows, Pointer grad_rows,
-                                    const py::tuple& grad, int threads) {
-  const Problem<double> problem = full_problem(itemsize, p[4].cast<int64_t>(), dim, p, p);
-  const auto* const values = pointer<const double>(rows, problem.rows() > 0);
-  const auto* const grads = pointer<const double>(grad_rows, problem.rows() > 0);
-  const auto to_p = side_gradients<double>(grad);
-  const py::gil_scoped_release unlocked;
-  cpu::full_self_overlap_backward(problem, grads, values, to_p, threads);
-}
-
-void cpu_full_pairwise_forward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                               Pointer logits, int threads) {
-  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
-  auto* const out = pointer<double>(logits, problem.rows() > 0);
-  const py::gil_scoped_release unlocked;
-  cpu::full_pairwise_forward(problem, out, threads);
-}
-
-void cpu_full_pairwise_backward(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                                Pointer grad_logits, const py::tuple& grad_p, const py::tuple& grad_q, int threads) {
-  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
-  const auto* const grads = pointer<const double>(grad_logits, problem.rows() > 0);
-  const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
-  check(problem.p.variances || !to_p.variances, "points have no gradients to variances");
-  const py::gil_scoped_release unlocked;
-  cpu::full_pairwise_backward(problem, grads, to_p, to_q, threads);
-}
-
-void cpu_full_assign(int itemsize, int64_t batch, int64_t dim, const py::tuple& p, const py::tuple& q,
-                     Pointer assignment, int threads) {
-  const Problem<double> problem = full_problem(itemsize, batch, dim, p, q);
-  auto* const out = pointer<int64_t>(assignment, problem.rows() > 0);
-  const py::gil_scoped_release unlocked;
-  cpu::full_assign(problem, out, threads);
+  define_full(module, "cpu_full_overlap_lse_forward", [](const Call<double>& call) {
+    cpu::full_overlap_lse_forward(call.problem, call.rows(0), call.threads);
+  });
+  define_full(module, "cpu_full_overlap_lse_backward", [](const Call<double>& call) {
+    cpu::full_overlap_lse_backward(call.problem, call.rows(0), call.rows(1), call.grad_p, call.grad_q, call.threads);
+  });
+  define_full(module, "cpu_full_self_overlap_forward", [](const Call<double>& call) {
+    cpu::full_self_overlap_forward(call.problem, call.rows(0), call.threads);
+  });
+  define_full(module, "cpu_full_self_overlap_backward", [](const Call<double>& call) {
+    cpu::full_self_overlap_backward(call.problem, call.rows(0), call.rows(1), call.grad_p, call.threads);
+  });
+  define_full(module, "cpu_full_pairwise_forward", [](const Call<double>& call) {
+    cpu::full_pairwise_forward(call.problem, call.rows(0), call.threads);
+  });
+  define_full(module, "cpu_full_pairwise_backward", [](const Call<double>& call) {
+    cpu::full_pairwise_backward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
+  });
+  define_full(module, "cpu_full_assign", [](const Call<double>& call) {
+    cpu::full_assign(call.problem, call.rows<int64_t>(0), call.threads);
+  });
 }
 
 }   // namespace
@@ -335,25 +232,8 @@ PYBIND11_MODULE(_C, module) {
       .value("BOTH", cpu::Arithmetic::kBoth);
   module.def("cpu_arithmetic", &cpu::arithmetic, "For benchmarks: computes nothing of use, and how many numbers.",
              py::call_guard<py::gil_scoped_release>());
-  module.def("cpu_overlap_lse_forward", &cpu_overlap_lse_forward);
-  module.def("cpu_overlap_lse_backward", &cpu_overlap_lse_backward);
-  module.def("cpu_log_overlap_forward", &cpu_log_overlap_forward);
-  module.def("cpu_log_overlap_backward", &cpu_log_overlap_backward);
-  module.def("cpu_self_overlap_forward", &cpu_self_overlap_forward);
-  module.def("cpu_self_overlap_backward", &cpu_self_overlap_backward);
-  module.def("cpu_cs_divergence_forward", &cpu_cs_divergence_forward);
-  module.def("cpu_cs_divergence_backward", &cpu_cs_divergence_backward);
-  module.def("cpu_pairwise_forward", &cpu_pairwise_forward);
-  module.def("cpu_pairwise_backward", &cpu_pairwise_backward);
-  module.def("cpu_assign", &cpu_assign);
   module.attr("cpu_max_full_dim") = cpu::kMaxFullDim;
-  module.def("cpu_full_overlap_lse_forward", &cpu_full_overlap_lse_forward);
-  module.def("cpu_full_overlap_lse_backward", &cpu_full_overlap_lse_backward);
-  module.def("cpu_full_self_overlap_forward", &cpu_full_self_overlap_forward);
-  module.def("cpu_full_self_overlap_backward", &cpu_full_self_overlap_backward);
-  module.def("cpu_full_pairwise_forward", &cpu_full_pairwise_forward);
-  module.def("cpu_full_pairwise_backward", &cpu_full_pairwise_backward);
-  module.def("cpu_full_assign", &cpu_full_assign);
+  define_operators(module);
 #ifdef CSDIV_WITH_CUDA
   bind_cuda(module);
 #endif

@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     interpreter.install()  # first: the next line imports triton
     # torch.empty is filled with NaN in this mode, so that an output that was never written shows.
     torch.use_deterministic_algorithms(True)
-    emulation.install(emulation.load(emulation.build(emulation.ROOT / "build" / "emulation")))
+    emulation.install()
     gpu.install()
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import torch
 
 from csdiv import backends
+from csdiv.backends.cuda import Cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "emulation"
@@ -40,19 +42,30 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def install(native: ModuleType) -> ModuleType:
-    """Registers the backend: csdiv/backends/cuda.py once more, on the emulation's functions."""
-    name = f"csdiv.backends.{NAME}"
-    spec = importlib.util.spec_from_file_location(name, Path(backends.__file__).with_name("cuda.py"))
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.native = native
-    module.stream = lambda device: 0
-    module.capturing = lambda: False
-    module.processors = lambda device: PROCESSORS
-    sys.modules[name] = module
-    backends.NAMES, backends.FULL = (*backends.NAMES, NAME), (*backends.FULL, NAME)
-    backends._STATUS[NAME] = lambda: backends.BackendStatus(True, "")
-    return module
+class Emulation(Cuda):
+    """csdiv/backends/cuda.py on the emulation's functions."""
+
+    def __init__(self, native: ModuleType) -> None:
+        super().__init__()
+        self.native = native
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def capturing(self) -> bool:
+        return False
+
+    def processors(self, device: torch.device) -> int:
+        return PROCESSORS
+
+
+def install(native: ModuleType | None = None) -> None:
+    """Registers the backend; the module is built when it is first needed, unless it is given."""
+    backends.register(NAME, lambda: Emulation(native or load(build(ROOT / "build" / "emulation"))), full=True)
+
+
+def backend() -> Emulation:
+    """The one that is registered."""
+    found = backends.resolve(NAME, torch.device("cpu"))
+    assert isinstance(found, Emulation)
+    return found

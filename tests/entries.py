@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, pairs
+from csdiv import GaussianMixture, backends, pairs
 
 Entry = Callable[..., Tensor]
 
 BACKENDS = tuple(name for name in csdiv.available_backends() if name not in ("cuda", "triton", "interpreter"))
 """Those that compute on CPU tensors; where there is a GPU its backend is one of them, see gpu.py. The interpreter
 is slow, and has tests of its own in test_triton.py."""
+
+WITH_FULL = tuple(name for name in BACKENDS if backends.has_full(name))
+"""Those of them that have full covariances."""
 
 
 def sides(*t: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
@@ -34,7 +37,7 @@ def _channels_at_once(*t: Tensor, backend: str = "auto") -> Tensor:
     a, b = torch.stack([t[2], 2.0 * t[2], -t[2]], -2), torch.stack([t[5], 0.5 * t[5]], -2)
     sides = [GaussianMixture._unchecked(means=m, variances=v, log_weights=w) for m, v, w in ((*t[:2], a), (*t[3:5], b))]
     p, q = pairs.one_dtype(*sides)
-    return pairs.channel_overlap(p, q, backend).to(p.dtype)
+    return pairs.route(p, q, backend).value("channel_overlap").to(p.dtype)
 
 
 ENTRIES: dict[str, tuple[int, Entry]] = {

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from csdiv import backends
+from csdiv.backends.base import Backend, Tensors
 
 NAME, TRITON_NAME = "gpu", "gpu_triton"
 
@@ -21,27 +19,31 @@ def _copied(value: Any, device: str) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), value)
 
 
-def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: _copied(function(*_copied(arguments, "cuda")), "cpu")
+class OnGpu(Backend):
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+        return _copied(self._backend.forward(name, _copied(list(tensors), "cuda"), needs), "cpu")
+
+    def backward(
+        self, name: str, grad: Tensor, tensors: Tensors, outputs: Sequence[Tensor], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        grad, tensors, outputs = _copied((grad, list(tensors), list(outputs)), "cuda")
+        return _copied(self._backend.backward(name, grad, tensors, outputs, needs), "cpu")
+
+    def assign(self, name: str, tensors: Tensors) -> Tensor:
+        return self._backend.assign(name, _copied(list(tensors), "cuda")).cpu()
 
 
 def install() -> None:
     """Registers those of "cuda" and "triton" that can run here."""
     for backend, name in (("cuda", NAME), ("triton", TRITON_NAME)):
         if backend in backends.available_backends():
-            register(importlib.import_module(f"csdiv.backends.{backend}"), name)
+            register(backend, name)
 
 
-def register(cuda: ModuleType, backend: str = NAME) -> None:
-    """Makes the functions of the backend ``cuda`` those of ``backend``."""
-    module = ModuleType(f"csdiv.backends.{backend}")
-    for name, value in vars(cuda).items():
-        if name.startswith("__"):
-            continue
-        public = inspect.isfunction(value) and value.__module__ == cuda.__name__ and not name.startswith("_")
-        setattr(module, name, on_gpu(value) if public else value)
-    sys.modules[module.__name__] = module
-    backends.NAMES = (*backends.NAMES, backend)
-    if hasattr(cuda, "full_assign"):
-        backends.FULL = (*backends.FULL, backend)
-    backends._STATUS[backend] = lambda: backends.BackendStatus(True, "")
+def register(backend: str, name: str) -> None:
+    """Registers ``backend`` on copies, as ``name``."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    backends.register(name, lambda: OnGpu(backends.resolve(backend, device)), full=backends.has_full(backend))

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import sys
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ NAME = "interpreter"
 PROCESSORS = 1  # work is cut in parts where it is less than a few tiles
 
 
-def install() -> ModuleType | None:
-    """Registers the backend: csdiv/backends/triton.py. None: no triton, or a GPU that runs its kernels; see gpu.py."""
+def install() -> None:
+    """Registers the backend: csdiv/backends/triton.py; not without triton, nor with a GPU that runs its kernels."""
     if not importlib.util.find_spec("triton") or torch.cuda.is_available():
-        return None
+        return
     assert "triton" not in sys.modules, "triton has been imported, not interpreted"
     os.environ["TRITON_INTERPRET"] = "1"
     try:
@@ -36,13 +35,18 @@ def install() -> ModuleType | None:
     finally:
         del os.environ["TRITON_INTERPRET"]
     _patch_once()
-    module.processors = lambda device: PROCESSORS
-    module.current = lambda device: contextlib.nullcontext()
-    module.capturing = lambda: False
-    sys.modules[f"csdiv.backends.{NAME}"] = module
-    backends.NAMES = (*backends.NAMES, NAME)
-    backends._STATUS[NAME] = lambda: backends.BackendStatus(True, "")
-    return module
+
+    class Interpreted(module.Triton):
+        def processors(self, device: torch.device) -> int:
+            return PROCESSORS
+
+        def current(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+            return contextlib.nullcontext()
+
+        def capturing(self) -> bool:
+            return False
+
+    backends.register(NAME, Interpreted)
 
 
 def _patch_once() -> None:

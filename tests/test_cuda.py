@@ -3,7 +3,6 @@
 Values and gradients are held to the contract like those of every backend, see gpu.py.
 """
 
-import sys
 import warnings
 from collections.abc import Iterator
 from unittest import mock
@@ -18,7 +17,6 @@ import csdiv
 from csdiv import GaussianMixture, backends, testing
 
 needs_gpu = pytest.mark.skipif("cuda" not in csdiv.available_backends(), reason="no GPU that csdiv was built for")
-EMULATED = sys.modules[f"csdiv.backends.{emulation.NAME}"]
 
 
 def pair(
@@ -40,21 +38,21 @@ def value_and_gradients(p: GaussianMixture, q: GaussianMixture) -> list[Tensor]:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    loaded = set(EMULATED.loaded)
-    EMULATED.loaded.clear()
+    backend = emulation.backend()
+    loaded, backend.loaded = backend.loaded, set()
     yield
-    EMULATED.loaded.update(loaded)
+    backend.loaded = loaded
 
 
 def test_a_cold_capture_is_refused_until_warmup(forgotten: None) -> None:
     p = testing.random_mixture(3, 2)
-    with mock.patch.object(EMULATED, "capturing", return_value=True):
+    with mock.patch.object(emulation.backend(), "capturing", return_value=True):
         with pytest.raises(RuntimeError, match=r"CUDA graph capture on cpu: call csdiv.warmup\('cpu'\) before it"):
             csdiv.log_overlap(p, backend=emulation.NAME)
         with pytest.raises(RuntimeError, match="warmup"):
             csdiv.warmup("cpu", backend=emulation.NAME)  # too late
     csdiv.warmup("cpu", backend=emulation.NAME)
-    with mock.patch.object(EMULATED, "capturing", return_value=True):
+    with mock.patch.object(emulation.backend(), "capturing", return_value=True):
         csdiv.log_overlap(p, backend=emulation.NAME)
 
 
@@ -73,22 +71,15 @@ def test_warmup_of_what_is_not_there_says_so() -> None:
 
 def test_a_gpu_that_has_no_kernels_is_refused_with_the_reason() -> None:
     """Beside one that has them, which "cuda" is available for."""
-    device = torch.device("cuda:1")
-    with (
-        mock.patch.dict(
-            backends._STATUS,
-            cuda=lambda: backends.BackendStatus(True, ""),
-            triton=lambda: backends.BackendStatus(False, ""),
-        ),
-        mock.patch.object(backends, "_missing_kernels", return_value="built for 90a-real, but not for this one"),
-    ):
-        with pytest.raises(RuntimeError, match="not available: built for 90a-real, but not for this one"):
-            backends._resolve.__wrapped__("cuda", device, ())
+    device, reason = torch.device("cuda:1"), "built for 90a-real, but not for this one"
+    with backends.registrations_restored(), mock.patch.object(backends, "_missing_kernels", return_value=reason):
+        backends.register("cuda", emulation.backend, device="cuda")
+        backends.register("triton", emulation.backend, status=lambda: backends.BackendStatus(False, ""))
+        with pytest.raises(RuntimeError, match=f"not available: {reason}"):
+            backends.resolve("cuda", device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            assert (
-                backends._resolve.__wrapped__("auto", device, ("cuda", "triton")).__name__ == "csdiv.backends.reference"
-            )
+            assert backends.resolve("auto", device) is backends.resolve("reference", device)
 
 
 @needs_gpu
@@ -176,18 +167,18 @@ def test_the_tensors_device_is_used() -> None:
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(run, expected, strict=True))
 
 
-def test_the_backend_of_tests_on_a_gpu_is_a_module_of_its_own() -> None:
-    """gpu.install() runs on machines with a GPU alone."""
-    cuda, before = sys.modules[EMULATED.__name__], dict(sys.modules)
-    try:
-        gpu.register(cuda)
-        made = sys.modules[f"csdiv.backends.{gpu.NAME}"]
-        assert sys.modules[cuda.__name__] is cuda
-        assert made is not cuda
-        assert made.log_overlap_forward is not cuda.log_overlap_forward
-    finally:
-        sys.modules.pop(f"csdiv.backends.{gpu.NAME}", None)
-        sys.modules.update(before)
-        backends.NAMES = tuple(name for name in backends.NAMES if name != gpu.NAME)
-        backends.FULL = tuple(name for name in backends.FULL if name != gpu.NAME)
-        backends._STATUS.pop(gpu.NAME, None)
+def test_the_backend_of_tests_on_a_gpu_is_one_of_its_own() -> None:
+    """gpu.install() runs on machines with a GPU alone; what is registered for a test is gone after it."""
+    before = csdiv.backend_status()
+    with backends.registrations_restored():
+        gpu.register(emulation.NAME, gpu.NAME)
+        assert gpu.NAME in csdiv.backend_status()
+        assert backends.has_full(gpu.NAME)
+        with mock.patch.object(gpu, "_copied", side_effect=lambda value, device: value) as copied:
+            p, q = (testing.random_mixture(k, 2) for k in (3, 4))
+            value = csdiv.cs_divergence(p, q, backend=gpu.NAME)
+        assert [call.args[1] for call in copied.call_args_list] == ["cuda", "cpu"]
+        assert torch.equal(value, csdiv.cs_divergence(p, q, backend=emulation.NAME))
+    assert csdiv.backend_status() == before
+    with pytest.raises(ValueError, match="backend: one of"):
+        csdiv.cs_divergence(p, q, backend=gpu.NAME)

@@ -27,7 +27,7 @@ CSRC = emulation.ROOT / "csrc"
 
 @pytest.fixture
 def native() -> Iterator[Any]:
-    module = sys.modules[f"csdiv.backends.{emulation.NAME}"].native
+    module = emulation.backend().native
     yield module
     module.set_order(module.Order.FORWARD)
 
@@ -78,7 +78,7 @@ def test_threads_in_any_order_give_the_same_bits_of_full_covariances(n: int, m: 
 @pytest.mark.parametrize("dim", [2, 7])
 def test_full_covariances_in_any_number_of_parts(n: int, m: int, dim: int) -> None:
     """On GPUs of other sizes the sums are cut in other ways: the same results but for rounding."""
-    backend = sys.modules[f"csdiv.backends.{emulation.NAME}"]
+    backend = emulation.backend()
     expected = results(n, m, dim, torch.float64, "cpu", "full")
     for count in (1, 132):
         with mock.patch.object(backend, "processors", return_value=count):
@@ -110,22 +110,21 @@ def test_full_covariances_in_batches(p_batch: tuple[int, ...], q_batch: tuple[in
 @pytest.mark.parametrize(("n", "m"), [(8192, 8192), (1, 10**6), (10**5, 100)])
 def test_scratch_memory_of_full_covariances(n: int, m: int, dim: int, gradients: int) -> None:
     """A few times the inputs, and what a GPU's warps keep beside that."""
-    native = sys.modules[f"csdiv.backends.{emulation.NAME}"].native
+    native = emulation.backend().native
     p, q = ((256, 256, 256, 0, 1, size, False, False) for size in (n, m))
     sides = [(256 * wanted,) * 3 for wanted in (gradients & 1, gradients >> 1)]
-    size = native.cuda_full_overlap_lse_backward(8, 1, dim, p, q, 256, 256, *sides, (0, 0, 132, 0))
+    size = native.cuda_full_overlap_lse_backward(8, 1, dim, (256, 256), (p, q), tuple(sides), (0, 0, 132, 0))
     assert size <= 2 * 8 * (n + m) * (dim * dim + dim + 1) + 132 * 2**20
 
 
 def scratch_bytes(function: str, n: int, m: int, dim: int, gradients: int, itemsize: int = 4) -> int:
     """What the function takes on a GPU of 132 multiprocessors; nothing runs, so that addresses may be of anything."""
     anything = 256
-    native = sys.modules[f"csdiv.backends.{emulation.NAME}"].native
+    native = emulation.backend().native
     p, q = ((anything, anything, anything, 0, 1, size, False, False) for size in (n, m))
-    outputs = {"cs_divergence": 2, "overlap_lse": 2, "log_overlap": 2}[function]
-    sides = [(anything * wanted,) * 3 for wanted in (gradients & 1, gradients >> 1)]
-    arguments = (itemsize, 1, dim, p, q, *(anything,) * outputs, *sides, (0, 0, 132, 0))
-    return getattr(native, f"cuda_{function}_backward")(*arguments)
+    grads = tuple((anything * wanted,) * 3 for wanted in (gradients & 1, gradients >> 1))
+    call = getattr(native, f"cuda_{function}_backward")
+    return call(itemsize, 1, dim, (anything,) * 3, (p, q), grads, (0, 0, 132, 0))
 
 
 @pytest.mark.parametrize("gradients", [1, 2, 3])
@@ -253,7 +252,8 @@ def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Path) -> None:
 
 def main() -> None:
     torch.use_deterministic_algorithms(True)  # fills what is not written with NaN
-    native = emulation.install(emulation.load(Path(sys.argv[1]))).native
+    native = emulation.load(Path(sys.argv[1]))
+    emulation.install(native)
     for order in (native.Order.FORWARD, native.Order.REVERSE, native.Order.RANDOM):
         native.set_order(order)
         for n, m, dim in ((65, 63, 5), (3, 130, 40), (64, 65, 32)):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import emulation
 import pytest
 import torch
-from entries import BACKENDS
+from entries import BACKENDS, WITH_FULL
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -19,7 +19,7 @@ from csdiv import GaussianMixture, backends, testing
 
 FULL = ("full", "tied full")
 ENTRIES = ("cs_divergence", "log_overlap", "self_overlap", "component_log_overlap", "pairwise_log_overlap")
-NATIVE = [name for name in BACKENDS if name in backends.FULL]
+NATIVE = [name for name in WITH_FULL if name != "reference"]
 CHECKED = dict.fromkeys(NATIVE, ENTRIES) | {"reference": ("component_log_overlap", "pairwise_log_overlap")}
 """The entries of each backend; the reference makes the others of these."""
 NAMES = ("p_means", "p_spreads", "p_log_weights", "q_means", "q_spreads", "q_log_weights")
@@ -170,7 +170,7 @@ def test_full_cases_cover_the_contract() -> None:
 
 def test_full_limit_is_that_of_the_kernels() -> None:
     assert _C.cpu_max_full_dim == backends.MAX_FULL_DIM
-    assert sys.modules[f"csdiv.backends.{emulation.NAME}"].native.cuda_max_full_dim == backends.MAX_FULL_DIM
+    assert emulation.backend().native.cuda_max_full_dim == backends.MAX_FULL_DIM
 
 
 def random_pair(n: int, m: int, dim: int, dtype: torch.dtype = torch.float64) -> list[GaussianMixture]:
@@ -328,9 +328,10 @@ def test_full_batch_of_single_components_does_not_copy_what_it_shares(structure:
     p = testing.random_mixture(1, 4, structure="full", batch_shape=(200,), dtype=torch.float64)
     q = testing.random_mixture(300, 4, structure=structure, dtype=torch.float64)
     wide_p, wide_q = (csdiv.pairs.matrices(side) for side in (p, q))
-    full = csdiv.backends.cpu._FullPair((*wide_p[:2], *wide_q)).pair  # type: ignore[attr-defined]
-    assert full.q.variances.shape == (300, 4, 4)
-    assert csdiv.pairs.whitened(p, q) is None
+    tensors = (wide_p.means, wide_p.covariances, wide_q.means, wide_q.covariances, wide_q.log_weights)
+    call = csdiv.backends.cpu._call("full_overlap_lse", tensors, [False] * 5)  # type: ignore[attr-defined]
+    assert call.problem.q.variances.shape == (300, 4, 4)
+    assert csdiv.pairs.route(p, q, "auto").formula == csdiv.pairs.FULL
     found = csdiv.component_log_overlap(p, q, backend="cpu")
     torch.testing.assert_close(found, csdiv.component_log_overlap(p, q, backend="reference"))
 

@@ -176,16 +176,30 @@ def test_concurrent_callers_get_their_own_results():
 
 
 def test_bad_arguments_are_refused_before_anything_is_read():
-    side, none = (8, 8, 0, 0, 1, 1, False, False), (0, 0, 0)
+    side, none = (8, 8, 0, 0, 1, 1, False, False), ((0, 0, 0), (0, 0, 0))
+
+    def call(itemsize: int, batch: int, dim: int, p: tuple[int, ...], q: tuple[int, ...] = side) -> None:
+        _C.cpu_overlap_lse_forward(itemsize, batch, dim, (8, 8), (p, q), none, 1)
+
     with pytest.raises(ValueError, match="itemsize must be 4 or 8"):
-        _C.cpu_overlap_lse_forward(2, 1, 1, side, side, 8, 8, none, none, 1)
+        call(2, 1, 1, side)
     with pytest.raises(ValueError, match="null"):
-        _C.cpu_overlap_lse_forward(4, 1, 1, (0, *side[1:]), side, 8, 8, none, none, 1)
+        call(4, 1, 1, (0, *side[1:]))
     with pytest.raises(ValueError, match="too large"):
-        _C.cpu_overlap_lse_forward(4, 1, 2**21, (8, 8, 0, 0, 1, 2**50, False, False), side, 8, 8, none, none, 1)
+        call(4, 1, 2**21, (8, 8, 0, 0, 1, 2**50, False, False))
     with pytest.raises(ValueError, match="must be positive"):
-        _C.cpu_overlap_lse_forward(4, 1, 0, side, side, 8, 8, none, none, 1)
+        call(4, 1, 0, side)
     with pytest.raises(ValueError, match="8 fields"):
-        _C.cpu_overlap_lse_forward(4, 1, 1, side[:5], side, 8, 8, none, none, 1)
+        call(4, 1, 1, side[:5])
     with pytest.raises(ValueError, match="index is missing"):
-        _C.cpu_overlap_lse_forward(4, 3, 1, (8, 8, 0, 0, 2, 1, False, False), side, 8, 8, none, none, 1)
+        call(4, 3, 1, (8, 8, 0, 0, 2, 1, False, False))
+    for arrays, sides, grads, message in (
+        ((8,), (side, side), none, "an array is missing"),
+        ((8,) * 5, (side, side), none, "too many arrays"),
+        ((8, 0), (side, side), none, "null"),
+        ((8, 8), (side,), none, "p and q"),
+        ((8, 8), (side, side), none[:1], "p and q"),
+        ((8, 8), (side, side), ((0, 0), (0, 0, 0)), "3 fields"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.cpu_overlap_lse_forward(4, 1, 1, arrays, sides, grads, 1)

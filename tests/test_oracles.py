@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from entries import BACKENDS
+from entries import BACKENDS, WITH_FULL
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, backends, testing
+from csdiv import GaussianMixture, testing
 
 DTYPES = (torch.float32, torch.float64)
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text())
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
-HAVE_FULL = tuple(name for name in BACKENDS if name in ("reference", *backends.FULL))
-on_every_full_backend = pytest.mark.parametrize("backend", HAVE_FULL)
+on_every_full_backend = pytest.mark.parametrize("backend", WITH_FULL)
 
 
 def tolerance(dtype: torch.dtype, *terms: float) -> float:
@@ -71,7 +70,7 @@ def vector(name: str) -> tuple[GaussianMixture, GaussianMixture, dict[str, float
 def test_vectors(name: str, dtype: torch.dtype, backend: str) -> None:
     p, q, expected = vector(name)
     p, q = p.to(dtype), q.to(dtype)
-    if p.variances is None and backend not in HAVE_FULL:
+    if p.variances is None and backend not in WITH_FULL:
         pytest.skip(f"{backend} has no full covariances")
     found = {
         "cs_divergence": csdiv.cs_divergence(p, q, backend=backend),

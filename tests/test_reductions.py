@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from typing import Any
 
 import emulation
 import pytest
@@ -14,7 +15,7 @@ from test_near_zero import BOUND, near_copies
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, backends, reductions, reference, testing
+from csdiv import GaussianMixture, backends, distances, reference, testing
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 close = torch.testing.assert_close
@@ -39,7 +40,7 @@ def inputs_of(*sides: GaussianMixture) -> list[Tensor]:
 
 @on_every_backend
 @pytest.mark.parametrize("structure", [s for s in testing.STRUCTURES if s != "points"])
-def test_reductions_are_their_formulas(structure: str, backend: str) -> None:
+def test_distances_are_their_formulas(structure: str, backend: str) -> None:
     backend = "auto" if structure.endswith("full") else backend
     p, q = mixture(structure=structure, batch_shape=(2, 1)), mixture(6, batch_shape=(3,))
     q = GaussianMixture(q.means, q.variances, q.log_weights + 0.7)  # unnormalised
@@ -194,7 +195,7 @@ def test_ise_in_float64_keeps_digits(distance: float, backend: str) -> None:
 
 @on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_reductions_of_equal_mixtures(dtype: torch.dtype, backend: str) -> None:
+def test_distances_of_equal_mixtures(dtype: torch.dtype, backend: str) -> None:
     p = mixture(20, 5, dtype=dtype).map(lambda t: t.requires_grad_())
     q = p.map(lambda t: t.detach().clone().requires_grad_())
     unit = testing.band("cs_divergence", p.to(torch.float64), q.to(torch.float64), dtype=dtype, scaled=False).item()
@@ -238,7 +239,7 @@ def test_log_of_an_ise_that_leaves_the_range(backend: str) -> None:
 
 
 @on_every_backend
-def test_reductions_of_a_side_without_weight(backend: str) -> None:
+def test_distances_of_a_side_without_weight(backend: str) -> None:
     """The zero function: ∫ p² is left of the integrated squared error, and there is no angle."""
     p = mixture().map(lambda t: t.requires_grad_())
     zero = mixture(5)
@@ -258,7 +259,7 @@ def test_reductions_of_a_side_without_weight(backend: str) -> None:
 
 
 @on_every_backend
-def test_reductions_of_mixtures_far_apart(backend: str) -> None:
+def test_distances_of_mixtures_far_apart(backend: str) -> None:
     p, q = mixture(dtype=torch.float32), mixture(5, dtype=torch.float32)
     q = GaussianMixture(q.means + 1e20, q.variances, q.log_weights)
     _, pp, qq = overlaps(p, q)
@@ -282,7 +283,7 @@ COSTS = {"one for all": (1, 0, 0), "one for each": (1, 2**40, 1)}
 
 @pytest.fixture(params=list(COSTS))
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(reductions, "COSTS", COSTS[request.param])
+    monkeypatch.setattr(distances, "COSTS", COSTS[request.param])
     return request.param
 
 
@@ -333,16 +334,17 @@ def test_channels_in_chunks_are_the_same(backend: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("backend", ["cpu", emulation.NAME])
 def test_channels_go_over_the_pairs_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for the value and once more for gradients, also where a batch of weights shares the components."""
-    module, pairs = backends.resolve(backend, torch.device("cpu")), []
-    plain = module.pairwise_forward
+    chosen, pairs = backends.resolve(backend, torch.device("cpu")), []
+    plain = chosen.forward
 
-    def counted(*tensors: Tensor) -> Tensor:
-        logits = plain(*tensors)
-        pairs.append(logits.numel())
-        return logits
+    def counted(name: str, *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+        outputs, grads = plain(name, *arguments)
+        assert name == "pairwise"
+        pairs.append(outputs[0].numel())
+        return outputs, grads
 
-    monkeypatch.setattr(module, "pairwise_forward", counted)
-    monkeypatch.setattr(reductions, "COSTS", (8, 28, 10_000))
+    monkeypatch.setattr(chosen, "forward", counted)
+    monkeypatch.setattr(distances, "COSTS", (8, 28, 10_000))
     p, q, a, b = mixture(30, 8), mixture(50, 8), torch.randn(7, 5, 30), torch.randn(4, 50)
     with torch.no_grad():
         csdiv.channel_log_overlap(p, q, a, b, backend=backend)

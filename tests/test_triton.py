@@ -44,7 +44,7 @@ from torch import Tensor
 
 import csdiv
 from bench import tune
-from csdiv import GaussianMixture, backends, reductions, testing
+from csdiv import GaussianMixture, backends, distances, testing
 from csdiv.kernels import configurations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +98,7 @@ def test_the_chosen_cases_cover_the_kernels() -> None:
 
 @interpreted
 def test_channels_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reductions, "COSTS", (1, 0, 0))
+    monkeypatch.setattr(distances, "COSTS", (1, 0, 0))
     p, q = (testing.random_mixture(k, 3, dtype=torch.float64).map(lambda t: t.requires_grad_()) for k in (5, 6))
     a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     values = [csdiv.channel_log_overlap(p, q, a, b, backend=backend) for backend in (NAME, "reference")]
@@ -263,12 +263,12 @@ def test_the_form_is_that_of_what_variances_share(
     p: str, q: str, batches: tuple[tuple[int, ...], tuple[int, ...]], forms: tuple[str, str, str]
 ) -> None:
     """Of p against q, of the sweep for p, whose rows are q, and of p with itself."""
-    arrays, module = importlib.import_module("csdiv.backends.arrays"), sys.modules[f"csdiv.backends.{NAME}"]
+    arrays, module = (importlib.import_module(f"csdiv.backends.{name}") for name in ("arrays", "triton"))
     sides = []
     for name, batch in zip((p, q), batches, strict=True):
         variances = torch.ones(*(batch if name != "points" else ()), *SHAPES[name])
         sides.append(arrays.make_side(torch.zeros(*batch, 3, 2), variances))
-    problem = module._problem(arrays.flattened(arrays.Pair(*sides)))
+    problem = module._packed(arrays.flattened(arrays.Problem(*sides)))
     own = problem.with_itself(problem.p)
     assert (problem.form(), problem.form(rows_of_q=True), own.form()) == forms
     assert own.form(rows_of_q=True) == own.form()
@@ -492,11 +492,11 @@ def test_cs_divergence_of_tied_variances_near_zero(dim: int, size: int, distance
 
 @interpreted
 def test_a_cold_capture_is_refused_until_warmup() -> None:
-    module, p = sys.modules[f"csdiv.backends.{NAME}"], testing.random_mixture(3, 2)
-    with mock.patch.object(module, "capturing", return_value=True), mock.patch.object(module, "loaded", set()):
+    backend, p = backends.resolve(NAME, torch.device("cpu")), testing.random_mixture(3, 2)
+    with mock.patch.object(backend, "capturing", return_value=True), mock.patch.object(backend, "loaded", set()):
         with pytest.raises(RuntimeError, match=r"CUDA graph capture on cpu: call csdiv.warmup\('cpu'\) before it"):
             csdiv.log_overlap(p, backend=NAME)
-        module.loaded.add(torch.device("cpu"))
+        backend.loaded.add(torch.device("cpu"))
         csdiv.log_overlap(p, backend=NAME)
 
 
@@ -506,7 +506,9 @@ def test_every_tile_that_is_timed_gives_the_same(key: tuple[str, str, torch.dtyp
     """bench tune, with the interpreter in place of the GPU: warps and stages are nothing to it."""
     tiles = list({tile.block_n: tile for tile in tune.candidates(*key[1:])}.values())
     dim, options = 16 if key[1].endswith("matrix") else 3, {"size": 3, "rounds": 1, "device": "cpu"}
-    assert list(tune.measure(*key, dim, tiles, **options)) == tiles
+    module, backend = importlib.import_module("csdiv.backends.triton"), backends.resolve(NAME, torch.device("cpu"))
+    with mock.patch.object(module, "backend", backend):
+        assert list(tune.measure(*key, dim, tiles, **options)) == tiles
     assert capsys.readouterr().out == ""
 
 
@@ -527,77 +529,46 @@ def test_a_status_says_what_is_missing() -> None:
             assert "8.0 or later is needed, T4 has 7.5" in status().reason
 
 
+def available(backend: str, yes: bool = True) -> None:
+    """Registers a stand-in for a backend of GPUs that says so."""
+    stand_in = backends.resolve("reference", torch.device("cpu"))
+    status = backends.BackendStatus(yes, "" if yes else "not here")
+    backends.register(backend, lambda: mock.Mock(wraps=stand_in, spec=stand_in), device="cuda", status=lambda: status)
+
+
 def test_cpu_tensors_are_refused() -> None:
-    with (
-        mock.patch.dict(backends._STATUS, triton=lambda: backends.BackendStatus(True, "")),
-        pytest.raises(RuntimeError, match='backend "triton" computes on CUDA tensors, got cpu'),
-    ):
-        backends._resolve.__wrapped__("triton", torch.device("cpu"), ())
+    with backends.registrations_restored():
+        available("triton")
+        with pytest.raises(RuntimeError, match='backend "triton" computes on CUDA tensors, got cpu'):
+            backends.resolve("triton", torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("available", "chosen"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")])
-def test_auto_on_a_gpu_takes_the_best_one(available: tuple[str, ...], chosen: str) -> None:
-    statuses = {name: (lambda name=name: backends.BackendStatus(name in available, "")) for name in ("cuda", "triton")}
-    with (
-        mock.patch.dict(backends._STATUS, statuses),
-        mock.patch.object(backends, "_missing_kernels", return_value=""),
-        mock.patch("importlib.import_module") as load,
-    ):
-        backends._resolve.__wrapped__("auto", torch.device("cuda"), ("cuda", "triton"))
-    load.assert_called_once_with(f"csdiv.backends.{chosen}")
+@pytest.mark.parametrize(("present", "chosen"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")])
+def test_auto_on_a_gpu_takes_the_best_one(present: tuple[str, ...], chosen: str) -> None:
+    gpu = torch.device("cuda")
+    with backends.registrations_restored(), mock.patch.object(backends, "_missing_kernels", return_value=""):
+        for name in ("cuda", "triton"):
+            available(name, name in present)
+        assert backends.resolve("auto", gpu) is backends.resolve(chosen, gpu)
+        assert backends.resolve("auto", gpu, full=True) is backends.resolve("reference", gpu)
 
 
-@pytest.mark.parametrize(
-    ("shape", "device", "order"),
-    [
-        (backends.Shape(2048, 512, 16, "spherical"), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 16, "tied"), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 16, "tied rows"), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 15, "spherical"), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 511, 16, "spherical"), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 16), "cuda", ("cuda", "triton")),
-        (backends.Shape(), "cuda", ("cuda", "triton")),
-        (backends.Shape(2048, 512, 16, "spherical"), "cpu", ("cpu",)),
-        (backends.Shape(2048, 512, 16, "spherical"), "mps", ()),
-    ],
-)
-def test_auto_takes_the_first_line_of_the_table_that_applies(
-    shape: backends.Shape, device: str, order: tuple[str, ...]
-) -> None:
-    assert backends.order_of(device, shape) == order
-    with mock.patch.object(backends, "_resolve") as taken:
-        backends.resolve("auto", torch.device(device), shape)
-    taken.assert_called_once_with("auto", torch.device(device), order)
+def test_auto_elsewhere_is_the_reference() -> None:
+    assert backends.resolve("auto", torch.device("mps")) is backends.resolve("reference", torch.device("mps"))
 
 
 @pytest.mark.parametrize(
-    ("shape", "form"),
+    ("structure", "dim", "form"),
     [
-        (
-            backends.Shape(9, 9, 64, "tied"),
-            "tied matrix in float32: matrix products, .*; tied in float64: the sum of sq.*",
-        ),
-        (backends.Shape(9, 9, 64, "spherical"), "spherical matrix in float32: matrix products, .*"),
-        (backends.Shape(9, 9, 15, "tied"), "tied in float32: the sum of squares, as D < 16; .*"),
-        (backends.Shape(9, 9, 64), "diagonal, .*"),
+        ("tied", 64, "tied matrix in float32: matrix products, .*; tied in float64: the sum of sq.*"),
+        ("spherical", 64, "spherical matrix in float32: matrix products, .*"),
+        ("tied", 15, "tied in float32: the sum of squares, as D < 16; .*"),
+        ("diagonal", 64, "diagonal, .*"),
     ],
 )
-def test_the_explanation_names_the_form(shape: backends.Shape, form: str) -> None:
-    assert re.fullmatch(form, backends._form("triton", shape))
-    assert backends._form("cuda", shape).startswith("diagonal, ")
-
-
-@pytest.mark.parametrize(("structure", "name"), [("spherical", "spherical"), ("tied diagonal", "tied")])
-@pytest.mark.parametrize("entry", ["cs_divergence", "log_overlap", "self_overlap", "component_log_overlap"])
-def test_both_directions_ask_for_the_same_shape(entry: str, structure: str, name: str) -> None:
-    """What the forward pass saves is read by the same backend."""
-    p, q = (testing.random_mixture(k, 3, structure=structure).map(lambda t: t.requires_grad_()) for k in (4, 5))
-    with mock.patch.object(backends, "resolve", wraps=backends.resolve) as asked, gradients_later():
-        value = call(entry, "auto")(p, q)
-        value.backward(torch.arange(float(value.numel())).view(value.shape))
-    shapes = {arguments.args[2] for arguments in asked.call_args_list}
-    assert len(asked.call_args_list) > 1
-    assert shapes == {backends.Shape(4, 4 if entry == "self_overlap" else 5, 3, name)}
+def test_the_explanation_names_the_form(structure: str, dim: int, form: str) -> None:
+    assert re.fullmatch(form, backends._form("triton", structure, dim))
+    assert backends._form("cuda", structure, dim).startswith("diagonal, ")
 
 
 def test_nothing_of_triton_is_imported_without_need() -> None:
