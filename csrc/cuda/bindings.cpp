@@ -117,7 +117,7 @@ int64_t overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, const py:
     const double* const values = pointer<const double>(rows, has_rows(problem));
     const T* const grads = pointer<const T>(grad_rows, has_rows(problem));
     const auto to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
-    return [=](Context& where) { cuda::overlap_lse_backward(where, problem, values, grads, to_p, to_q); };
+    return [=](Context& where) { cuda::overlap_lse_backward(where, problem, grads, values, to_p, to_q); };
   });
 }
 
@@ -129,7 +129,7 @@ int64_t log_overlap_forward(int itemsize, int64_t batch, int64_t dim, const py::
     T* const row_values = pointer<T>(rows, has_rows(problem));
     double* const out = pointer<double>(values, batch > 0);
     const auto to_p = side_gradients<T>(grad_p), to_q = side_gradients<T>(grad_q);
-    return [=](Context& where) { cuda::log_overlap_forward(where, problem, row_values, out, to_p, to_q); };
+    return [=](Context& where) { cuda::log_overlap_forward(where, problem, out, row_values, to_p, to_q); };
   });
 }
 
@@ -249,7 +249,7 @@ int64_t full_overlap_lse_backward(int itemsize, int64_t batch, int64_t dim, cons
     const auto* const values = pointer<const double>(rows, has_rows(problem));
     const auto* const grads = pointer<const double>(grad_rows, has_rows(problem));
     const auto to_p = side_gradients<double>(grad_p), to_q = side_gradients<double>(grad_q);
-    return [=](Context& where) { cuda::full_overlap_lse_backward(where, problem, values, grads, to_p, to_q); };
+    return [=](Context& where) { cuda::full_overlap_lse_backward(where, problem, grads, values, to_p, to_q); };
   });
 }
 
