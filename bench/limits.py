@@ -1,8 +1,8 @@
 """How far the CPU kernels are from what the machine can do, and what a call costs where there is nothing to compute.
 
-The bound counts the vector arithmetic of the inner loops (csrc/cpu/pair.h, shared_pair.h, simd.h): nothing for loads,
-packing, short vectors at edges and calls. How many instructions a machine can do is measured in the same rounds, by
-loops of multiply-adds, of additions and of both in registers; the scarcest of these decides.
+The bound counts the vector arithmetic of the inner loops (csrc/cpu/kernels: pair.h, structured_pair.h, simd.h), nothing
+for loads, packing, short vectors at edges and calls. How many instructions a machine can do is measured in the same
+rounds, by loops of multiply-adds, of additions and of both in registers; the scarcest of these decides.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def operations_of_pair(case: Case, backward: bool, isa: str, *, products: bool =
 
     Points count as tied: both kinds have 1 / c beforehand. ``case.structure``: "diagonal", "spherical" or "tied".
     ``isa``: other than "avx512", exponentials and logarithms have no tables. ``products``: whether distances of
-    spherical components are taken from products (csrc/cpu/products.h).
+    spherical components are taken from products (csrc/cpu/kernels/squares.h).
     """
     form, isa = "tied" if case.entry == "log_prob" else case.structure, "avx512" if isa == "avx512" else "avx2"
     found = LOGIT + EXPONENTIAL[isa]
@@ -84,7 +84,7 @@ def operations_of_pair(case: Case, backward: bool, isa: str, *, products: bool =
 
 
 def takes_products(case: Case) -> bool:
-    """As csrc/cpu/pack.cpp decides it."""
+    """As csrc/cpu/sweep/pack.cpp decides it."""
     import csdiv._C as _C
 
     return case.structure == "spherical" and case.d >= 16 and _C.cpu_isa() == "avx512"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,11 @@ import torch
 import csdiv
 from csdiv import _C
 from csdiv.testing import random_mixture
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "csrc" / "cpu" / "kernels"
+ALLOWED = {"<cstdint>", "<immintrin.h>", "<type_traits>", "<utility>", '"isas.h"'}
+"""What kernels may include besides each other: no code that two instruction sets could share; see KERNELS/README.md."""
 
 
 @pytest.fixture
@@ -104,6 +112,29 @@ def test_logarithms_are_right_to_the_last_bits(isa, name, dtype):
     logs = halves[:, 0].double().log() + math.log(2 * math.pi)
     eps = torch.finfo(dtype).eps
     assert ((found + 0.5 * logs).abs() <= 2 * eps * (1 + 0.5 * logs.abs())).all()
+
+
+def foreign_includes(folder):
+    """(file, header) of what is neither allowed nor the folder's own, in all that is compiled per instruction set."""
+    (sources,) = re.findall(r"add_library\(csdiv_\S+ OBJECT (.*)\)", (ROOT / "CMakeLists.txt").read_text())
+    waiting, seen, found = [Path(source).name for source in sources.split()], set(), set()
+    while waiting:
+        seen.add(name := waiting.pop())
+        for header in re.findall(r"^\s*#\s*include\s*(\S+)", (folder / name).read_text(), re.MULTILINE):
+            if header.startswith('"') and (folder / header.strip('"')).exists():
+                waiting += {header.strip('"')} - seen
+            elif header not in ALLOWED:
+                found.add((name, header))
+    assert {"tile.h", "simd.h"} < seen
+    return found
+
+
+def test_kernels_include_nothing_that_the_linker_could_merge(tmp_path):
+    assert foreign_includes(KERNELS) == set()
+    shutil.copytree(KERNELS, tmp_path / "kernels")
+    with (tmp_path / "kernels" / "simd.h").open("a") as header:
+        header.write("#include <vector>\n")
+    assert foreign_includes(tmp_path / "kernels") == {("simd.h", "<vector>")}
 
 
 def test_unknown_instruction_set_is_refused():

@@ -20,7 +20,7 @@ from csdiv import GaussianMixture, testing
 source_tree = test_packaging.source_tree  # a fixture
 
 # 1, primes, tile ± 1: tiles have 16 rows, stripes 256 columns, vectors 2 to 16 lanes, groups 4 dimensions, blocks of
-# dimensions 128. The large ones are cut in each of the three ways of csrc/cpu/gradient_sweep.h.
+# dimensions 128. The large ones are cut in each of the three ways of csrc/cpu/sweep/gradient_sweep.h.
 SIZES = [
     (1, 1, 1),
     (2, 3, 2),

@@ -4,10 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-// Instantiates a function template for both types of numbers.
-#define CSDIV_INSTANTIATE(function)                   \
-  template decltype(function<float>) function<float>; \
-  template decltype(function<double>) function<double>
+#include "instantiate.h"
 
 namespace csdiv::cpu {
 

@@ -78,9 +78,7 @@ void assign(Context& context, Problem<T> problem, int64_t* assignment) {
   combine_best(context, problem.batch, problem.p.n, partials, assignment);
 }
 
-template void combine_best(const Context&, int64_t, int64_t, const BestPartials<float>&, int64_t*);
-template void combine_best(const Context&, int64_t, int64_t, const BestPartials<double>&, int64_t*);
-template void assign(Context&, Problem<float>, int64_t*);
-template void assign(Context&, Problem<double>, int64_t*);
+CSDIV_INSTANTIATE(combine_best);
+CSDIV_INSTANTIATE(assign);
 
 }   // namespace csdiv::cuda

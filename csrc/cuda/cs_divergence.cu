@@ -13,7 +13,7 @@ Problem<T> with_itself(const Problem<T>& problem, const Mixture<T>& side) {
 
 // The three terms in one launch; their sums are added up with the factors of D_CS.
 template <class T>
-void gradients(Context& context, const Problem<T>& problem, const T* grad, const double* overlaps,
+void gradients(Context& context, const Problem<T>& problem, const T* grad_values, const double* overlaps,
                const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
   if (!grad_p.wanted() && !grad_q.wanted()) return;
   GradientTasks<T> tasks{{{problem, false, Weights::kOfTotal, nullptr, nullptr, overlaps, 3}}, 1};
@@ -39,7 +39,7 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad, const
     return GradientSources<T>{
         {{of_pair, of_rows, false, -1}, {self.row_sums, true, true, 0.5}, {self.column_sums, false, true, 0.5}},
         3,
-        grad};
+        grad_values};
   };
   GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
   writes.add(problem.p, sources(tasks.tasks[0].row_sums, true, pp), grad_p);
@@ -50,7 +50,7 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad, const
 }   // namespace
 
 template <class T>
-void cs_divergence_forward(Context& context, Problem<T> problem, T* divergences, T* rows, double* overlaps,
+void cs_divergence_forward(Context& context, Problem<T> problem, T* values, T* row_lse, double* overlaps,
                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
   pack(context, problem);
   RowTasks<T> tasks{{{problem, false, {}, 0},
@@ -58,24 +58,18 @@ void cs_divergence_forward(Context& context, Problem<T> problem, T* divergences,
                      {with_itself(problem, problem.q), true, {}, 0}},
                     3};
   sum_rows(context, tasks);
-  total_rows(context, tasks, Totals<T>{rows, overlaps, divergences});
+  total_rows(context, tasks, Totals<T>{row_lse, overlaps, values});
   gradients<T>(context, problem, nullptr, overlaps, grad_p, grad_q);
 }
 
 template <class T>
-void cs_divergence_backward(Context& context, Problem<T> problem, const T* grad, const double* overlaps,
+void cs_divergence_backward(Context& context, Problem<T> problem, const T* grad_values, const double* overlaps,
                             const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
   pack(context, problem);
-  gradients(context, problem, grad, overlaps, grad_p, grad_q);
+  gradients(context, problem, grad_values, overlaps, grad_p, grad_q);
 }
 
-template void cs_divergence_forward(Context&, Problem<float>, float*, float*, double*, const SideGradients<float>&,
-                                    const SideGradients<float>&);
-template void cs_divergence_forward(Context&, Problem<double>, double*, double*, double*, const SideGradients<double>&,
-                                    const SideGradients<double>&);
-template void cs_divergence_backward(Context&, Problem<float>, const float*, const double*, const SideGradients<float>&,
-                                     const SideGradients<float>&);
-template void cs_divergence_backward(Context&, Problem<double>, const double*, const double*,
-                                     const SideGradients<double>&, const SideGradients<double>&);
+CSDIV_INSTANTIATE(cs_divergence_forward);
+CSDIV_INSTANTIATE(cs_divergence_backward);
 
 }   // namespace csdiv::cuda

@@ -17,19 +17,19 @@ struct SideGradients {
   CSDIV_HOST_DEVICE bool wanted() const { return means || variances || log_weights; }
 };
 
-// rows[b, i] = LSE_j logit_ij; offsets[b] is what they leave out.
+// row_lse[b, i] = LSE_j logit_ij; offsets[b] is what they leave out.
 template <class T>
-void overlap_lse_forward(Context& context, Problem<T> problem, T* rows, double* offsets);
+void overlap_lse_forward(Context& context, Problem<T> problem, T* row_lse, double* offsets);
 
-// Gradients of sum_bi grad_rows[b, i] rows[b, i]; here the rows leave out nothing.
+// Gradients of sum_bi grad_row_lse[b, i] row_lse[b, i]; here they leave out nothing.
 template <class T>
-void overlap_lse_backward(Context& context, Problem<T> problem, const double* rows, const T* grad_rows,
+void overlap_lse_backward(Context& context, Problem<T> problem, const T* grad_row_lse, const double* row_lse,
                           const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
 
-// values[b] = log sum_ij a_i b_j exp(logit_ij); rows as above; the gradients of sum_b values[b].
+// values[b] = log sum_ij a_i b_j exp(logit_ij); row_lse as above; the gradients of sum_b values[b].
 template <class T>
-void log_overlap_forward(Context& context, Problem<T> problem, T* rows, double* values, const SideGradients<T>& grad_p,
-                         const SideGradients<T>& grad_q);
+void log_overlap_forward(Context& context, Problem<T> problem, double* values, T* row_lse,
+                         const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
 
 // Gradients of sum_b grad_values[b] values[b].
 template <class T>
@@ -44,21 +44,21 @@ template <class T>
 void self_overlap_backward(Context& context, Problem<T> problem, const T* grad_values, const double* values,
                            const SideGradients<T>& grad);
 
-// divergences[b] = (pp + qq) / 2 - pq from the log overlaps, overlaps[b] = (pq, pp, qq), all on one scale.
+// values[b] = (pp + qq) / 2 - pq from the log overlaps, overlaps[b] = (pq, pp, qq), all on one scale.
 template <class T>
-void cs_divergence_forward(Context& context, Problem<T> problem, T* divergences, T* rows, double* overlaps,
+void cs_divergence_forward(Context& context, Problem<T> problem, T* values, T* row_lse, double* overlaps,
                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
 
 template <class T>
-void cs_divergence_backward(Context& context, Problem<T> problem, const T* grad, const double* overlaps,
+void cs_divergence_backward(Context& context, Problem<T> problem, const T* grad_values, const double* overlaps,
                             const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
 
-// densities[b, i, j] = log N(mu_i; nu_j, S_i + T_j); nothing is left out.
+// values[b, i, j] = log N(mu_i; nu_j, S_i + T_j); nothing is left out.
 template <class T>
-void pairwise_forward(Context& context, Problem<T> problem, T* densities);
+void pairwise_forward(Context& context, Problem<T> problem, T* values);
 
 template <class T>
-void pairwise_backward(Context& context, Problem<T> problem, const T* grad_densities, const SideGradients<T>& grad_p,
+void pairwise_backward(Context& context, Problem<T> problem, const T* grad_values, const SideGradients<T>& grad_p,
                        const SideGradients<T>& grad_q);
 
 // assignment[b, i] = argmax_j logit_ij, as torch.argmax.
@@ -67,19 +67,19 @@ void assign(Context& context, Problem<T> problem, int64_t* assignment);
 
 // Full covariances, in float64 up to kMaxFullDim dimensions: the variances of both sides are covariances, (items, n,
 // dim, dim), symmetric, and so are their gradients. Nothing is packed and nothing is left out of the values. A sum of
-// two that is not positive definite makes its pair NaN. `self`: rows[b, i] = LSE over j >= i, where pairs j > i count
-// twice; p and q are the same mixtures.
-void full_overlap_lse_forward(Context& context, const Problem<double>& problem, bool self, double* rows);
+// two that is not positive definite makes its pair NaN. `self`: row_lse[b, i] = LSE over j >= i, where pairs j > i
+// count twice; p and q are the same mixtures.
+void full_overlap_lse_forward(Context& context, const Problem<double>& problem, bool self, double* row_lse);
 
-// Gradients of sum_bi grad_rows[b, i] rows[b, i], rows without `self`. That to the log weights of p is the sum of the
+// Gradients of sum_bi grad_row_lse[b, i] row_lse[b, i], without `self`. That to the log weights of p is the sum of the
 // shares of its row.
-void full_overlap_lse_backward(Context& context, const Problem<double>& problem, const double* rows,
-                               const double* grad_rows, const SideGradients<double>& grad_p,
+void full_overlap_lse_backward(Context& context, const Problem<double>& problem, const double* grad_row_lse,
+                               const double* row_lse, const SideGradients<double>& grad_p,
                                const SideGradients<double>& grad_q);
 
-void full_pairwise_forward(Context& context, const Problem<double>& problem, double* densities);
+void full_pairwise_forward(Context& context, const Problem<double>& problem, double* values);
 
-void full_pairwise_backward(Context& context, const Problem<double>& problem, const double* grad_densities,
+void full_pairwise_backward(Context& context, const Problem<double>& problem, const double* grad_values,
                             const SideGradients<double>& grad_p, const SideGradients<double>& grad_q);
 
 void full_assign(Context& context, const Problem<double>& problem, int64_t* assignment);

@@ -8,9 +8,9 @@ namespace {
 // side that has gradients, and in exchange all sums stay in registers.
 struct FullSweep {
   Problem<double> problem;
-  bool of_p;             // own is p
-  const double* rows;    // (batch, n) values, or null: ...
-  const double* grads;   // (batch, n) their gradients; (batch, n, m) of the pairs
+  bool of_p;               // own is p
+  const double* row_lse;   // (batch, n), or null: ...
+  const double* grads;     // (batch, n) their gradients; (batch, n, m) of the pairs
   bool covariances;
   int64_t parts = 1;        // of the others
   double* sums = nullptr;   // (items, parts, n or m, record)
@@ -24,14 +24,14 @@ struct FullSweep {
   // The gradient of pair (i, j) of problem b, or that of its row.
   CSDIV_DEVICE double grad(int64_t b, int64_t i, int64_t j) const {
     const int64_t row = b * problem.p.n + i;
-    return rows ? grads[row] : grads[row * problem.q.n + j];
+    return row_lse ? grads[row] : grads[row * problem.q.n + j];
   }
 
   // What a pair with this logit, base 2, weighs.
   CSDIV_DEVICE double weight(double logit, double grad, int64_t b, int64_t i) const {
     if (grad == 0 || logit == -INFINITY) return 0;
-    if (!rows) return logit == logit ? grad : logit;
-    const double row = rows[b * problem.p.n + i], share = logit - kLog2E * row;
+    if (!row_lse) return logit == logit ? grad : logit;
+    const double row = row_lse[b * problem.p.n + i], share = logit - kLog2E * row;
     return row == -INFINITY ? 0 : grad * exp2(share > 0 ? 0 : share);   // no share exceeds 1 but by rounding
   }
 };
@@ -59,10 +59,10 @@ __global__ void __launch_bounds__(kThreads, 1) full_backward_kernel(const __grid
     const double log_weight = log2_weight(sweep.problem.q, sweep.problem.q.item(b), j);
     const double grad = sweep.grad(b, i, j);
     // The same in the whole warp: what counts nothing is not computed.
-    if (sweep.of_p ? log_weight == -INFINITY : sweep.rows && grad == 0) continue;
+    if (sweep.of_p ? !counts(log_weight) : sweep.row_lse && grad == 0) continue;
     const double logit =
         log_weight + pair.log2_density(other.means + from * dim, other.variances + from * dim * dim, sweep.covariances);
-    const double weight = sweep.weight(log_weight == -INFINITY ? log_weight : logit, grad, b, i);
+    const double weight = sweep.weight(counts(log_weight) ? logit : log_weight, grad, b, i);
     pair.add_gradients(weight, sweep.covariances, sums);
   }
   if (component >= own.n) return;
@@ -115,17 +115,17 @@ void run(Context& context, FullSweep sweep, const SideGradients<double>& grads) 
 
 }   // namespace
 
-void full_overlap_lse_backward(Context& context, const Problem<double>& problem, const double* rows,
-                               const double* grad_rows, const SideGradients<double>& grad_p,
+void full_overlap_lse_backward(Context& context, const Problem<double>& problem, const double* grad_row_lse,
+                               const double* row_lse, const SideGradients<double>& grad_p,
                                const SideGradients<double>& grad_q) {
-  run(context, {problem, true, rows, grad_rows, false}, grad_p);
-  run(context, {problem, false, rows, grad_rows, false}, grad_q);
+  run(context, {problem, true, row_lse, grad_row_lse, false}, grad_p);
+  run(context, {problem, false, row_lse, grad_row_lse, false}, grad_q);
 }
 
-void full_pairwise_backward(Context& context, const Problem<double>& problem, const double* grad_densities,
+void full_pairwise_backward(Context& context, const Problem<double>& problem, const double* grad_values,
                             const SideGradients<double>& grad_p, const SideGradients<double>& grad_q) {
-  run(context, {problem, true, nullptr, grad_densities, false}, grad_p);
-  run(context, {problem, false, nullptr, grad_densities, false}, grad_q);
+  run(context, {problem, true, nullptr, grad_values, false}, grad_p);
+  run(context, {problem, false, nullptr, grad_values, false}, grad_q);
 }
 
 }   // namespace csdiv::cuda

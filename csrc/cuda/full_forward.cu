@@ -13,7 +13,7 @@ struct FullRows {
   int64_t parts = 1;   // of the columns
   RowPartials<double> sums{};
   BestPartials<double> best{};
-  double* densities = nullptr;   // (batch, n, m)
+  double* values = nullptr;   // (batch, n, m)
 };
 
 // A warp for some rows and a part of their columns.
@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(kThreads, kWidth < 32 ? 2 : 1)
   for (int j = first + columns.begin; j < first + columns.end; ++j) {
     const int64_t k = item * q.n + j;
     double logit = log2_weight(q, item, j);
-    if (logit != -INFINITY) logit += pair.log2_density(q.means + k * dim, q.variances + k * dim * dim, false);
+    if (counts(logit)) logit += pair.log2_density(q.means + k * dim, q.variances + k * dim * dim, false);
     if (rows.self) logit = j < row ? -INFINITY : j == row ? logit : logit + 1;
-    if (rows.densities) {
-      if (writes) rows.densities[(b * p.n + row) * q.n + j] = kLog2 * logit;
+    if (rows.values) {
+      if (writes) rows.values[(b * p.n + row) * q.n + j] = kLog2 * logit;
     } else if (rows.best.logits) {
       best.add(logit, j);
     } else {
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kThreads, kWidth < 32 ? 2 : 1)
 }
 
 // A thread for a row.
-__global__ void full_rows_kernel(int64_t size, int64_t n, RowPartials<double> sums, double* rows) {
+__global__ void full_rows_kernel(int64_t size, int64_t n, RowPartials<double> sums, double* row_lse) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (row < size) rows[row] = kLog2 * sums.log2_value(row / n, n, row % n);
+  if (row < size) row_lse[row] = kLog2 * sums.log2_value(row / n, n, row % n);
 }
 
 void run(const Context& context, const FullRows& rows) {
@@ -88,17 +88,17 @@ int64_t parts_of(const Context& context, const Problem<double>& problem) {
 
 }   // namespace
 
-void full_overlap_lse_forward(Context& context, const Problem<double>& problem, bool self, double* rows) {
+void full_overlap_lse_forward(Context& context, const Problem<double>& problem, bool self, double* row_lse) {
   const int64_t size = problem.batch * problem.p.n, parts = parts_of(context, problem);
   FullRows task{problem, self, parts};
   task.sums = {context.take<double>(size * parts), context.take<double>(size * parts), parts};
   run(context, task);
-  launch(context, ceil_div(size, kThreads), 0, full_rows_kernel, size, problem.p.n, task.sums, rows);
+  launch(context, ceil_div(size, kThreads), 0, full_rows_kernel, size, problem.p.n, task.sums, row_lse);
 }
 
-void full_pairwise_forward(Context& context, const Problem<double>& problem, double* densities) {
+void full_pairwise_forward(Context& context, const Problem<double>& problem, double* values) {
   FullRows task{problem, false, parts_of(context, problem)};
-  task.densities = densities;
+  task.values = values;
   context.take<double>(1);   // a call without scratch memory launches nothing
   run(context, task);
 }

@@ -239,24 +239,14 @@ template <int kWidth>
 using FullPair = std::conditional_t<(kWidth <= kMaxThreadDim), ThreadPair<kWidth>, GroupPair<kWidth>>;
 
 // f(width) with the width of the pairs that have this dimension as a constant.
-template <class F>
+template <int kWidth = 1, class F>
 void with_width(int64_t dim, const F& f) {
-  switch (dim) {
-    case 1:
-      return f(std::integral_constant<int, 1>());
-    case 2:
-      return f(std::integral_constant<int, 2>());
-    case 3:
-      return f(std::integral_constant<int, 3>());
-    case 4:
-      return f(std::integral_constant<int, 4>());
-    case 5:
-      return f(std::integral_constant<int, 5>());
-    default:
-      return dim <= 8    ? f(std::integral_constant<int, 8>())
-             : dim <= 16 ? f(std::integral_constant<int, 16>())
-                         : f(std::integral_constant<int, 32>());
-  }
+  if constexpr (kWidth == kMaxFullDim)
+    f(std::integral_constant<int, kWidth>());
+  else if (dim <= kWidth)
+    f(std::integral_constant<int, kWidth>());
+  else
+    with_width<(kWidth < kMaxThreadDim ? kWidth + 1 : kWidth < 8 ? 8 : 2 * kWidth)>(dim, f);
 }
 
 // What the warps of a block share out; nothing for pairs of one thread.
@@ -285,8 +275,7 @@ inline int64_t choose_parts(int64_t processors, int64_t tiles, int64_t others) {
 
 // A component's log weight, base 2.
 CSDIV_DEVICE double log2_weight(const Mixture<double>& side, int64_t item, int64_t k) {
-  const double weight = side.log_weights ? side.log_weights[item * side.n + k] : 0;
-  return weight == INFINITY ? double(NAN) : kLog2E * weight;
+  return side.log_weights ? kLog2E * finite_weight(side.log_weights[item * side.n + k]) : 0;
 }
 
 }   // namespace csdiv::cuda

@@ -49,7 +49,6 @@ void write_gradients(const Context& context, const GradientWrites<T>& writes) {
   launch(context, blocks, 0, write_gradients_kernel<T>, writes);
 }
 
-template void write_gradients(const Context&, const GradientWrites<float>&);
-template void write_gradients(const Context&, const GradientWrites<double>&);
+CSDIV_INSTANTIATE(write_gradients);
 
 }   // namespace csdiv::cuda

@@ -54,11 +54,12 @@ CSDIV_DEVICE void shares(const GradientTask<T>& task, const TileIndex& tile, Til
     const int64_t i = first_row + a, row = tile.problem * problem.p.n + i;
     T shift = -T(INFINITY), factor = 1;   // the infinity: a row that counts nothing
     if (of_total) {
-      shift = problem.p.log2_weights[tile.p_item * problem.p.tiles() * kTile + i] - total;
-      if (problem.p.log2_weights[tile.p_item * problem.p.tiles() * kTile + i] == -T(INFINITY)) factor = 0;
+      const T log_weight = problem.p.log2_weights[tile.p_item * problem.p.tiles() * kTile + i];
+      shift = log_weight - total;
+      if (!counts(log_weight)) factor = 0;
     } else {
       factor = i < problem.p.n ? task.given[row] : T(0);
-      if (factor != 0) shift = T((offset - task.rows[row]) * kLog2E);
+      if (factor != 0) shift = T((offset - task.row_lse[row]) * kLog2E);
     }
 #pragma unroll
     for (int c = 0; c < kThreadColumns<T>; ++c) {
@@ -406,28 +407,6 @@ void sweep_gradients(Context& context, GradientTasks<T>& tasks) {
   }
 }
 
-template <class T>
-void sweep_pair(Context& context, GradientTasks<T>& tasks, const T* grad_values, const SideGradients<T>& grad_p,
-                const SideGradients<T>& grad_q) {
-  GradientTask<T>& task = tasks.tasks[0];
-  task.rows_wanted = grad_p.wanted();
-  task.columns_wanted = grad_q.wanted();
-  if (!task.rows_wanted && !task.columns_wanted) return;
-  sweep_gradients(context, tasks);
-  const Problem<T>& problem = task.problem;
-  const GradientSources<T> to_p{{{task.row_sums, true, false, 1}}, 1, grad_values};
-  const GradientSources<T> to_q{{{task.column_sums, false, false, 1}}, 1, grad_values};
-  GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
-  writes.add(problem.p, to_p, grad_p);
-  writes.add(problem.q, to_q, grad_q);
-  write_gradients(context, writes);
-}
-
-template void sweep_gradients(Context&, GradientTasks<float>&);
-template void sweep_gradients(Context&, GradientTasks<double>&);
-template void sweep_pair(Context&, GradientTasks<float>&, const float*, const SideGradients<float>&,
-                         const SideGradients<float>&);
-template void sweep_pair(Context&, GradientTasks<double>&, const double*, const SideGradients<double>&,
-                         const SideGradients<double>&);
+CSDIV_INSTANTIATE(sweep_gradients);
 
 }   // namespace csdiv::cuda

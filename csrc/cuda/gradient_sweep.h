@@ -20,9 +20,9 @@ struct GradientTask {
   Problem<T> problem;
   bool self;   // pairs of a mixture with itself: the upper triangle
   Weights weights;
-  const double* rows = nullptr;     // kOfRows: (batch, n) values ...
-  const T* given = nullptr;         // ... and their gradients; kGiven: (batch, n, m)
-  const double* values = nullptr;   // kOfTotal: of problem b at b * value_stride
+  const double* row_lse = nullptr;   // kOfRows: (batch, n) values ...
+  const T* given = nullptr;          // ... and their gradients; kGiven: (batch, n, m)
+  const double* values = nullptr;    // kOfTotal: of problem b at b * value_stride
   int64_t value_stride = 1;
   const int64_t* index = nullptr;   // of a side alone: the item of each of the `problems` that have values; see Mixture
   int64_t problems = 0;             // 0: as many as there are items

@@ -15,12 +15,12 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad_values
 }   // namespace
 
 template <class T>
-void log_overlap_forward(Context& context, Problem<T> problem, T* rows, double* values, const SideGradients<T>& grad_p,
-                         const SideGradients<T>& grad_q) {
+void log_overlap_forward(Context& context, Problem<T> problem, double* values, T* row_lse,
+                         const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
   pack(context, problem);
   RowTasks<T> tasks{{{problem, false, {}, 0}}, 1};
   sum_rows(context, tasks);
-  total_rows(context, tasks, Totals<T>{rows, values});
+  total_rows(context, tasks, Totals<T>{row_lse, values});
   gradients<T>(context, problem, nullptr, values, grad_p, grad_q);
 }
 
@@ -31,13 +31,7 @@ void log_overlap_backward(Context& context, Problem<T> problem, const T* grad_va
   gradients(context, problem, grad_values, values, grad_p, grad_q);
 }
 
-template void log_overlap_forward(Context&, Problem<float>, float*, double*, const SideGradients<float>&,
-                                  const SideGradients<float>&);
-template void log_overlap_forward(Context&, Problem<double>, double*, double*, const SideGradients<double>&,
-                                  const SideGradients<double>&);
-template void log_overlap_backward(Context&, Problem<float>, const float*, const double*, const SideGradients<float>&,
-                                   const SideGradients<float>&);
-template void log_overlap_backward(Context&, Problem<double>, const double*, const double*,
-                                   const SideGradients<double>&, const SideGradients<double>&);
+CSDIV_INSTANTIATE(log_overlap_forward);
+CSDIV_INSTANTIATE(log_overlap_backward);
 
 }   // namespace csdiv::cuda

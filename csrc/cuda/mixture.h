@@ -1,6 +1,7 @@
 // What kernels are given: two sides, packed in tiles, and the scale that they share.
 #pragma once
 
+#include "../instantiate.h"
 #include "device.h"
 
 #ifndef CSDIV_GROUP
@@ -25,6 +26,18 @@ CSDIV_HOST_DEVICE int64_t padded_dim(int64_t dim) {
 }
 CSDIV_HOST_DEVICE int64_t flags_per_tile(int64_t dim) {
   return ceil_div(dim, kFlagDims);
+}
+
+// A component of weight zero counts nothing, whatever its parameters and its row. NaN does, to show.
+template <class T>
+CSDIV_DEVICE bool counts(T log_weight) {
+  return log_weight != -T(INFINITY);
+}
+
+// An infinite weight is none: NaN.
+template <class T>
+CSDIV_DEVICE T finite_weight(T log_weight) {
+  return log_weight == T(INFINITY) ? T(NAN) : log_weight;
 }
 
 // Mixtures of n components: as the caller has them, contiguous, and packed by pack().

@@ -4,16 +4,31 @@
 namespace csdiv::cuda {
 
 template <class T>
-void overlap_lse_backward(Context& context, Problem<T> problem, const double* rows, const T* grad_rows,
+void sweep_pair(Context& context, GradientTasks<T>& tasks, const T* grad_values, const SideGradients<T>& grad_p,
+                const SideGradients<T>& grad_q) {
+  GradientTask<T>& task = tasks.tasks[0];
+  task.rows_wanted = grad_p.wanted();
+  task.columns_wanted = grad_q.wanted();
+  if (!task.rows_wanted && !task.columns_wanted) return;
+  sweep_gradients(context, tasks);
+  const Problem<T>& problem = task.problem;
+  const GradientSources<T> to_p{{{task.row_sums, true, false, 1}}, 1, grad_values};
+  const GradientSources<T> to_q{{{task.column_sums, false, false, 1}}, 1, grad_values};
+  GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
+  writes.add(problem.p, to_p, grad_p);
+  writes.add(problem.q, to_q, grad_q);
+  write_gradients(context, writes);
+}
+
+template <class T>
+void overlap_lse_backward(Context& context, Problem<T> problem, const T* grad_row_lse, const double* row_lse,
                           const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
   pack(context, problem);
-  GradientTasks<T> tasks{{{problem, false, Weights::kOfRows, rows, grad_rows}}, 1};
+  GradientTasks<T> tasks{{{problem, false, Weights::kOfRows, row_lse, grad_row_lse}}, 1};
   sweep_pair<T>(context, tasks, nullptr, grad_p, grad_q);
 }
 
-template void overlap_lse_backward(Context&, Problem<float>, const double*, const float*, const SideGradients<float>&,
-                                   const SideGradients<float>&);
-template void overlap_lse_backward(Context&, Problem<double>, const double*, const double*,
-                                   const SideGradients<double>&, const SideGradients<double>&);
+CSDIV_INSTANTIATE(sweep_pair);
+CSDIV_INSTANTIATE(overlap_lse_backward);
 
 }   // namespace csdiv::cuda

@@ -51,8 +51,7 @@ __global__ void pack_kernel(Problem<T> problem) {
   for (int64_t k = threadIdx.x; k < kTile; k += kThreads) {
     T weight = first + k < side.n ? T(0) : -T(INFINITY);
     if (side.log_weights && first + k < side.n) weight = side.log_weights[item * side.n + first + k] * T(kLog2E);
-    if (weight == T(INFINITY)) weight = T(NAN);
-    side.log2_weights[block * kTile + k] = weight;
+    side.log2_weights[block * kTile + k] = finite_weight(weight);
   }
   __syncthreads();
 
@@ -85,7 +84,7 @@ __global__ void pack_kernel(Problem<T> problem) {
       const int component = e % kTile;
       const int64_t d = begin + e / kTile, k = first + component;
       T mean = 0, variance = T(0.5);   // padding: delta = 0 and c = 1 in dimensions, anything in components
-      if (d < dim && side.log2_weights[block * kTile + component] != -T(INFINITY)) {
+      if (d < dim && counts(side.log2_weights[block * kTile + component])) {
         const int exponent = shared.exponents[e / kTile];
         mean = ldexp(side.means[(item * side.n + k) * dim + d], exponent);
         variance = ldexp(side.variances[(item * side.n + k) * dim + d], 2 * exponent);
@@ -150,7 +149,6 @@ cudaError_t load_kernels() {
   return error;
 }
 
-template void pack(Context&, Problem<float>&);
-template void pack(Context&, Problem<double>&);
+CSDIV_INSTANTIATE(pack);
 
 }   // namespace csdiv::cuda

@@ -12,8 +12,7 @@ struct PairwiseShared {
 
 // A block for a tile of pairs.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
-    pairwise_forward_kernel(Problem<T> problem, T* densities) {
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>) pairwise_forward_kernel(Problem<T> problem, T* values) {
   CSDIV_SHARED(PairwiseShared<T>, shared);
   const int64_t n = problem.p.n, m = problem.q.n;
   const int columns = int(column_tiles(problem)), rows = int(problem.p.tiles());
@@ -35,32 +34,28 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
 #pragma unroll
     for (int c = 0; c < kThreadColumns<T>; ++c)
       if (row + a < n && column + c < m)
-        densities[(tile.problem * n + row + a) * m + column + c] = logits[a][c] * T(kLog2) + offset;
+        values[(tile.problem * n + row + a) * m + column + c] = logits[a][c] * T(kLog2) + offset;
   }
 }
 
 }   // namespace
 
 template <class T>
-void pairwise_forward(Context& context, Problem<T> problem, T* densities) {
+void pairwise_forward(Context& context, Problem<T> problem, T* values) {
   pack(context, problem);
   const int64_t blocks = problem.batch * problem.p.tiles() * column_tiles(problem);
-  launch(context, blocks, sizeof(PairwiseShared<T>), pairwise_forward_kernel<T>, problem, densities);
+  launch(context, blocks, sizeof(PairwiseShared<T>), pairwise_forward_kernel<T>, problem, values);
 }
 
 template <class T>
-void pairwise_backward(Context& context, Problem<T> problem, const T* grad_densities, const SideGradients<T>& grad_p,
+void pairwise_backward(Context& context, Problem<T> problem, const T* grad_values, const SideGradients<T>& grad_p,
                        const SideGradients<T>& grad_q) {
   pack(context, problem);
-  GradientTasks<T> tasks{{{problem, false, Weights::kGiven, nullptr, grad_densities}}, 1};
+  GradientTasks<T> tasks{{{problem, false, Weights::kGiven, nullptr, grad_values}}, 1};
   sweep_pair<T>(context, tasks, nullptr, grad_p, grad_q);
 }
 
-template void pairwise_forward(Context&, Problem<float>, float*);
-template void pairwise_forward(Context&, Problem<double>, double*);
-template void pairwise_backward(Context&, Problem<float>, const float*, const SideGradients<float>&,
-                                const SideGradients<float>&);
-template void pairwise_backward(Context&, Problem<double>, const double*, const SideGradients<double>&,
-                                const SideGradients<double>&);
+CSDIV_INSTANTIATE(pairwise_forward);
+CSDIV_INSTANTIATE(pairwise_backward);
 
 }   // namespace csdiv::cuda

@@ -86,7 +86,6 @@ void sum_rows(Context& context, RowTasks<T>& tasks) {
   launch(context, blocks, sizeof(RowShared<T>), overlap_lse_forward_kernel<T>, tasks);
 }
 
-template void sum_rows(Context&, RowTasks<float>&);
-template void sum_rows(Context&, RowTasks<double>&);
+CSDIV_INSTANTIATE(sum_rows);
 
 }   // namespace csdiv::cuda

@@ -38,10 +38,7 @@ void self_overlap_backward(Context& context, Problem<T> problem, const T* grad_v
   gradients(context, problem, grad_values, values, grad);
 }
 
-template void self_overlap_forward(Context&, Problem<float>, double*, const SideGradients<float>&);
-template void self_overlap_forward(Context&, Problem<double>, double*, const SideGradients<double>&);
-template void self_overlap_backward(Context&, Problem<float>, const float*, const double*, const SideGradients<float>&);
-template void self_overlap_backward(Context&, Problem<double>, const double*, const double*,
-                                    const SideGradients<double>&);
+CSDIV_INSTANTIATE(self_overlap_forward);
+CSDIV_INSTANTIATE(self_overlap_backward);
 
 }   // namespace csdiv::cuda

@@ -85,13 +85,12 @@ CSDIV_DEVICE void copy_packed(const T* values, int first, int dims, T* to) {
   }
 }
 
-// Mean and variance of a component as the caller has them; a negative variance is NaN, and what counts nothing is
-// regular.
+// Mean and variance of a component as the caller has them; a negative variance is NaN, what counts nothing regular.
 template <class T>
 CSDIV_DEVICE void read_component(const Mixture<T>& side, int64_t dim, int64_t item, int64_t k, int64_t d, T& mean,
                                  T& variance) {
   mean = 0, variance = T(0.5);
-  if (d >= dim || side.log2_weights[item * side.tiles() * kTile + k] == -T(INFINITY)) return;
+  if (d >= dim || !counts(side.log2_weights[item * side.tiles() * kTile + k])) return;
   mean = side.means[(item * side.n + k) * dim + d];
   variance = side.variances[(item * side.n + k) * dim + d];
   if (!(variance >= 0)) variance = T(NAN);

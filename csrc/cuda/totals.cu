@@ -14,17 +14,18 @@ CSDIV_DEVICE void add(double& max, double& sum, double other_max, double other_s
   max = top;
 }
 
-// log2 sum_i a_i 2^row_i of a task's item, in every thread. `rows`: where the rows go as well, or null.
+// log2 sum_i a_i exp(row_lse_i) of a task's item, in every thread. `row_lse`: where these go as well, or null.
 template <class T>
-CSDIV_DEVICE double log2_total(const RowTask<T>& task, int64_t item, int64_t p_item, T* rows, TotalShared<T>& shared) {
+CSDIV_DEVICE double log2_total(const RowTask<T>& task, int64_t item, int64_t p_item, T* row_lse,
+                               TotalShared<T>& shared) {
   const Mixture<T>& p = task.problem.p;
   const int lane = threadIdx.x;
   double max = -DBL_MAX, sum = 0;
   for (int64_t i = lane; i < p.n; i += kThreads) {
     const double row = task.partials.log2_value(item, p.n, i);
-    if (rows) rows[i] = T(kLog2 * row);
+    if (row_lse) row_lse[i] = T(kLog2 * row);
     const double weight = p.log2_weights[p_item * p.tiles() * kTile + i];
-    if (weight == -INFINITY) continue;   // counts nothing, whatever its row
+    if (!counts(weight)) continue;
     add(max, sum, weight + row == INFINITY ? DBL_MAX : weight + row, weight + row == INFINITY ? INFINITY : 1);
   }
   __syncthreads();
@@ -48,8 +49,8 @@ __global__ void total_kernel(const __grid_constant__ RowTasks<T> tasks, Totals<T
   for (int k = 0; k < tasks.count; ++k) {
     const RowTask<T>& task = tasks.tasks[k];
     const int64_t p_item = (k == 2 ? problem.q : problem.p).item(b);
-    T* const rows = k == 0 && totals.rows ? totals.rows + b * problem.p.n : nullptr;
-    const double value = kLog2 * log2_total(task, k == 0 ? b : p_item, p_item, rows, shared);
+    T* const row_lse = k == 0 && totals.row_lse ? totals.row_lse + b * problem.p.n : nullptr;
+    const double value = kLog2 * log2_total(task, k == 0 ? b : p_item, p_item, row_lse, shared);
     divergence += k == 0 ? -value : 0.5 * value;
     if (threadIdx.x == 0)
       totals.values[b * tasks.count + k] = value + log_offset(task.problem, k == 0 ? b : p_item, true);
@@ -64,7 +65,6 @@ void total_rows(const Context& context, const RowTasks<T>& tasks, const Totals<T
   launch(context, tasks.tasks[0].problem.batch, sizeof(TotalShared<T>), total_kernel<T>, tasks, totals);
 }
 
-template void total_rows(const Context&, const RowTasks<float>&, const Totals<float>&);
-template void total_rows(const Context&, const RowTasks<double>&, const Totals<double>&);
+CSDIV_INSTANTIATE(total_rows);
 
 }   // namespace csdiv::cuda

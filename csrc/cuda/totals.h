@@ -1,4 +1,4 @@
-// log sum_i a_i 2^row_i over the rows of tasks: the scalars.
+// log sum_i a_i exp(row_lse_i) over the rows of tasks: the scalars.
 #pragma once
 
 #include "row_sums.h"
@@ -8,7 +8,7 @@ namespace csdiv::cuda {
 // What is to be written for each problem b; null: not.
 template <class T>
 struct Totals {
-  T* rows = nullptr;          // (batch, n) of the first task
+  T* row_lse = nullptr;       // (batch, n) of the first task
   double* values = nullptr;   // (batch, tasks), nothing left out
   T* divergences = nullptr;   // (batch) of three tasks pq, pp, qq
 };
