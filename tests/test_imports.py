@@ -12,7 +12,7 @@ import csdiv
 PACKAGE = Path(csdiv.__file__).parent
 LAYERS = {
     "__main__": {"cli"},
-    "cli": {"models", "nn", "functional", "mixture", "backends", "bench"},
+    "cli": {"models", "studies", "nn", "functional", "mixture", "backends", "bench"},
     "models": {"nn", "reductions", "functional", "mixture"},
     "distributed": {"functional", "mixture", "autograd", "ops", "reference"},
     "testing": {"functional", "mixture", "reference"},

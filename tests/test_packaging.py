@@ -25,6 +25,7 @@ SOURCES = (
     "csrc",
     "kernels",
     "bench",
+    "studies",
 )
 
 
@@ -68,7 +69,7 @@ def test_wheel_contents(distributions):
         "csdiv/kernels/__init__.py",
         "csdiv/bench/__main__.py",
         "csdiv/models/__init__.py",
-        "csdiv/models/studies/mnist.toml",
+        "csdiv/studies/mnist.toml",
         "csdiv/py.typed",
     ):
         assert expected in names
