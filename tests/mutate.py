@@ -37,7 +37,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
     *("CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
-    *("csdiv", "csrc", "kernels", "bench", "tests"),
+    *("csdiv", "csrc", "kernels", "bench", "studies", "tests"),
 )
 PLUMBING = ("thread_pool.*", "dispatch.*", "memory.*", "tile_kernels.h")
 
