@@ -9,10 +9,9 @@ import contextlib
 import importlib
 import importlib.util
 import re
-import statistics
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from . import static
 from .cases import Case
 from .measure import refusal
 from .peers import ChunkedEager, Compiled, Csdiv, HandDerived, KeOps, Provider, installed
+from .timing import cold_ms
 
 CASES = (
     Case(128, 500, 40, "one step of a small autoencoder: launches show"),
@@ -38,8 +38,6 @@ CASES = (
 )
 NAIVE = Path(__file__).resolve().parent.parent / "build" / "naive" / "csdiv"
 """Where bench/gpu_check.py builds the kernels with groups of one dimension: what sharing reciprocals is worth."""
-FLUSHED_BYTES = 2**28
-"""More than the second-level cache of any GPU."""
 
 
 class Naive(Csdiv):
@@ -94,21 +92,6 @@ def providers(case: Case) -> list[Provider]:
     if installed("pykeops"):
         everyone.append(KeOps())
     return everyone
-
-
-def cold_ms(call: Callable[[], object], count: int = 5) -> float:
-    """The median time of ``call`` on the device where its inputs are not in the cache."""
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(count):
-        flushed.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def device_info() -> dict[str, str]:

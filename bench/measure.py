@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cases import Case, make_inputs
 from .peers import ChunkedEager, Provider
-from .timing import interleave, peak_mib
+from .timing import cold_ms, interleave, peak_mib
 
 GATE = 3e-5
 """Largest relative L2 error against float64 with which a provider's time is printed."""
@@ -89,8 +89,6 @@ def run_case(
             if not gate or record["relative_error"] <= GATE:
                 record["extra_peak_mib"] = round(peak_mib(call, device), 1)
                 if device == "cuda":
-                    from .gpu import cold_ms
-
                     record["cold_ms"] = cold_ms(call)
                 calls.append(call)
                 passed.append(record)

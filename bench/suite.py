@@ -6,8 +6,8 @@ python -m bench compare before.json now.json
 
 import pytest
 
-from bench.cases import CPU_CASES, Case, make_inputs
-from bench.peers import Csdiv
+from .cases import CPU_CASES, Case, make_inputs
+from .peers import Csdiv
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])

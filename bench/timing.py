@@ -22,6 +22,8 @@ class Timing(NamedTuple):
 
 
 MIN_MS, MAX_MS = 2.0, 10_000.0
+FLUSHED_BYTES = 2**28
+"""More than the second-level cache of any GPU."""
 
 
 def interleave(
@@ -66,6 +68,21 @@ def interleave(
 def _summary(times: list[float]) -> Timing:
     lower, median, upper = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Timing(median, lower, upper, len(times))
+
+
+def cold_ms(call: Callable[[], object], count: int = 5) -> float:
+    """The median time of ``call`` on the device where its inputs are not in the cache."""
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(count):
+        flushed.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
 
 
 def peak_mib(call: Callable[[], object], device: str = "cpu") -> float:
