@@ -6,14 +6,16 @@ The bound is that of the shipped kernels' own hot loops (bench/static.py) at the
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import re
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ import csdiv
 from csdiv import testing
 
 from . import static
-from .cases import Case
+from .cases import Case, tensors_of
 from .measure import refusal
 from .peers import ChunkedEager, Compiled, Csdiv, HandDerived, KeOps, Provider, installed
 from .timing import cold_ms
@@ -52,14 +54,8 @@ class Naive(Csdiv):
         self._native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._native)
 
-    @contextlib.contextmanager
-    def _in_place(self) -> Iterator[None]:
-        cuda = importlib.import_module("csdiv.backends.cuda")
-        shipped, cuda.native = cuda.native, self._native
-        try:
-            yield
-        finally:
-            cuda.native = shipped
+    def _in_place(self) -> contextlib.AbstractContextManager[object]:
+        return mock.patch("csdiv.backends.cuda.native", self._native)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         with self._in_place():
@@ -138,7 +134,9 @@ def instructions(kernels: list[static.Kernel], dim: int) -> dict[str, float]:
     logits, sweeps = 0.0, []
     for kernel in kernels:
         match = re.fullmatch(r"overlap_lse_(forward|backward)_kernel<float(?:, (\d+))?>", kernel.name)
-        for loop in kernel.loops if match else ():
+        if match is None:
+            continue
+        for loop in kernel.loops:
             if loop.counts["MUFU.LG2"]:
                 logits = loop.instructions
             else:
@@ -167,28 +165,31 @@ def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
 FULL_CASES = ((4096, 4096, 3), (2048, 2048, 5), (1024, 1024, 8), (512, 512, 32))
 
 
+def _gradients(value: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value(), leaves)
+
+
 def full_covariances(count: int = 5) -> list[dict[str, Any]]:
     """D_CS of mixtures with full covariances and its gradients, on "cuda" and by the reference: times and the error."""
     records = []
     for n, m, dim in FULL_CASES:
         p, q = (testing.random_mixture(k, dim, structure="full", dtype=torch.float64).to("cuda") for k in (n, m))
-        leaves = [t.requires_grad_() for side in (p, q) for t in (side.means, side.scale_tril, side.log_weights)]
+        leaves = [t.requires_grad_() for side in (p, q) for t in tensors_of(side)]
         truth = None
         for backend in ("reference", "cuda"):
             if backend not in csdiv.available_backends():
                 continue
 
-            def forward(p: csdiv.GaussianMixture = p, q: csdiv.GaussianMixture = q, backend: str = backend) -> Tensor:
-                return csdiv.cs_divergence(p, q, backend=backend)
-
+            forward = functools.partial(csdiv.cs_divergence, p, q, backend=backend)
+            gradients = functools.partial(_gradients, forward, leaves)
             value = forward().detach()
             truth = value if truth is None else truth
             records.append(
                 {
                     "case": f"{n}x{m}x{dim} full",
                     "provider": f"csdiv {backend}, float64",
-                    "forward_ms": cold_ms(lambda f=forward: f().detach(), count),
-                    "forward_backward_ms": cold_ms(lambda f=forward, x=leaves: torch.autograd.grad(f(), x), count),
+                    "forward_ms": cold_ms(forward, count),
+                    "forward_backward_ms": cold_ms(gradients, count),
                     "error_nats": (value - truth).abs().item(),
                 }
             )

@@ -6,19 +6,25 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 
-class Timing(NamedTuple):
+@dataclass(frozen=True)
+class Timing:
     """Milliseconds of one call: median, quartiles and how many were taken."""
 
     median_ms: float
     lower_ms: float
     upper_ms: float
     count: int
+
+    def record(self) -> dict[str, Any]:
+        """The fields, for a result that is written."""
+        return asdict(self)
 
 
 MIN_MS, MAX_MS = 2.0, 10_000.0

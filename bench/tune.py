@@ -6,6 +6,7 @@ tiles in force. Nothing is timed when csdiv runs, so its results do not depend o
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import csdiv
 from csdiv import testing
 from csdiv.kernels.configurations import TABLES, Table, Tile, capability_of, form_of, tile_of
 
+from .cases import tensors_of
 from .measure import GATE, relative_error
 from .timing import Timing, interleave
 
@@ -55,7 +57,7 @@ def call_of(kernel: str, form: str, dtype: torch.dtype, dim: int, size: int, dev
         testing.random_mixture(size, dim, structure=structure, dtype=dtype, generator=g)
         for structure in MIXTURES[form.removesuffix(" matrix")]
     )
-    tensors = [t.to(device) for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
+    tensors = [t.to(device) for side in (p, q) for t in tensors_of(side)]
 
     def forward() -> list[Tensor]:
         return backend.log_overlap_forward(*tensors, [False] * 6)[:3]
@@ -82,8 +84,7 @@ def measure(
     pack, triton = importlib.import_module("csdiv.kernels.pack"), importlib.import_module("triton")
 
     def with_tile(call: Callable[[], list[Tensor]], tile: Tile) -> list[Tensor]:
-        replaced = {"form_of": lambda *_, **__: form, "tile_of": lambda *_: tile}
-        with mock.patch.multiple(pack, **replaced):
+        with mock.patch.multiple(pack, form_of=lambda *_, **__: form, tile_of=lambda *_: tile):
             return call()
 
     call = call_of(kernel, form, dtype, dim, size, device)
@@ -100,7 +101,7 @@ def measure(
         else:
             print(f"{kernel}, {form}, D = {dim}: {tile} left out: its results differ by {error:.1e}")
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    timings = interleave([lambda tile=tile: with_tile(call, tile) for tile in able], rounds, wait)
+    timings = interleave([functools.partial(with_tile, call, tile) for tile in able], rounds, wait)
     return dict(zip(able, timings, strict=True))
 
 

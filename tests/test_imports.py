@@ -144,6 +144,17 @@ def test_a_cycle_is_found() -> None:
         flow({"a": {"b"}, "b": {"a", "c"}, "c": {"d"}})
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_functions_that_triton_does_not_compile_are_annotated(path: Path) -> None:
+    """mypy does not ask for it in kernels/, as it cannot tell the two."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and not any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg != "self"]
+            assert node.returns is not None, node.name
+            assert not untyped, node.name
+
+
 def test_layers_have_no_cycle() -> None:
     order = flow(LAYERS)
     assert order.index("reference") < order.index("backends") < order.index("functional") < order.index("models")
