@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 from . import accuracy, compare, limits, measure, scaling, static, static_triton
 from .cases import CPU_CASES
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         return report.write()
     info = machine()
     records: list[dict[str, object]] = []
-    more: dict[str, object] = {}
+    more: dict[str, Any] = {}
     if options.suite == "accuracy":
         records = accuracy.run()
         tables = accuracy.markdown(records, info)
@@ -69,13 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
         info |= gpu.device_info()
         if not installed("pykeops"):
             print("skipped: KeOps, which is not installed")
-        with gpu.clocks() as read:
+        with gpu.clocks() as clocks:
             for case in gpu.cases(options.cases):
                 records += run_case(case, gpu.providers(case), options.rounds, "cuda")
                 write(options.output, info, records)  # of a run that is stopped there is that much
-        if read:
-            info["clock_mhz"] = str(max(read))
-            gpu.add_bounds(records, max(read))
+        if clocks:
+            info["clock_mhz"] = str(max(clocks))
+            gpu.add_bounds(records, max(clocks))
         print(gpu.markdown(records))
         more = {"full_covariances": gpu.full_covariances()}
         print(*more["full_covariances"], sep="\n")

@@ -12,6 +12,8 @@ from torch import Tensor
 import csdiv
 from csdiv import GaussianMixture, testing
 
+from .cases import tensors_of
+
 INPUTS = ("p means", "p variances", "p log weights", "q means", "q variances", "q log weights")
 NEAR_ZERO = "near zero"
 
@@ -81,7 +83,7 @@ def near_zero_bound(dim: int) -> float:
 def _evaluate(case: Case, way: str) -> tuple[Tensor, list[Tensor], tuple[GaussianMixture, GaussianMixture]]:
     """The value, the leaves INPUTS, and the mixtures made of them."""
     dtype = torch.float64 if way == "exact" else torch.float32
-    leaves = [t.to(dtype).requires_grad_() for p in case.mixtures() for t in (p.means, p.variances, p.log_weights)]
+    leaves = [t.to(dtype).requires_grad_() for p in case.mixtures() for t in tensors_of(p)]
     sides = GaussianMixture(*leaves[:3]), GaussianMixture(*leaves[3:])
     if way == "csdiv":
         return getattr(csdiv, case.entry)(*sides), leaves, sides

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from csdiv import GaussianMixture
+
 
 class Case(NamedTuple):
     """An entry of :mod:`bench.formulas` for N components against M in D dimensions, ``batch`` times."""
@@ -58,6 +60,14 @@ CPU_CASES = (
     Case(1000, 100_000, 2, "10⁵ components and a hundredth of 10⁵ points: time grows with the points", "log_prob"),
     Case(4, 1_000_000, 16, "10⁶ components"),
 )
+
+
+def tensors_of(p: GaussianMixture) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, variances (the factor of full covariances) and log weights."""
+    spread = p.scale_tril if p.variances is None else p.variances
+    assert spread is not None
+    assert p.log_weights is not None
+    return p.means, spread, p.log_weights
 
 
 def make_inputs(case: Case, seed: int = 0) -> list[Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from csdiv.models.autoencoder import CSRAE
 from csdiv.models.checkpoint import build_model, model_options
 from csdiv.models.config import TrainConfig
 from csdiv.models.data import Batches, Dataset, load_data
@@ -57,6 +58,7 @@ class _WithoutKMeans(CSRAETraining):
     def _initialize_prior(self) -> None:
         k = self.model.prior.num_components
         codes = self.model.encode(self.data.train.x[torch.randperm(len(self.data.train.x))[:k]])
+        assert codes.variances is not None
         self.model.prior.initialize_(codes.means, codes.variances)
 
 
@@ -75,12 +77,20 @@ def epoch_seconds(variant: Variant, data: Dataset) -> float:
     )
     torch.manual_seed(0)
     model = build_model(**model_options(config, data))
-    training: AutoencoderTraining = (_WithoutKMeans if variant.model == "csrae" else VAETraining)(model, data, config)
-    clock = EpochTime()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(max_epochs=1, enable_progress_bar=False, devices=1, callbacks=[clock], **quiet).fit(
-        training, Batches(data.train.x, config.batch_size, 0)
+    training: AutoencoderTraining = (
+        _WithoutKMeans(model, data, config) if isinstance(model, CSRAE) else VAETraining(model, data, config)
     )
+    clock = EpochTime()
+    trainer = Trainer(
+        max_epochs=1,
+        enable_progress_bar=False,
+        devices=1,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(training, Batches(data.train.x, config.batch_size, 0))
     return clock.seconds
 
 

@@ -6,15 +6,16 @@ The bound is that of the shipped kernels' own hot loops (bench/static.py) at the
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import re
-import statistics
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ import csdiv
 from csdiv import testing
 
 from . import static
-from .cases import Case
+from .cases import Case, tensors_of
 from .measure import refusal
 from .peers import ChunkedEager, Compiled, Csdiv, HandDerived, KeOps, Provider, installed
+from .timing import cold_ms
 
 CASES = (
     Case(128, 500, 40, "one step of a small autoencoder: launches show"),
@@ -38,8 +40,6 @@ CASES = (
 )
 NAIVE = Path(__file__).resolve().parent.parent / "build" / "naive" / "csdiv"
 """Where bench/gpu_check.py builds the kernels with groups of one dimension: what sharing reciprocals is worth."""
-FLUSHED_BYTES = 2**28
-"""More than the second-level cache of any GPU."""
 
 
 class Naive(Csdiv):
@@ -54,14 +54,8 @@ class Naive(Csdiv):
         self._native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._native)
 
-    @contextlib.contextmanager
-    def _in_place(self) -> Iterator[None]:
-        cuda = importlib.import_module("csdiv.backends.cuda").backend
-        shipped, cuda.native = cuda.native, self._native
-        try:
-            yield
-        finally:
-            cuda.native = shipped
+    def _in_place(self) -> contextlib.AbstractContextManager[object]:
+        return mock.patch.object(importlib.import_module("csdiv.backends.cuda").backend, "native", self._native)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         with self._in_place():
@@ -94,21 +88,6 @@ def providers(case: Case) -> list[Provider]:
     if installed("pykeops"):
         everyone.append(KeOps())
     return everyone
-
-
-def cold_ms(call: Callable[[], object], count: int = 5) -> float:
-    """The median time of ``call`` on the device where its inputs are not in the cache."""
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(count):
-        flushed.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def device_info() -> dict[str, str]:
@@ -155,7 +134,9 @@ def instructions(kernels: list[static.Kernel], dim: int) -> dict[str, float]:
     logits, sweeps = 0.0, []
     for kernel in kernels:
         match = re.fullmatch(r"overlap_lse_(forward|backward)_kernel<float(?:, (\d+))?>", kernel.name)
-        for loop in kernel.loops if match else ():
+        if match is None:
+            continue
+        for loop in kernel.loops:
             if loop.counts["MUFU.LG2"]:
                 logits = loop.instructions
             else:
@@ -184,28 +165,31 @@ def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
 FULL_CASES = ((4096, 4096, 3), (2048, 2048, 5), (1024, 1024, 8), (512, 512, 32))
 
 
+def _gradients(value: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value(), leaves)
+
+
 def full_covariances(count: int = 5) -> list[dict[str, Any]]:
     """D_CS of mixtures with full covariances and its gradients, on "cuda" and by the reference: times and the error."""
     records = []
     for n, m, dim in FULL_CASES:
         p, q = (testing.random_mixture(k, dim, structure="full", dtype=torch.float64).to("cuda") for k in (n, m))
-        leaves = [t.requires_grad_() for side in (p, q) for t in (side.means, side.scale_tril, side.log_weights)]
+        leaves = [t.requires_grad_() for side in (p, q) for t in tensors_of(side)]
         truth = None
         for backend in ("reference", "cuda"):
             if backend not in csdiv.available_backends():
                 continue
 
-            def forward(p: csdiv.GaussianMixture = p, q: csdiv.GaussianMixture = q, backend: str = backend) -> Tensor:
-                return csdiv.cs_divergence(p, q, backend=backend)
-
+            forward = functools.partial(csdiv.cs_divergence, p, q, backend=backend)
+            gradients = functools.partial(_gradients, forward, leaves)
             value = forward().detach()
             truth = value if truth is None else truth
             records.append(
                 {
                     "case": f"{n}x{m}x{dim} full",
                     "provider": f"csdiv {backend}, float64",
-                    "forward_ms": cold_ms(lambda f=forward: f().detach(), count),
-                    "forward_backward_ms": cold_ms(lambda f=forward, x=leaves: torch.autograd.grad(f(), x), count),
+                    "forward_ms": cold_ms(forward, count),
+                    "forward_backward_ms": cold_ms(gradients, count),
                     "error_nats": (value - truth).abs().item(),
                 }
             )

@@ -120,8 +120,8 @@ def check_cuda(python: str, folder: Path) -> dict[str, bool]:
         passed |= check_contract(python, folder, "cuda", "(gpu or test_cuda) and not gpu_triton", 150)
         passed |= check_memory(python, folder)
         naive = ["build_ext", "--build-lib", "build/naive", "--build-temp", "build/naive/temp"]
-        options = {"CSDIV_CUDA": "on", "CMAKE_ARGS": "-DCSDIV_GROUP=1 -DCSDIV_ISAS=baseline"}
-        step("naive", [python, "setup.py", *naive], folder, 60, **options)  # without it the table lacks a row
+        build = [python, "setup.py", *naive]  # without it the table lacks a row
+        step("naive", build, folder, 60, CSDIV_CUDA="on", CMAKE_ARGS="-DCSDIV_GROUP=1 -DCSDIV_ISAS=baseline")
     return passed
 
 

@@ -99,7 +99,7 @@ def loops(threads: int) -> list[Callable[[], int]]:
     import csdiv._C as _C
 
     kinds = (_C.Arithmetic.MULTIPLY_ADDS, _C.Arithmetic.ADDITIONS, _C.Arithmetic.BOTH)
-    return [lambda kind=kind: _C.cpu_arithmetic(LOOP_ROUNDS, kind, threads) for kind in kinds]
+    return [functools.partial(_C.cpu_arithmetic, LOOP_ROUNDS, kind, threads) for kind in kinds]
 
 
 def computed(case: Case) -> float:
@@ -126,8 +126,8 @@ def run_bounds(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
             inputs, provider, peaks = make_inputs(case), Csdiv("cpu", case.entry), loops(threads)
             calls: list[Callable[[], object]] = [
                 *peaks,
-                lambda f=provider.forward, x=inputs: f(x),
-                lambda f=provider.forward_backward, x=inputs: f(x),
+                functools.partial(provider.forward, inputs),
+                functools.partial(provider.forward_backward, inputs),
             ]
             for call in calls:
                 call()
@@ -275,7 +275,7 @@ def run_divergences(rounds: int) -> list[dict[str, Any]]:
         for call in calls:
             call()
         for name, timing in zip(ways, interleave(calls, rounds), strict=True):
-            records.append({"case": case.name, "provider": name, **timing._asdict()})
+            records.append({"case": case.name, "provider": name, **timing.record()})
     return records
 
 

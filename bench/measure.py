@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cases import Case, make_inputs
 from .peers import ChunkedEager, Provider
-from .timing import interleave, peak_mib
+from .timing import cold_ms, interleave, peak_mib
 
 GATE = 3e-5
 """Largest relative L2 error against float64 with which a provider's time is printed."""
@@ -72,11 +72,7 @@ def run_case(
             if needed > 0.8 * free_bytes(device):
                 record["skipped"] = f"needs {needed / 2**30:.0f} GiB"
                 continue
-            call: Callable[[], list[Tensor]] = (
-                (lambda f=provider.forward_backward: f(inputs))
-                if backward
-                else (lambda f=provider.forward: [f(inputs)])
-            )
+            call = functools.partial(provider.forward_backward if backward else provider.values, inputs)
             begin = time.perf_counter()
             try:
                 found = call()
@@ -89,14 +85,12 @@ def run_case(
             if not gate or record["relative_error"] <= GATE:
                 record["extra_peak_mib"] = round(peak_mib(call, device), 1)
                 if device == "cuda":
-                    from .gpu import cold_ms
-
                     record["cold_ms"] = cold_ms(call)
                 calls.append(call)
                 passed.append(record)
                 pauses.append(provider.pause)
         for record, timing in zip(passed, interleave(calls, rounds, wait, pauses), strict=True):
-            record.update(timing._asdict(), gel_per_s=case.elements / timing.median_ms / 1e6)
+            record.update(timing.record(), gel_per_s=case.elements / timing.median_ms / 1e6)
     return records
 
 

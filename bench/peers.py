@@ -34,6 +34,10 @@ class Provider:
     def forward(self, inputs: list[Tensor]) -> Tensor:
         return self.formula(*inputs)
 
+    def values(self, inputs: list[Tensor]) -> list[Tensor]:
+        """What ``forward`` returns, in a list as gradients are."""
+        return [self.forward(inputs)]
+
     def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         return list(torch.autograd.grad(self.forward(leaves).sum(), leaves))
@@ -185,7 +189,7 @@ class TorchDistributions(Provider):
         leaves = [x.detach().requires_grad_() for x in inputs]
         for value in self._chunks(leaves):
             value.sum().backward()
-        return [x.grad for x in leaves]
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
 
 @functools.cache

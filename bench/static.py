@@ -159,9 +159,16 @@ def read(module: Path | None = None) -> list[Kernel]:
         cubins = sorted(Path(folder).glob("*.cubin"))
         if not cubins:
             raise RuntimeError(f"{module.name} has no CUDA kernels: {_C.cuda_status}")
-        architectures = [re.search(r"\.(sm_\w+)\.cubin", cubin.name)[1] for cubin in cubins]
-        kernels = [k for pair in zip(cubins, architectures, strict=True) for k in kernels_of(*pair)]
+        kernels = [kernel for cubin in cubins for kernel in kernels_of(cubin, architecture_of(cubin.name))]
     return sorted(kernels, key=lambda kernel: (kernel.architecture, kernel.name))
+
+
+def architecture_of(cubin: str) -> str:
+    """Such as sm_90a, from the name that cuobjdump gives to a file."""
+    match = re.search(r"\.(sm_\w+)\.cubin", cubin)
+    if match is None:
+        raise RuntimeError(f"{cubin} names no architecture")
+    return match[1]
 
 
 def kernels_of(cubin: Path, architecture: str) -> Iterator[Kernel]:

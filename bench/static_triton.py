@@ -67,16 +67,14 @@ def launches(
     scalars: tuple[str, ...] = ("float", "double"),
     batches: tuple[Any, ...] = (ALONE,),
     forms: tuple[tuple[int, str], ...] = FORMS,
-    capability: int = 90,
 ) -> list[Launch]:
-    """Every launch of the backend on mixtures of these batch shapes, each variant of a kernel once, as for a GPU of
-    this compute capability.
+    """Every launch of the backend on mixtures of these batch shapes, each variant of a kernel once.
 
     Raises:
         ImportError: there is no triton.
     """
     triton, backend = importlib.import_module("triton"), importlib.import_module("csdiv.backends.triton").backend
-    pack, found = importlib.import_module("csdiv.kernels.pack"), dict[str, Launch]()
+    found = dict[str, Launch]()
 
     def record(function: Any, *arguments: Any, grid: object, warmup: bool, **named: Any) -> None:
         launch = launch_of(scalar, function, dict(zip(function.arg_names, arguments, strict=False)) | named)
@@ -84,7 +82,6 @@ def launches(
 
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.JITFunction, "run", record))
-        patches.enter_context(mock.patch.object(pack, "capability_of", return_value=capability))
         patches.enter_context(mock.patch.object(backend, "processors", return_value=static.PROCESSORS))
         patches.enter_context(mock.patch.object(backend, "capturing", return_value=False))
         patches.enter_context(mock.patch.object(backend, "current", return_value=contextlib.nullcontext()))
@@ -170,4 +167,4 @@ def read(capability: int = 90, scalars: tuple[str, ...] = ("float", "double")) -
     Raises:
         ImportError: there is no triton.
     """
-    return [compiled(launch, capability) for launch in launches(scalars, capability=capability)]
+    return [compiled(launch, capability) for launch in launches(scalars)]

@@ -8,6 +8,7 @@ peak memory of the step over the number of components. No time is printed unless
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def reordered(components: bool, dimensions: bool) -> Formula:
     return formula
 
 
-ORDERS = {
+ORDERS: dict[str, Formula] = {
     EAGER: regularizer,
     "components backwards": reordered(components=True, dimensions=False),
     "dimensions backwards": reordered(components=False, dimensions=True),
@@ -90,22 +91,21 @@ def make_model(num_features: int, num_components: int) -> CSRAE:
 
 def swapped(model: CSRAE, provider: str) -> CSRAE:
     """A copy of the model with the provider's loss; csdiv's is the model's own."""
-    formulas: dict[str, Callable[[], Formula]] = {
-        **{name: lambda formula=formula: formula for name, formula in ORDERS.items()},
-        CHUNKED: lambda: _chunked(model.prior),
-        COMPILED: lambda: torch.compile(FORMULAS["regularizer"], dynamic=False),
-    }
     model = copy.deepcopy(model)
     if provider != CSDIV:
         model.__class__ = Swapped
-        model.formula = formulas[provider]()
+        assert isinstance(model, Swapped)
+        model.formula = _formula(provider, model.prior.means)
     return model
 
 
-def _chunked(prior: GaussianMixturePrior) -> Formula:
-    means = prior.means
-    rows = rows_in_chunks(max(1, CHUNK_BYTES // (means.itemsize * means.numel())))
-    return lambda *inputs: regularizer(*inputs, rows=rows)
+def _formula(provider: str, means: Tensor) -> Formula:
+    if provider == CHUNKED:
+        rows = rows_in_chunks(max(1, CHUNK_BYTES // (means.itemsize * means.numel())))
+        return functools.partial(regularizer, rows=rows)
+    if provider == COMPILED:
+        return torch.compile(FORMULAS["regularizer"], dynamic=False)
+    return ORDERS[provider]
 
 
 def curve(model: CSRAE, x: Tensor, steps: int, seed: int = 0) -> list[float]:
@@ -217,7 +217,7 @@ def time_steps(size: Size, device: str, rounds: int, num_features: int = 784) ->
         timed.append(record)
     timings = interleave(calls, rounds, wait)
     for record, step_ms, divergence_ms in zip(timed, timings[::2], timings[1::2], strict=True):
-        record.update(step_ms._asdict(), divergence_ms=divergence_ms.median_ms)
+        record.update(step_ms.record(), divergence_ms=divergence_ms.median_ms)
     return records
 
 

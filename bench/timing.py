@@ -6,13 +6,15 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 
-class Timing(NamedTuple):
+@dataclass(frozen=True)
+class Timing:
     """Milliseconds of one call: median, quartiles and how many were taken."""
 
     median_ms: float
@@ -20,8 +22,14 @@ class Timing(NamedTuple):
     upper_ms: float
     count: int
 
+    def record(self) -> dict[str, Any]:
+        """The fields, for a result that is written."""
+        return asdict(self)
+
 
 MIN_MS, MAX_MS = 2.0, 10_000.0
+FLUSHED_BYTES = 2**28
+"""More than the second-level cache of any GPU."""
 
 
 def interleave(
@@ -66,6 +74,21 @@ def interleave(
 def _summary(times: list[float]) -> Timing:
     lower, median, upper = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Timing(median, lower, upper, len(times))
+
+
+def cold_ms(call: Callable[[], object], count: int = 5) -> float:
+    """The median time of ``call`` on the device where its inputs are not in the cache."""
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(count):
+        flushed.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
 
 
 def peak_mib(call: Callable[[], object], device: str = "cpu") -> float:

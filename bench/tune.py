@@ -1,12 +1,14 @@
-"""Which tile suits each Triton kernel on the GPU at hand: all sensible ones are timed, for every bucket of D.
+"""Which tile suits each Triton kernel on the GPU at hand: all sensible ones are timed, for every form and several D.
 
-Prints an entry of ``TABLES`` in kernels/configurations.py, for a person to put there, and the times beside those of the
-tiles in force. Nothing is timed when csdiv runs, so its results do not depend on a search.
+Prints ``TILES`` of kernels/configurations.py as it would be for this GPU, for a person to put there, and the times
+beside those of the tiles in force. Nothing is timed when csdiv runs, so its results do not depend on a search.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +19,21 @@ from torch import Tensor
 
 import csdiv
 from csdiv import testing
-from csdiv.kernels.configurations import TABLES, Table, Tile, capability_of, form_of, tile_of
+from csdiv.kernels.configurations import FORMS, TILES, Table, Tile, form_of, takes_products, tile_of
 
+from .cases import tensors_of
 from .measure import GATE, relative_error
 from .timing import Timing, interleave
 
 SIZES = {8: 2**15, 32: 2**14, 128: 2**13}
-"""For a dimension of each bucket a size N = M: 8.6e9 elements, so that launches do not show."""
+"""D, and a size N = M for it: 8.6e9 elements, so that launches do not show."""
 MIXTURES = {"diagonal": ("diagonal",) * 2, "spherical": ("spherical",) * 2, "tied": ("tied diagonal",) * 2}
 MIXTURES["tied rows"] = ("tied diagonal", "diagonal")
 """What p and q are timed, by the structure of a form."""
+LAUNCHES = tuple(
+    (kernel, form, dtype) for kernel, products, dtype in TILES for form in FORMS if takes_products(form) == products
+)
+"""Every kernel, form and dtype that there is."""
 Record = dict[str, Any]
 
 
@@ -34,7 +41,7 @@ def candidates(form: str, dtype: torch.dtype) -> list[Tile]:
     """Those with 4 to 32 pairs for a thread (2 to 8 in float64); matrix products take 16 rows or more, and they alone
     have loads that may run ahead."""
     pairs = range(2, 9) if dtype == torch.float64 else range(4, 33)
-    rows, stages = ((16, 32, 64), (1, 2, 3)) if form.endswith("matrix") else ((2, 4, 8, 16, 32), (1,))
+    rows, stages = ((16, 32, 64), (1, 2, 3)) if takes_products(form) else ((2, 4, 8, 16, 32), (1,))
     tiles = (Tile(n, warps, k) for n in rows for warps in (4, 8) for k in stages)
     return [tile for tile in tiles if tile.block_n * 4 // tile.num_warps in pairs]
 
@@ -55,7 +62,7 @@ def call_of(kernel: str, form: str, dtype: torch.dtype, dim: int, size: int, dev
         testing.random_mixture(size, dim, structure=structure, dtype=dtype, generator=g)
         for structure in MIXTURES[form.removesuffix(" matrix")]
     )
-    tensors = [t.to(device) for side in (p, q) for t in (side.means, side.variances, side.log_weights)]
+    tensors = [t.to(device) for side in (p, q) for t in tensors_of(side)]
 
     def forward() -> list[Tensor]:
         return backend.forward("log_overlap", tensors, [False] * 6)[0]
@@ -82,8 +89,7 @@ def measure(
     pack, triton = importlib.import_module("csdiv.kernels.pack"), importlib.import_module("triton")
 
     def with_tile(call: Callable[[], list[Tensor]], tile: Tile) -> list[Tensor]:
-        replaced = {"form_of": lambda *_, **__: form, "tile_of": lambda *_: tile}
-        with mock.patch.multiple(pack, **replaced):
+        with mock.patch.multiple(pack, form_of=lambda *_, **__: form, tile_of=lambda *_: tile):
             return call()
 
     call = call_of(kernel, form, dtype, dim, size, device)
@@ -100,12 +106,12 @@ def measure(
         else:
             print(f"{kernel}, {form}, D = {dim}: {tile} left out: its results differ by {error:.1e}")
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    timings = interleave([lambda tile=tile: with_tile(call, tile) for tile in able], rounds, wait)
+    timings = interleave([functools.partial(with_tile, call, tile) for tile in able], rounds, wait)
     return dict(zip(able, timings, strict=True))
 
 
 def run(rounds: int) -> tuple[list[Record], str]:
-    """A record for each kernel, form, dtype and bucket, and the entry for the table that has the best tiles.
+    """A record for each kernel, form, dtype and D, and the table with the tiles that are best over forms and D.
 
     Raises:
         SystemExit: no GPU that triton can use.
@@ -113,31 +119,35 @@ def run(rounds: int) -> tuple[list[Record], str]:
     status = csdiv.backend_status()["triton"]
     if not status.available:
         sys.exit(f"bench tune: no GPU to time the Triton kernels on: {status.reason}")
-    capability, records, best = capability_of(torch.device("cuda")), list[Record](), Table()
-    for kernel, form, dtype in TABLES[min(TABLES)]:
-        row = []
+    records, timed = list[Record](), {key: list[dict[Tile, Timing]]() for key in TILES}
+    for kernel, form, dtype in LAUNCHES:
+        force = tile_of(kernel, form, dtype)
+        tiles = [force, *(tile for tile in candidates(form, dtype) if tile != force)]
         for dim, size in SIZES.items():
-            force = tile_of(kernel, form, dtype, dim, capability)
             if not is_taken(kernel, form, dtype, dim):
-                row.append(force)
                 continue
-            tiles = [force, *(tile for tile in candidates(form, dtype) if tile != force)]
             times = measure(kernel, form, dtype, dim, tiles, size=size, rounds=rounds, device="cuda")
-            row.append(min(times, key=lambda tile: times[tile].median_ms))
-            found = {"best": row[-1], "best_ms": times[row[-1]].median_ms, "in_force": force}
+            timed[kernel, takes_products(form), dtype].append(times)
+            best = min(times, key=lambda tile: times[tile].median_ms)
+            found = {"best": best, "best_ms": times[best].median_ms, "in_force": force}
             records.append({"kernel": kernel, "form": form, "dtype": str(dtype), "dim": dim, **found})
             records[-1] |= {"in_force_ms": times[force].median_ms, "tiles": len(times)}
             print(records[-1], flush=True)
-        best[kernel, form, dtype] = tuple(row)
-    return records, entry(capability, best)
+    return records, entry(torch.cuda.get_device_name(), {key: best_of(timed[key]) for key in TILES})
 
 
-def entry(capability: int, table: Table) -> str:
+def best_of(timed: list[dict[Tile, Timing]]) -> Tile:
+    """Of the tiles that were timed everywhere the one with the least product of times."""
+    everywhere = [tile for tile in timed[0] if all(tile in times for times in timed)]
+    return min(everywhere, key=lambda tile: sum(math.log(times[tile].median_ms) for times in timed))
+
+
+def entry(device: str, table: Table) -> str:
     """As it stands in kernels/configurations.py."""
-    lines = [f"    {capability}: {{"]
-    for (kernel, form, dtype), tiles in table.items():
-        lines.append(f'        ("{kernel}", "{form}", {dtype}): ({", ".join(f"Tile{tuple(t)}" for t in tiles)}),')
-    return "\n".join([*lines, "    },"])
+    lines = [f"TILES: Table = {{  # timed on {device}"]
+    for (kernel, products, dtype), tile in table.items():
+        lines.append(f'    ("{kernel}", {products}, {dtype}): Tile{tuple(tile)},')
+    return "\n".join([*lines, "}"])
 
 
 def markdown(records: list[Record]) -> str:

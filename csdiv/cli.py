@@ -196,8 +196,8 @@ def study(
     """
     import typer
 
-    from csdiv.models.studies.run import run_study
     from csdiv.models.training import Interrupted
+    from csdiv.studies.run import run_study
 
     given = {"data": data, "output_dir": output_dir, "seeds": seeds}
     try:

@@ -1,7 +1,5 @@
 """How kernels are launched: one static table, so that results do not depend on a search at run time."""
 
-import bisect
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -34,38 +32,20 @@ class Tile(NamedTuple):
         return OPTIONS | {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": 255}
 
 
-BUCKETS = (MATRIX_DIM - 1, 63)
-"""The largest D of every bucket but the last."""
-Table = dict[tuple[str, str, torch.dtype], tuple[Tile, ...]]
-"""By kernel, form and dtype: a tile for each bucket. "rows" are sums of rows, assignments and densities; "sweep" are
-gradients, which add to the sums of a column once for so many rows."""
-COUNTED: Table = {
-    ("rows", "diagonal", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("rows", "diagonal", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("rows", "spherical", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("rows", "spherical", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("rows", "spherical matrix", torch.float32): (Tile(32, 8), Tile(32, 8), Tile(32, 8)),
-    ("rows", "tied", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("rows", "tied", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("rows", "tied matrix", torch.float32): (Tile(32, 8), Tile(32, 8), Tile(32, 8)),
-    ("rows", "tied rows", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("rows", "tied rows", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("sweep", "diagonal", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("sweep", "diagonal", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("sweep", "spherical", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("sweep", "spherical", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("sweep", "spherical matrix", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("sweep", "tied", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("sweep", "tied", torch.float64): (Tile(4), Tile(4), Tile(4)),
-    ("sweep", "tied matrix", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("sweep", "tied rows", torch.float32): (Tile(16), Tile(16), Tile(16)),
-    ("sweep", "tied rows", torch.float64): (Tile(4), Tile(4), Tile(4)),
+Table = dict[tuple[str, bool, torch.dtype], Tile]
+"""By kernel, by whether the form takes matrix products, and by dtype. "rows" are sums of rows, assignments and
+densities; "sweep" are gradients, which add to the sums of a column once for so many rows."""
+TILES: Table = {
+    ("rows", False, torch.float32): Tile(16),
+    ("rows", False, torch.float64): Tile(4),
+    ("rows", True, torch.float32): Tile(32, 8),
+    ("sweep", False, torch.float32): Tile(16),
+    ("sweep", False, torch.float64): Tile(4),
+    ("sweep", True, torch.float32): Tile(16),
 }
 """From counts of registers and instructions of a few tiles, without spills, compiled for 8.0, 9.0 and 10.0: nothing in
-it has been timed, on any GPU, so no D and no architecture has a line of its own."""
-TABLES: dict[int, Table] = {80: COUNTED, 90: COUNTED, 100: COUNTED}
-"""By compute capability: a GPU takes the last that is not above its own. ``python -m bench tune`` prints such an entry
-for the GPU at hand."""
+it has been timed, on any GPU, so no D, structure or architecture has a line of its own. ``python -m bench tune`` prints
+such a table for the GPU at hand."""
 
 ROW_PROGRAMS, SWEEP_PROGRAMS = 16, 4
 """Programs for each multiprocessor, where there are rows or columns enough: several waves; sums cost memory."""
@@ -93,19 +73,14 @@ def form_of(structure: str, dtype: torch.dtype, dim: int, *, exact: bool = False
     return f"{structure} matrix" if products else structure
 
 
-@functools.cache
-def capability_of(device: torch.device) -> int:
-    """Such as 90; where kernels are interpreted, the first that the table knows."""
-    if device.type != "cuda":
-        return min(TABLES)
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def takes_products(form: str) -> bool:
+    """Whether a form is one by matrix products."""
+    return form.endswith(" matrix")
 
 
-def tile_of(kernel: str, form: str, dtype: torch.dtype, dim: int, capability: int) -> Tile:
+def tile_of(kernel: str, form: str, dtype: torch.dtype) -> Tile:
     """What the table has."""
-    known = max((c for c in TABLES if c <= capability), default=min(TABLES))
-    return TABLES[known][kernel, form, dtype][bisect.bisect_left(BUCKETS, dim)]
+    return TILES[kernel, takes_products(form), dtype]
 
 
 def cut(wanted_programs: int, programs: int, tiles: int) -> int:

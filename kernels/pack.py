@@ -9,16 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csdiv.kernels.configurations import (
-    OPTIONS,
-    PACK_OPTIONS,
-    Shared,
-    Tile,
-    capability_of,
-    form_of,
-    structure_of,
-    tile_of,
-)
+from csdiv.kernels.configurations import OPTIONS, PACK_OPTIONS, Shared, Tile, form_of, structure_of, tile_of
 from csdiv.kernels.device import FLAG_DIMS, GROUP, LOG2_E, LOG_2, LOG_2_PI, TILE, padded_dim, tiles_of
 
 SAMPLES = tl.constexpr(8)  # of each side, for the scale of a dimension
@@ -83,7 +74,7 @@ class Problem(NamedTuple):
 
     def tile(self, kernel: str, form: str) -> Tile:
         """How "rows" or "sweep" is launched in this form."""
-        return tile_of(kernel, form, self.dtype, self.dim, capability_of(self.p.values.device))
+        return tile_of(kernel, form, self.dtype)
 
     def with_itself(self, side: Packed) -> Problem:
         """A side with itself, one problem for each of its items, on the scale of the pair."""

@@ -18,12 +18,12 @@ def tile_densities(
         densities = tile_log2_densities(rows, row_flags, columns, column_flags, scales, dim, BLOCK_N)
         return densities, densities
     elif FORM == "tied" or FORM == "tied matrix":
-        matrix: tl.constexpr = FORM == "tied matrix"
-        densities = tied_log2_densities(row, row_flags, column, column_flags, scales, dim, matrix, BLOCK_N)
+        tied_matrix: tl.constexpr = FORM == "tied matrix"
+        densities = tied_log2_densities(row, row_flags, column, column_flags, scales, dim, tied_matrix, BLOCK_N)
         return densities, densities
     elif FORM == "tied rows":
         densities = tied_rows_log2_densities(row, row_flags, column, column_flags, scales, dim, BLOCK_N)
         return densities, densities
     else:
-        matrix: tl.constexpr = FORM == "spherical matrix"
-        return spherical_log2_densities(row, row_flags, column, column_flags, scales, dim, matrix, BLOCK_N)
+        spherical_matrix: tl.constexpr = FORM == "spherical matrix"
+        return spherical_log2_densities(row, row_flags, column, column_flags, scales, dim, spherical_matrix, BLOCK_N)

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = ROOT / "csrc" / "cpu"
 COPIED = (
     *("CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
-    *("csdiv", "csrc", "kernels", "bench", "tests"),
+    *("csdiv", "csrc", "kernels", "bench", "studies", "tests"),
 )
 PLUMBING = ("thread_pool.*", "dispatch.*", "memory.*", "tile_kernels.h")
 

@@ -203,31 +203,35 @@ def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:
 # The tiles of the Triton kernels
 
 
-TABLE = configurations.TABLES[min(configurations.TABLES)]
-
-
 def test_a_tuned_table_has_the_format_of_the_one_in_force(monkeypatch) -> None:
-    fastest = configurations.Tile(8, 8, 3)
-    timings = {False: Timing(2.0, 2.0, 2.0, 1), True: Timing(1.0, 1.0, 1.0, 1)}
+    """The best tile of each kernel is the one with the least times among those that were timed in every form and D."""
+    fastest, small = configurations.Tile(8, 8, 3), configurations.Tile(2, 4, 3)
+
+    def measure(kernel, form, dtype, dim, tiles, **_):
+        times = dict.fromkeys(tiles, 2.0) | {fastest: 1.0} | ({small: 0.5} if dim == 8 else {})
+        return {tile: Timing(ms, ms, ms, 1) for tile, ms in times.items()}
+
     monkeypatch.setattr(csdiv, "backend_status", lambda: {"triton": csdiv.backends.BackendStatus(True, "")})
-    monkeypatch.setattr(tune, "capability_of", lambda device: 97)
-    monkeypatch.setattr(tune, "measure", lambda *a, **_: {tile: timings[tile == fastest] for tile in (*a[-1], fastest)})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(tune, "measure", measure)
     records, entry = tune.run(rounds=1)
-    assert len(records) == tune.markdown(records).count("(8, 8, 3) | 1.000")
-    (best,) = eval(f"{{{entry}}}", {"torch": torch, "Tile": configurations.Tile}).values()
-    assert entry.startswith("    97: {")
-    assert list(best) == list(TABLE)
-    for (kernel, form, dtype), row in best.items():
-        for tile, dim, shipped in zip(row, tune.SIZES, TABLE[kernel, form, dtype], strict=True):
-            assert tile == (fastest if tune.is_taken(kernel, form, dtype, dim) else shipped)
+    assert {record["dim"]: record["best"] for record in records} == {8: small, 32: fastest, 128: fastest}
+    table = tune.markdown(records)
+    assert table.count("(8, 8, 3) | 1.000") + table.count("(2, 4, 3) | 0.500") == len(records)
+    head, body = entry.split(" = ")
+    assert head == "TILES: Table"
+    assert body.startswith("{  # timed on a GPU\n")
+    best = eval(body, {"torch": torch, "Tile": configurations.Tile})
+    assert list(best) == list(configurations.TILES)
+    assert set(best.values()) == {fastest}
 
 
 def test_candidates_of_tiles_are_valid() -> None:
     """Tiles of rows divide those of columns; tensor cores take 16 rows; a block may have so many threads."""
-    for kernel, form, dtype in TABLE:
+    for kernel, form, dtype in tune.LAUNCHES:
         tiles = tune.candidates(form, dtype)
         assert len(set(tiles)) == len(tiles) >= 4
-        assert set(TABLE[kernel, form, dtype]) <= set(tiles)
+        assert configurations.tile_of(kernel, form, dtype) in tiles
         for tile in tiles:
             assert 128 % tile.block_n == 0
             assert not form.endswith("matrix") or tile.block_n >= 16
@@ -249,19 +253,17 @@ def test_the_command_for_tuning_fails_without_a_gpu() -> None:
 
 
 def test_the_table_covers_every_launch() -> None:
-    for table in configurations.TABLES.values():
-        assert table.keys() == TABLE.keys()
-        assert all(len(row) == len(configurations.BUCKETS) + 1 == len(tune.SIZES) for row in table.values())
-    ends = [0, *configurations.BUCKETS, math.inf]
-    for begin, end, dim in zip(ends, ends[1:], tune.SIZES, strict=False):
-        assert begin < dim <= end
-
-
-def test_a_gpu_takes_the_last_table_that_is_not_newer(monkeypatch) -> None:
-    key, rows = ("rows", "diagonal", torch.float32), {80: (1, 2, 3), 90: (4, 5, 6)}
-    tables = {capability: {key: tuple(map(configurations.Tile, row))} for capability, row in rows.items()}
-    monkeypatch.setattr(configurations, "TABLES", tables)
-    for capability, known in ((0, 80), (75, 80), (80, 80), (89, 80), (90, 90), (120, 90)):
-        taken = [configurations.tile_of(*key, dim, capability).block_n for dim in (1, 15, 16, 63, 64, 10**6)]
-        assert taken == [row for row in rows[known] for _ in range(2)]
-    assert configurations.capability_of(torch.device("cpu")) == 80
+    """What kernels ask for is what bench tune times, and no tile is there in vain."""
+    asked = {
+        (kernel, configurations.form_of(structure, dtype, dim, exact=exact), dtype)
+        for kernel, exact in (("rows", False), ("rows", True), ("sweep", False))
+        for structure in configurations.STRUCTURES
+        for dtype in (torch.float32, torch.float64)
+        for dim in (1, 15, 16, 10**6)
+    }
+    assert asked == set(tune.LAUNCHES)
+    assert {(kernel, configurations.takes_products(form), dtype) for kernel, form, dtype in asked} == set(
+        configurations.TILES
+    )
+    timed = {launch for launch in tune.LAUNCHES for dim in tune.SIZES if tune.is_taken(*launch, dim)}
+    assert timed == asked

@@ -11,7 +11,9 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
@@ -25,6 +27,7 @@ SOURCES = (
     "csrc",
     "kernels",
     "bench",
+    "studies",
 )
 
 
@@ -36,7 +39,7 @@ def source_tree(tmp_path_factory):
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=ignore)
+            shutil.copytree(source, tree / name, ignore=ignore, symlinks=True)
         else:
             shutil.copy(source, tree)
     return tree
@@ -46,6 +49,28 @@ def run(*command, cwd, **environment):
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_a_plain_checkout_works_on_the_path(tmp_path):
+    """Without an install, a native module and .pth files: links in csdiv/ lead to the folders beside it."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "results")
+    for name in ("csdiv", "kernels", "bench", "studies"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore, symlinks=True)
+    packages = {str(Path(module.__file__).parents[1]) for module in (torch, numpy)}
+    code = (
+        "import csdiv, importlib.util, torch\n"
+        "import csdiv.bench.cases, csdiv.kernels.configurations, csdiv.studies.config\n"
+        "if importlib.util.find_spec('triton'): import csdiv.backends.triton\n"
+        "p = csdiv.GaussianMixture(torch.zeros(2, 3), torch.ones(2, 3))\n"
+        "print(csdiv.__path__[0], csdiv.backend_status()['cpu'].available)\n"
+        "print(csdiv.cs_divergence(p, p, backend='reference').item())"
+    )
+    path = os.pathsep.join([str(tmp_path), *packages])
+    assert run(sys.executable, "-S", "-c", code, cwd=tmp_path.parent, PYTHONPATH=path).split() == [
+        str(tmp_path / "csdiv"),
+        "False",
+        "0.0",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +89,13 @@ def test_wheel_contents(distributions):
     (wheel,) = distributions.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"csdiv", "csdiv-0.1.0.dist-info"}
-    for expected in (
-        "csdiv/kernels/__init__.py",
-        "csdiv/bench/__main__.py",
-        "csdiv/models/__init__.py",
-        "csdiv/models/studies/mnist.toml",
-        "csdiv/py.typed",
-    ):
-        assert expected in names
-    assert len([name for name in names if name.startswith("csdiv/_C.")]) == 1
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csdiv").rglob("*.py")}
+    for folder in ("kernels", "bench", "studies"):  # once each, though csdiv/ has links to them
+        found = (ROOT / folder).glob("*.*")
+        modules |= {f"csdiv/{folder}/{path.name}" for path in found if path.suffix in (".py", ".toml")}
+    native = [name for name in names if name.startswith("csdiv/_C.")]
+    assert len(native) == 1
+    assert sorted(name for name in names if name.startswith("csdiv/")) == sorted(modules | {"csdiv/py.typed", *native})
 
 
 @pytest.mark.slow
@@ -81,7 +104,9 @@ def test_sdist_contents(distributions):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources | {"CMakeLists.txt", "setup.py", "README.md", "LICENSE", "kernels/__init__.py"} <= names
+    needed = {"CMakeLists.txt", "setup.py", "README.md", "LICENSE", "kernels/__init__.py", "studies/mnist.toml"}
+    assert sources | needed <= names
+    assert not [name for name in names if name.startswith(("csdiv/kernels", "csdiv/bench", "csdiv/studies"))]
 
 
 @pytest.mark.slow

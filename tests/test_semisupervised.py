@@ -12,11 +12,11 @@ pytest.importorskip("sklearn")
 from csdiv import GaussianMixture
 from csdiv.models import CSRAE, VAE, build_networks, classification
 from csdiv.models.data import Dataset, load_data
-from csdiv.models.studies import faces
-from csdiv.models.studies.config import read_study
-from csdiv.models.studies.run import run_study
-from csdiv.models.studies.semisupervised import CSRAE_ROW, SemisupervisedConfig
 from csdiv.nn import GaussianMixturePrior
+from csdiv.studies import faces
+from csdiv.studies.config import read_study
+from csdiv.studies.run import run_study
+from csdiv.studies.semisupervised import CSRAE_ROW, SemisupervisedConfig
 
 
 def test_class_logits_are_sums_over_a_classs_components() -> None:
@@ -143,7 +143,7 @@ def test_a_study_runs_resumes_and_reports(name: str, tmp_path: Path, capsys: pyt
 
 
 def test_gamma_is_chosen_by_validation_labels(tmp_path: Path) -> None:
-    from csdiv.models.studies.semisupervised import SemisupervisedStudy
+    from csdiv.studies.semisupervised import SemisupervisedStudy
 
     (tmp_path / "tiny.toml").write_text(TINY)
     config = read_study(SemisupervisedConfig, "semisupervised", str(tmp_path / "tiny.toml"), {})

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("lightning")
 
-from csdiv.models.studies import cells, run
-from csdiv.models.studies.clustering import ClusteringConfig, ClusteringStudy
-from csdiv.models.studies.config import read_study
-from csdiv.models.studies.density import DensityConfig
-from csdiv.models.studies.report import Table
+from csdiv.studies import cells, run
+from csdiv.studies.clustering import ClusteringConfig, ClusteringStudy
+from csdiv.studies.config import read_study
+from csdiv.studies.density import DensityConfig
+from csdiv.studies.report import Table
 
 SMALL = """
 data = "{data}"

@@ -501,11 +501,11 @@ def test_a_cold_capture_is_refused_until_warmup() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("key", configurations.COUNTED, ids=str)
+@pytest.mark.parametrize("key", tune.LAUNCHES, ids=str)
 def test_every_tile_that_is_timed_gives_the_same(key: tuple[str, str, torch.dtype], capsys) -> None:
     """bench tune, with the interpreter in place of the GPU: warps and stages are nothing to it."""
     tiles = list({tile.block_n: tile for tile in tune.candidates(*key[1:])}.values())
-    dim, options = 16 if key[1].endswith("matrix") else 3, {"size": 3, "rounds": 1, "device": "cpu"}
+    dim, options = 16 if configurations.takes_products(key[1]) else 3, {"size": 3, "rounds": 1, "device": "cpu"}
     module, backend = importlib.import_module("csdiv.backends.triton"), backends.resolve(NAME, torch.device("cpu"))
     with mock.patch.object(module, "backend", backend):
         assert list(tune.measure(*key, dim, tiles, **options)) == tiles
@@ -587,7 +587,7 @@ def compiled(
     code = f"""if True:
         import json, re
         from bench import static, static_triton
-        launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms}, {capability})
+        launches = static_triton.launches(({scalar!r},), {batches}, static_triton.FORMS{forms})
         launches = [launch for launch in launches if re.search({only!r}, launch.name)]
         print(json.dumps(static.records([static_triton.compiled(launch, {capability}) for launch in launches])))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -20,9 +20,9 @@ from csdiv.models.data import Dataset, binarize
 from csdiv.models.evaluation import TEST_SEED, TRAIN_SEED, match_clusters, merge_components, score_clusters
 from csdiv.models.figures import STYLE, draw_prototypes
 from csdiv.models.networks import BernoulliDecoder
-from csdiv.models.studies.cells import Cell, Results, digest, model_name, training_cell
-from csdiv.models.studies.config import ABLATIONS, StudyConfig
-from csdiv.models.studies.report import StudyReport, Table, Value
+from csdiv.studies.cells import Cell, Results, digest, model_name, training_cell
+from csdiv.studies.config import ABLATIONS, StudyConfig
+from csdiv.studies.report import StudyReport, Table, Value
 
 Assignments = tuple[Tensor, Tensor]
 """Clusters of the training and of the test split, (n,) int64."""

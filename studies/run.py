@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from csdiv.models.studies.cells import read_results, run_cells
-from csdiv.models.studies.config import STUDIES, read_study
-from csdiv.models.studies.report import write_study
+from csdiv.studies.cells import read_results, run_cells
+from csdiv.studies.config import STUDIES, read_study
+from csdiv.studies.report import write_study
 
 
 def run_study(name: str, protocol: str, given: dict[str, Any], *, publish: Path | None, only_report: bool) -> None:
@@ -46,19 +46,19 @@ def run_study(name: str, protocol: str, given: dict[str, Any], *, publish: Path 
 def _study(name: str) -> tuple[Any, Any]:
     """The options and the class of a study: cells(results), and report(results, folder of figures)."""
     if name == "density":
-        from csdiv.models.studies.density import DensityConfig, DensityStudy
+        from csdiv.studies.density import DensityConfig, DensityStudy
 
         return DensityConfig, DensityStudy
     if name == "clustering":
-        from csdiv.models.studies.clustering import ClusteringConfig, ClusteringStudy
+        from csdiv.studies.clustering import ClusteringConfig, ClusteringStudy
 
         return ClusteringConfig, ClusteringStudy
     if name == "semisupervised":
-        from csdiv.models.studies.semisupervised import SemisupervisedConfig, SemisupervisedStudy
+        from csdiv.studies.semisupervised import SemisupervisedConfig, SemisupervisedStudy
 
         return SemisupervisedConfig, SemisupervisedStudy
     if name == "faces":
-        from csdiv.models.studies.faces import FacesConfig, FacesStudy
+        from csdiv.studies.faces import FacesConfig, FacesStudy
 
         return FacesConfig, FacesStudy
     raise ValueError(f"study: one of {', '.join(STUDIES)} expected, got {name!r}")

@@ -22,10 +22,10 @@ from csdiv.models.data import Dataset, mix_seed
 from csdiv.models.figures import STYLE, draw_images
 from csdiv.models.initialisation import initialize_from_codes_
 from csdiv.models.networks import NOISE_FLOOR, GaussianDecoder, Standardize, build_networks
-from csdiv.models.studies.cells import Cell, Results, digest
-from csdiv.models.studies.config import StudyConfig
-from csdiv.models.studies.report import StudyReport, Table, Value
 from csdiv.nn import GaussianMixturePrior
+from csdiv.studies.cells import Cell, Results, digest
+from csdiv.studies.config import StudyConfig
+from csdiv.studies.report import StudyReport, Table, Value
 
 NAMES = {"vae": "VAE, N(0, I)", "csrae": "CSRAE", "pca": "PCA", "pixels": "pixels"}
 

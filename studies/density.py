@@ -20,9 +20,9 @@ from csdiv.models.evaluation import TEST_SEED, TRAIN_SEED, VALIDATION_SEED
 from csdiv.models.figures import STYLE, draw_images
 from csdiv.models.likelihood import LogDensity, importance_sampled_nlls, refitted_prior, squared_prior
 from csdiv.models.networks import BernoulliDecoder
-from csdiv.models.studies.cells import Cell, Results, digest, model_name, training_cell
-from csdiv.models.studies.config import ABLATIONS, StudyConfig
-from csdiv.models.studies.report import StudyReport, Table, Value
+from csdiv.studies.cells import Cell, Results, digest, model_name, training_cell
+from csdiv.studies.config import ABLATIONS, StudyConfig
+from csdiv.studies.report import StudyReport, Table, Value
 
 NAMES = {
     "vae": "VAE, N(0, I)",

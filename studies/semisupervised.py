@@ -25,9 +25,9 @@ from csdiv.models.classification import (
 from csdiv.models.config import Option
 from csdiv.models.data import Dataset
 from csdiv.models.figures import STYLE
-from csdiv.models.studies.cells import Cell, Results, digest, model_name, training_cell
-from csdiv.models.studies.config import StudyConfig
-from csdiv.models.studies.report import StudyReport, Table, Value
+from csdiv.studies.cells import Cell, Results, digest, model_name, training_cell
+from csdiv.studies.config import StudyConfig
+from csdiv.studies.report import StudyReport, Table, Value
 
 CSRAE_ROW = "CSRAE, cross-entropy on class components"
 DROPOUT_ROW = "supervised network, dropout"
