@@ -10,6 +10,7 @@ from csdiv import process  # noqa: F401 - remembers which one this is
 if TYPE_CHECKING:
     from csdiv import nn
     from csdiv.backends import BackendStatus, available_backends, backend_status
+    from csdiv.distances import channel_log_overlap, cosine_similarity, ise, mmd2, nise, renyi2_entropy
     from csdiv.functional import (
         component_log_overlap,
         cs_divergence,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         warmup,
     )
     from csdiv.mixture import GaussianMixture
-    from csdiv.distances import channel_log_overlap, cosine_similarity, ise, mmd2, nise, renyi2_entropy
 
 __version__ = "0.1.0"
 

@@ -7,11 +7,11 @@ the promoted dtype; float16 and bfloat16, also under autocast, are computed and 
 the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
-"auto" depends on the device alone, by the table in :mod:`csdiv.backends`; the command ``csdiv info --shape N M D`` tells
-its choice. Full covariances, also against others, are computed in float64
-with D ≤ 32, by "cpu" and "cuda", and rounded to the dtype at the end; above that, and where there are no CUDA kernels,
-by the reference. Where p has one covariance, or points, "cpu" factors each component of q once; where both have one,
-they are whitened and cost what spherical ones do.
+"auto" depends on the device alone, by the table in :mod:`csdiv.backends`; the command ``csdiv info --shape N M D``
+tells its choice. Full covariances, also against others, are computed in float64 with D ≤ 32, by "cpu" and "cuda", and
+rounded to the dtype at the end; above that, and where there are no CUDA kernels, by the reference. Where p has one
+covariance, or points, "cpu" factors each component of q once; where both have one, they are whitened and cost what
+spherical ones do.
 """
 
 from __future__ import annotations
@@ -237,8 +237,7 @@ def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -
     for dim in (1, 2, 3, 4, 5, 8, 16, 32) if backend == "auto" or backends.has_full(backend) else ():  # a kernel each
         eye = torch.eye(dim, dtype=torch.float64, device=where).expand(2, dim, dim)
         _call_everything(GaussianMixture(eye[0, :1].expand(2, dim), covariance_matrix=eye), backend)
-    if (loaded := backends.resolve(backend, where).loaded) is not None:
-        loaded.add(where)
+    backends.resolve(backend, where).loaded.add(where)
 
 
 def _call_everything(p: GaussianMixture, backend: str) -> None:

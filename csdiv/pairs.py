@@ -82,8 +82,8 @@ def widen(p: GaussianMixture, dtype: torch.dtype | None = None) -> GaussianMixtu
 
 
 REFERENCE, DIAGONAL, WHITENED, FULL = "reference", "diagonal", "whitened", "full"
-"""The formulas of a pair: plain differentiable torch; variances; one covariance on each side, in coordinates where their
-sum is the identity, equation (18); covariance matrices."""
+"""The formulas of a pair: plain differentiable torch; variances; one covariance on each side, in coordinates where
+their sum is the identity, equation (18); covariance matrices."""
 
 
 class Route(NamedTuple):
@@ -95,7 +95,7 @@ class Route(NamedTuple):
     backend: str
 
     def parts(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The value of an operator, and what is to be added to it in float64, if anything; float64 if a side is full."""
+        """The value of an operator, float64 if a side is full; what is to be added to it in float64, if anything."""
         value, offset, shift = self._evaluate(name)
         return value if shift is None else value - shift, offset
 
@@ -123,7 +123,7 @@ class Route(NamedTuple):
         if self.formula == REFERENCE:
             return reference.FORMULAS[name](*((p, q) if operator.q else (p,))), None, None
         value, offset = autograd.parts(operator.name, self.backend, *_tensors(operator, p, q))
-        return value, offset, log_det if log_det is None else log_det[(..., *(None,) * len(operator.outputs[0].sizes))]
+        return value, offset, _trailing(log_det, len(operator.outputs[0].sizes))
 
     def _operator(self, name: str) -> Operator:
         return OPERATORS[f"full_{name}" if self.formula == FULL else name]
@@ -137,6 +137,11 @@ class Route(NamedTuple):
         form = components if self.formula == REFERENCE else matrices
         p = form(self.p)
         return p, p if self.q is self.p else form(self.q), None
+
+
+def _trailing(t: Tensor | None, count: int) -> Tensor | None:
+    """``t`` with ``count`` more dimensions at its end."""
+    return t if t is None else t.reshape(t.shape + (1,) * count)
 
 
 def _tensors(operator: Operator, p: Any, q: Any) -> list[Tensor | None]:
@@ -174,7 +179,9 @@ def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tenso
     if has_one_covariance(q):
         way = way.swapped()  # rows of one covariance take one factor for each column
     row_lse, _ = way.parts("overlap_lse")
-    return reference.logsumexp(reference.weighted(row_lse, matrices(way.p).log_weights), -1)
+    log_weights = matrices(way.p).log_weights
+    assert log_weights is not None
+    return reference.logsumexp(reference.weighted(row_lse, log_weights), -1)
 
 
 def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
@@ -198,27 +205,29 @@ def matrices(p: GaussianMixture) -> Components:
 
 def has_one_covariance(p: GaussianMixture) -> bool:
     """Whether all components have the same, as points have."""
-    if p.variances is not None:
-        return p.variances.shape[-2] == 1
-    matrix = p.covariance_matrix if p.scale_tril is None else p.scale_tril
-    return matrix is not None and matrix.shape[-3] == 1
+    return _spread(p).shape[-3 if p.variances is None else -2] == 1
+
+
+def _spread(p: GaussianMixture) -> Tensor:
+    """The variances, or the matrices, of p."""
+    (spread,) = (t for t in (p.variances, p.scale_tril, p.covariance_matrix) if t is not None)
+    return spread
 
 
 def _can_be_whitened(p: GaussianMixture, q: GaussianMixture) -> bool:
-    """Not where a side has several covariances, or where a batch of them shares means, which would be copied for each."""
+    """Not if a side has several covariances, or if a batch of them shares means, which would be copied for each."""
     if not (has_one_covariance(p) and has_one_covariance(q)):
         return False
-    own = []
-    for side in (p, q):
-        matrix = side.covariance_matrix if side.scale_tril is None else side.scale_tril
-        own.append(side.variances.shape[:-2] if side.variances is not None else matrix.shape[:-3])
-    batch = torch.broadcast_shapes(*own)
+    items = [_spread(side).shape[: -3 if side.variances is None else -2] for side in (p, q)]
+    batch = torch.broadcast_shapes(*items)
     return all(torch.broadcast_shapes(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
 
 
 def whitened(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components, Tensor]:
-    """Both sides, each of one covariance, in float64 and in coordinates where S + T = L Lᵀ is the identity: L⁻¹ (μ − centre)
-    and variances ½; and log |L|, (*batch,); equation (18)."""
+    """Both sides, each of one covariance, in float64 and in coordinates where S + T = L Lᵀ is the identity.
+
+    Equation (18): means become L⁻¹ (μ − centre), variances ½. The third result is log |L|, (*batch,).
+    """
     same, p = p is q, p.map(torch.Tensor.double)
     q = p if same else q.map(torch.Tensor.double)
     total = (reference.matrices(components(p)) + reference.matrices(components(q))).squeeze(-3)

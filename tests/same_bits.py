@@ -234,7 +234,7 @@ def make(case: Case) -> dict[str, Tensor]:
     decades, distance = (30.0, 1e3) if kind == "variances 1e±30" else (0.3, 30.0 if kind == "spread 30" else 1.0)
     made: dict[str, Tensor] = {"bandwidth": torch.tensor(0.7, dtype=F64)}
     for side, size, structure, batch in zip(
-        "pq", case[3:5], case.structures, zip(*[iter(case.batch)] * 3), strict=True
+        "pq", case[3:5], case.structures, zip(*[iter(case.batch)] * 3, strict=True), strict=True
     ):
         shape = (1 if structure.startswith("tied") else size, 1 if structure.endswith("spherical") else case.dim)
         spread = 10.0 ** (decades * (2.0 * torch.rand(*batch[1], *shape, dtype=F64, generator=g) - 1.0))

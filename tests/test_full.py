@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import emulation
 import pytest
 import torch
-from entries import BACKENDS, WITH_FULL
+from entries import WITH_FULL
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 

@@ -30,7 +30,7 @@ class Side(NamedTuple):
     tied: bool = False  # variances that all components of an item have
 
 
-def make_side(means: Tensor, spread: Tensor, log_weights: Tensor | None = None, full: bool = False) -> Side:
+def make_side(full: bool, means: Tensor, spread: Tensor, log_weights: Tensor | None = None) -> Side:
     """``spread`` is variances, or covariances of a full side."""
     own, items = means.shape[:-2], spread.shape[: -3 if full else -2]
     if items != own or (log_weights is not None and log_weights.shape[:-1] != own):
@@ -120,24 +120,20 @@ class Call:
     def __init__(self, operator: Operator, tensors: Tensors, needs: Sequence[bool], p: Side | None = None) -> None:
         own, full = len(operator.p), operator.full
         self.operator = operator
-        p = p or make_side(*tensors[:own], full=full)
-        self.problem = Problem(p, make_side(*tensors[own:], full=full) if operator.q else p)
+        p = p or make_side(full, *tensors[:own])
+        self.problem = Problem(p, make_side(full, *tensors[own:]) if operator.q else p)
         self._grads: list[tuple[Tensor, Tensor]] = []  # each array and the tensor that it is the gradient to
-        self.grad_pointers = (self._allocate(self.problem.p, tensors[:own], needs[:own]), _NOT_WANTED)
-        if operator.q:
-            self.grad_pointers = (
-                self.grad_pointers[0],
-                self._allocate(self.problem.q, tensors[own:], needs[own:]),
-            )
+        sides = ((self.problem.p, tensors[:own], needs[:own]), (self.problem.q, tensors[own:], needs[own:]))
+        self._grad_pointers = tuple(self._allocate(*side) for side in sides)
 
     def _allocate(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> tuple[int, ...]:
         """Addresses of the gradients to means, variances and log weights, 0 where not wanted."""
         if True not in needs:
             return _NOT_WANTED
         addresses = [0, 0, 0]
-        for k, (tensor, need) in enumerate(zip(tensors, needs, strict=True)):
-            if need:
-                array = torch.empty_like(side[k])
+        for k, (like, tensor, need) in enumerate(zip(side[:3], tensors, needs, strict=False)):
+            if need and like is not None:
+                array = torch.empty_like(like)
                 self._grads.append((array, tensor))
                 addresses[k] = array.data_ptr()
         return tuple(addresses)
@@ -156,7 +152,7 @@ class Call:
             means.shape[-1],
             tuple(t.data_ptr() for t in arrays),
             problem.pointers(),
-            self.grad_pointers,
+            self._grad_pointers,
         )
 
     def gradients(self) -> list[Tensor]:

@@ -22,12 +22,13 @@ class Backend(abc.ABC):
     ``csdiv.backends.MAX_FULL_DIM``, and weights that are always given; all is float64. NaN is the value where a sum of
     two covariances is not positive definite.
 
-    A logarithm comes as a value and an offset, whose sum it is: a backend moves what cancels in D_CS, the scale of log c
-    and constants, to the offset, where it is not rounded to float32.
+    A logarithm comes as a value and an offset, whose sum it is: a backend moves what cancels in D_CS, the scale of
+    log c and constants, to the offset, where it is not rounded to float32.
     """
 
-    loaded: set[torch.device] | None = None
-    """Devices that have all kernels, where kernels are loaded when they are first called; see :func:`csdiv.warmup`."""
+    def __init__(self) -> None:
+        self.loaded = set[torch.device]()
+        """Devices that have all kernels; see :func:`csdiv.warmup`."""
 
     @abc.abstractmethod
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:

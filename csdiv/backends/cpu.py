@@ -20,8 +20,8 @@ if os.getpid() == process.IMPORTED_IN:
 
 
 class _PointsCall(Call):
-    """A full operator whose p has one covariance for all components: they are points to the kernels, and q has the sums,
-    each of which is factored once."""
+    """A full operator whose p has one covariance for all components: they are points to the kernels, and q has the
+    sums, each of which is factored once."""
 
     def __init__(self, operator: Operator, tensors: Tensors, needs: Sequence[bool]) -> None:
         p_means, p_covariances, q_means, q_covariances, *weights = tensors

@@ -28,9 +28,6 @@ class Cuda(Backend):
     native: Any = _C
     """The module with the functions ``cuda_*``; tests put an emulation in its place."""
 
-    def __init__(self) -> None:
-        self.loaded = set()
-
     def stream(self, device: torch.device) -> int:
         """The address of torch's current stream on ``device``."""
         return torch.cuda.current_stream(device).cuda_stream

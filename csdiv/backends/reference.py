@@ -13,6 +13,7 @@ from csdiv.operators import OPERATORS
 from csdiv.reference import Components
 from csdiv.transforms import autograd_enabled
 
+
 def formula(name: str, tensors: Tensors) -> Tensor:
     """The value of an operator as a differentiable function of its tensors: gradients of any order."""
     return reference.FORMULAS[name.removeprefix("full_")](*_sides(name, tensors))
@@ -20,11 +21,7 @@ def formula(name: str, tensors: Tensors) -> Tensor:
 
 def _sides(name: str, tensors: Tensors) -> list[Components]:
     operator, remaining = OPERATORS[name], iter(tensors)
-    return [
-        Components(**{kind: next(remaining) for kind in kinds})
-        for kinds in (operator.p, operator.q)
-        if kinds
-    ]
+    return [Components(**{kind: next(remaining) for kind in kinds}) for kinds in (operator.p, operator.q) if kinds]
 
 
 class Reference(Backend):

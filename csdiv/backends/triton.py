@@ -1,7 +1,7 @@
 """The Triton kernels on CUDA tensors: torch tensors in, packed tensors to csdiv.kernels, torch tensors out.
 
-Kernels are compiled when they are first needed, and run on the tensors' device and torch's current stream there; nothing
-waits for the device.
+Kernels are compiled when they are first needed, and run on the tensors' device and torch's current stream there;
+nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ LOG2_E = 1 / math.log(2)
 
 
 class Triton(Backend):
-    def __init__(self) -> None:
-        self.loaded = set()
-
     def processors(self, device: torch.device) -> int:
         """The number of multiprocessors: how work is cut depends on it, so results are the same on one device model."""
         return _processors(device)
@@ -70,11 +67,11 @@ class Triton(Backend):
                 offsets = offsets if len(offsets) == 1 else offsets.view(problem.batch).unsqueeze(-1)
                 outputs[1] = offsets.expand(*problem.batch, 1).contiguous()
             elif name == "cs_divergence":
-                own = (
+                pp, qq = (
                     launch_row_sums(packed.with_itself(side), processors, self_overlap=True)
                     for side in (packed.p, packed.q)
                 )
-                launch_cs_divergence(packed, (partials, *own), *outputs)
+                launch_cs_divergence(packed, (partials, pp, qq), *outputs)
             else:
                 launch_totals(packed, partials, outputs[0], outputs[2] if len(outputs) > 2 else None)
                 outputs[1].zero_()
@@ -113,13 +110,15 @@ def _swept(call: Call) -> Problem:
 def _packed(problem: Problem) -> pack.Problem:
     """The problem as the kernels read it; problems that share a side share the scale."""
     batch = problem.batch.numel()
-    variances = [side.variances.view(side.own.numel(), *side.means.shape[-2:]) for side in (problem.p, problem.q)]
+    p_variances, q_variances = (
+        side.variances.view(side.own.numel(), *side.means.shape[-2:]) for side in (problem.p, problem.q)
+    )
     own = problem.p.own.numel() == batch == problem.q.own.numel()
-    scale = pack.launch_scale(*variances, batch if own else 1)
+    scale = pack.launch_scale(p_variances, q_variances, batch if own else 1)
     spherical = problem.p.same_dims and problem.q.same_dims  # or the scale differs from dimension to dimension
     p = _packed_side(problem.p, scale, spherical)
     q = p if problem.q is problem.p else _packed_side(problem.q, scale, spherical)
-    return pack.Problem(p, q, *(_index(problem, k) for k in range(2)), scale, batch, problem.p.means.shape[-1])
+    return pack.Problem(p, q, _index(problem, 0), _index(problem, 1), scale, batch, problem.p.means.shape[-1])
 
 
 def _packed_side(side: Side, scale: pack.Scale, spherical: bool) -> pack.Packed:
