@@ -1,9 +1,9 @@
 // The module csdiv._C: raw pointers, sizes and a number of threads; no torch. csdiv/backends/cpu.py is its only caller.
 //
-// Every operator takes (itemsize, batch, dim, arrays, sides, grads, threads), see csdiv/backends/arrays.py: `itemsize` is
-// 4 (float) or 8 (double); `arrays` the addresses of the gradient of the value, in a backward pass, and of the outputs;
-// `sides` those of p and q, each (means, variances, log_weights, index, batch, n, same_dims, same_components), see
-// mixture.h, the same twice for a mixture with itself; `grads` those of the gradients to both sides, each (means,
+// Every operator takes (itemsize, batch, dim, arrays, sides, grads, threads), see csdiv/backends/arrays.py: `itemsize`
+// is 4 (float) or 8 (double); `arrays` the addresses of the gradient of the value, in a backward pass, and of the
+// outputs; `sides` those of p and q, each (means, variances, log_weights, index, batch, n, same_dims, same_components),
+// see mixture.h, the same twice for a mixture with itself; `grads` those of the gradients to both sides, each (means,
 // variances, log_weights). An address is 0 where an array is not given or not wanted.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -179,15 +179,13 @@ void define_operators(py::module_& module) {
     cpu::cs_divergence_backward(call.problem, call.items(0), call.rows(1), call.template items<double>(2), call.grad_p,
                                 call.grad_q, call.threads);
   });
-  define<PairScale>(module, "cpu_pairwise_forward", [](const auto& call) {
-    cpu::pairwise_forward(call.problem, call.rows(0), call.threads);
-  });
+  define<PairScale>(module, "cpu_pairwise_forward",
+                    [](const auto& call) { cpu::pairwise_forward(call.problem, call.rows(0), call.threads); });
   define<PairScale>(module, "cpu_pairwise_backward", [](const auto& call) {
     cpu::pairwise_backward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
   });
-  define<PairScale>(module, "cpu_assign", [](const auto& call) {
-    cpu::assign(call.problem, call.template rows<int64_t>(0), call.threads);
-  });
+  define<PairScale>(module, "cpu_assign",
+                    [](const auto& call) { cpu::assign(call.problem, call.template rows<int64_t>(0), call.threads); });
 
   define_full(module, "cpu_full_overlap_lse_forward", [](const Call<double>& call) {
     cpu::full_overlap_lse_forward(call.problem, call.rows(0), call.threads);
@@ -201,15 +199,13 @@ void define_operators(py::module_& module) {
   define_full(module, "cpu_full_self_overlap_backward", [](const Call<double>& call) {
     cpu::full_self_overlap_backward(call.problem, call.rows(0), call.rows(1), call.grad_p, call.threads);
   });
-  define_full(module, "cpu_full_pairwise_forward", [](const Call<double>& call) {
-    cpu::full_pairwise_forward(call.problem, call.rows(0), call.threads);
-  });
+  define_full(module, "cpu_full_pairwise_forward",
+              [](const Call<double>& call) { cpu::full_pairwise_forward(call.problem, call.rows(0), call.threads); });
   define_full(module, "cpu_full_pairwise_backward", [](const Call<double>& call) {
     cpu::full_pairwise_backward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
   });
-  define_full(module, "cpu_full_assign", [](const Call<double>& call) {
-    cpu::full_assign(call.problem, call.rows<int64_t>(0), call.threads);
-  });
+  define_full(module, "cpu_full_assign",
+              [](const Call<double>& call) { cpu::full_assign(call.problem, call.rows<int64_t>(0), call.threads); });
 }
 
 }   // namespace

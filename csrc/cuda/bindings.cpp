@@ -1,8 +1,8 @@
 // Raw pointers to device memory, sizes and a stream; no torch. csdiv/backends/cuda.py is the only caller.
 //
 // Every operator takes (itemsize, batch, dim, arrays, sides, grads, context), as in csrc/bindings.cpp but for the last:
-// (device, stream, multiprocessors, scratch). Without scratch memory, 0, a function launches nothing; it returns how many
-// bytes it wants.
+// (device, stream, multiprocessors, scratch). Without scratch memory, 0, a function launches nothing; it returns how
+// many bytes it wants.
 #include "bindings.h"
 
 #include "../arguments.h"
@@ -13,7 +13,6 @@ namespace csdiv {
 namespace {
 
 using cuda::Context;
-using cuda::Mixture;
 using cuda::Mixture;
 using cuda::Problem;
 using cuda::SideGradients;
@@ -32,7 +31,7 @@ class DeviceGuard {
 };
 
 template <class T>
-Mixture<T> side(const py::tuple& fields, int64_t dim) {
+Mixture<T> mixture(const py::tuple& fields, int64_t dim) {
   check(fields.size() == 8, "a side has 8 fields");
   const auto address = [&](int k) { return fields[k].cast<Pointer>(); };
   const auto items = fields[4].cast<int64_t>(), n = fields[5].cast<int64_t>();
@@ -77,7 +76,8 @@ struct Call {
 
 template <class T>
 Call<T> make_call(int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides, const py::tuple& grads) {
-  const Problem<T> problem{batch, dim, mixture<T>(one_of_two(sides, 0), dim), mixture<T>(one_of_two(sides, 1), dim), {}};
+  const Problem<T> problem{
+      batch, dim, mixture<T>(one_of_two(sides, 0), dim), mixture<T>(one_of_two(sides, 1), dim), {}};
   check_sizes({batch, problem.p.n, problem.q.n});
   for (const int64_t size : {batch, problem.p.tiles(), problem.q.tiles() * 2})
     check(size < INT32_MAX, "more components or problems than blocks count");
@@ -160,15 +160,13 @@ void define_operators(py::module_& module) {
     cuda::cs_divergence_backward(where, call.problem, call.items(0), call.template items<double>(2), call.grad_p,
                                  call.grad_q);
   });
-  define(module, "cuda_pairwise_forward", [](Context& where, const auto& call) {
-    cuda::pairwise_forward(where, call.problem, call.rows(0));
-  });
+  define(module, "cuda_pairwise_forward",
+         [](Context& where, const auto& call) { cuda::pairwise_forward(where, call.problem, call.rows(0)); });
   define(module, "cuda_pairwise_backward", [](Context& where, const auto& call) {
     cuda::pairwise_backward(where, call.problem, call.rows(0), call.grad_p, call.grad_q);
   });
-  define(module, "cuda_assign", [](Context& where, const auto& call) {
-    cuda::assign(where, call.problem, call.template rows<int64_t>(0));
-  });
+  define(module, "cuda_assign",
+         [](Context& where, const auto& call) { cuda::assign(where, call.problem, call.template rows<int64_t>(0)); });
 
   define_full(module, "cuda_full_overlap_lse_forward", [](Context& where, const Call<double>& call) {
     cuda::full_overlap_lse_forward(where, call.problem, false, call.rows(0));
