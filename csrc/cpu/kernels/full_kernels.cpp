@@ -57,17 +57,6 @@ void gradients(const FullRows& rows, const FullColumns& columns, const FullWeigh
   }
 }
 
-template <int kDim>
-void factor_columns(int64_t dim, int64_t blocks, double* records) {
-  constexpr double kPoint[record_size(kMaxFullDim)] = {};
-  for (int64_t block = 0; block < blocks; ++block) {
-    double* const columns = records + block * record_size(dim) * kStep;
-    FullPair<kDim> pair(columns, dim);
-    pair.factor(kPoint);
-    pair.store_factor(columns);
-  }
-}
-
 constexpr int64_t kGroup = 4;   // points whose differences from the columns, up to D = 3, are all in registers
 
 template <int kDim, int kRows>
@@ -136,21 +125,19 @@ void any_gradients(const FullRows& rows, const FullColumns& columns, const FullW
   });
 }
 
-void any_factor_columns(int64_t dim, int64_t blocks, double* records) {
-  with_dim(dim, [&](auto constant) { factor_columns<constant()>(dim, blocks, records); });
-}
-
-void any_solve_sums(int64_t dim, const FullColumns& columns, double* sums) {
-  for (int64_t block = 0; block < columns.blocks; ++block) {
-    const int64_t offset = block * record_size(dim) * kStep;
-    solve_sums(columns.records + offset, int(dim), sums + offset);
-  }
+void factor_columns(int64_t dim, double* columns) {
+  constexpr double kPoint[record_size(kMaxFullDim)] = {};
+  with_dim(dim, [&](auto constant) {
+    FullPair<constant()> pair(columns, dim);
+    pair.factor(kPoint);
+    pair.store_factor(columns);
+  });
 }
 
 }   // namespace
 
 FullKernels full_kernels() {
-  return {kStep, any_factor_columns, any_logits, any_gradients, any_solve_sums};
+  return {kStep, factor_columns, any_logits, any_gradients, solve_sums};
 }
 
 }   // namespace csdiv::cpu::CSDIV_ISA
