@@ -54,7 +54,7 @@ void PackedFullColumns::pack(const Mixture<double>& q, int64_t item, int64_t blo
     const int64_t j = block * lanes_ + lane, k = std::min(j, n_ - 1);   // what fills the block is neutral
     pack_record(q, dim_, item * n_ + k, j < n_ ? q.log_weight(item, j) : -INFINITY, to + lane, lanes_);
   }
-  if (factored_) full_kernels().factor_columns(dim_, to);
+  if (factored_) full_kernels().factor_columns(dim_, 1, to);
 }
 
 }   // namespace csdiv::cpu

@@ -37,7 +37,9 @@ class PackedFullColumns {
   FullColumns chunk(int64_t item, int64_t chunk) const {
     return {records_.get() + offset(item, chunk), ceil_div(columns(chunk), lanes_), factored_};
   }
-  const double* block(int64_t k) const { return records_.get() + k * record_size(dim_) * lanes_; }   // of all items
+  FullColumns block(int64_t k) const {   // of all items
+    return {records_.get() + k * record_size(dim_) * lanes_, 1, factored_};
+  }
 
   // Where a chunk starts in an array of records like this one, of all items.
   int64_t offset(int64_t item, int64_t chunk) const {

@@ -57,6 +57,17 @@ void gradients(const FullRows& rows, const FullColumns& columns, const FullWeigh
   }
 }
 
+template <int kDim>
+void factor_columns(int64_t dim, int64_t blocks, double* records) {
+  constexpr double kPoint[record_size(kMaxFullDim)] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    double* const columns = records + block * record_size(dim) * kStep;
+    FullPair<kDim> pair(columns, dim);
+    pair.factor(kPoint);
+    pair.store_factor(columns);
+  }
+}
+
 constexpr int64_t kGroup = 4;   // points whose differences from the columns, up to D = 3, are all in registers
 
 template <int kDim, int kRows>
@@ -96,14 +107,24 @@ void for_each_group(int64_t rows, int64_t blocks, const F& f) {
 }
 
 // f(dim) with the dimension as a constant, where it is small, else with 0.
-template <int kDim = 1, class F>
+template <class F>
 void with_dim(int64_t dim, const F& f) {
-  if constexpr (kDim > 8)
-    f(std::integral_constant<int, 0>());
-  else if (dim == kDim)
-    f(std::integral_constant<int, kDim>());
-  else
-    with_dim<kDim + 1>(dim, f);
+  switch (dim) {
+#define CSDIV_CASE(d) \
+  case d:             \
+    return f(std::integral_constant<int, d>())
+    CSDIV_CASE(1);
+    CSDIV_CASE(2);
+    CSDIV_CASE(3);
+    CSDIV_CASE(4);
+    CSDIV_CASE(5);
+    CSDIV_CASE(6);
+    CSDIV_CASE(7);
+    CSDIV_CASE(8);
+#undef CSDIV_CASE
+    default:
+      return f(std::integral_constant<int, 0>());
+  }
 }
 
 void any_logits(const FullRows& rows, const FullColumns& columns, double* tile) {
@@ -125,19 +146,21 @@ void any_gradients(const FullRows& rows, const FullColumns& columns, const FullW
   });
 }
 
-void factor_columns(int64_t dim, double* columns) {
-  constexpr double kPoint[record_size(kMaxFullDim)] = {};
-  with_dim(dim, [&](auto constant) {
-    FullPair<constant()> pair(columns, dim);
-    pair.factor(kPoint);
-    pair.store_factor(columns);
-  });
+void any_factor_columns(int64_t dim, int64_t blocks, double* records) {
+  with_dim(dim, [&](auto constant) { factor_columns<constant()>(dim, blocks, records); });
+}
+
+void any_solve_sums(int64_t dim, const FullColumns& columns, double* sums) {
+  for (int64_t block = 0; block < columns.blocks; ++block) {
+    const int64_t offset = block * record_size(dim) * kStep;
+    solve_sums(columns.records + offset, int(dim), sums + offset);
+  }
 }
 
 }   // namespace
 
 FullKernels full_kernels() {
-  return {kStep, factor_columns, any_logits, any_gradients, solve_sums};
+  return {kStep, any_factor_columns, any_logits, any_gradients, any_solve_sums};
 }
 
 }   // namespace csdiv::cpu::CSDIV_ISA

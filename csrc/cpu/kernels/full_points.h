@@ -94,29 +94,27 @@ class PointGroup {
 };
 
 // From sums of w z, w z z' and w to those of w u, w (u u' - C^-1) and w: u = L^-T z and C^-1 = L^-T L^-1.
-inline void solve_sums(int64_t dim, const double* columns, double* sums) {
+inline void solve_sums(const double* columns, int dim, double* sums) {
   constexpr int64_t kStep = kLanes<double>;
-  const auto inverse = [&](int64_t i, int64_t k) { return load(columns + (dim + triangle(i, k)) * kStep); };
-  const auto slot = [&](int64_t i, int64_t k) {
-    return sums + (dim + (i < k ? triangle(k, i) : triangle(i, k))) * kStep;
-  };
+  const auto inverse = [&](int i, int k) { return load(columns + (dim + triangle(i, k)) * kStep); };
+  const auto slot = [&](int i, int k) { return sums + (dim + (i < k ? triangle(k, i) : triangle(i, k))) * kStep; };
   const Vec<double> weight = load(sums + (record_size(dim) - 1) * kStep);
-  for (int64_t i = 0; i < dim; ++i) {
+  for (int i = 0; i < dim; ++i) {
     Vec<double> mean{};
-    for (int64_t k = i; k < dim; ++k) mean += inverse(k, i) * load(sums + k * kStep);
+    for (int k = i; k < dim; ++k) mean += inverse(k, i) * load(sums + k * kStep);
     store(sums + i * kStep, mean);
     store(slot(i, i), load(slot(i, i)) - weight);
   }
   Vec<double>
       product[kMaxFullDim];   // a column of (sum - w I) L^-1, below the diagonal; later ones need no earlier sums
-  for (int64_t j = 0; j < dim; ++j) {
-    for (int64_t k = j; k < dim; ++k) {
+  for (int j = 0; j < dim; ++j) {
+    for (int k = j; k < dim; ++k) {
       product[k] = Vec<double>{};
-      for (int64_t l = j; l < dim; ++l) product[k] += load(slot(k, l)) * inverse(l, j);
+      for (int l = j; l < dim; ++l) product[k] += load(slot(k, l)) * inverse(l, j);
     }
-    for (int64_t i = j; i < dim; ++i) {
+    for (int i = j; i < dim; ++i) {
       Vec<double> value{};
-      for (int64_t k = i; k < dim; ++k) value += inverse(k, i) * product[k];
+      for (int k = i; k < dim; ++k) value += inverse(k, i) * product[k];
       store(slot(i, j), value);
     }
   }

@@ -12,12 +12,11 @@ namespace csdiv::cpu {
 constexpr int64_t kMaxFullDim = 32;   // a factor is on the stack
 constexpr int64_t kFullRows = 16;     // of a tile: a block of columns is read from the nearest cache for all of them
 
-// Static: no copy that another instruction set compiled may stand in for this one.
-static constexpr int64_t triangle(int64_t i, int64_t j = 0) {
+constexpr int64_t triangle(int64_t i, int64_t j = 0) {
   return i * (i + 1) / 2 + j;
 }
 
-static constexpr int64_t record_size(int64_t dim) {
+constexpr int64_t record_size(int64_t dim) {
   return dim + triangle(dim) + 1;
 }
 
@@ -51,17 +50,16 @@ struct FullGradients {
 
 struct FullKernels {
   int64_t lanes;
-  // In a block of columns, C = L L' becomes L^-1 and log b becomes log b - log|2 pi C| / 2, NaN where C is not positive
+  // In records of columns, C = L L' becomes L^-1 and log b becomes log b - log|2 pi C| / 2, NaN where C is not positive
   // definite.
-  void (*factor_columns)(int64_t dim, double* columns);
+  void (*factor_columns)(int64_t dim, int64_t blocks, double* records);
   // tile[r, j] = log b_j + log N(mu_r; nu_j, S_r + T_j), (count, blocks * lanes); NaN where the sum is not positive
   // definite.
   void (*logits)(const FullRows& rows, const FullColumns& columns, double* tile);
   void (*gradients)(const FullRows& rows, const FullColumns& columns, const FullWeights& weights,
                     const FullGradients& grads);
-  // Of factored columns gradients() adds up w z, w z z' and w, z = L^-1 delta: this makes of them the sums above, of a
-  // block.
-  void (*solve_sums)(int64_t dim, const double* columns, double* sums);
+  // Of factored columns gradients() adds up w z, w z z' and w, z = L^-1 delta: this makes of them the sums above.
+  void (*solve_sums)(int64_t dim, const FullColumns& columns, double* sums);
 };
 
 }   // namespace csdiv::cpu
