@@ -296,7 +296,7 @@ def test_batches_of_several_tiles_and_stripes(batches: tuple[tuple[int, ...], tu
 @pytest.mark.parametrize("entry", ["log_overlap", "self_overlap", "cs_divergence"])
 @pytest.mark.parametrize("odd", ["means", "variances", "log_weights"])
 def test_values_beside_one_that_is_not_finite_do_not_depend_on_gradients(entry: str, odd: str, backend: str) -> None:
-    """The only pass gives up at once; what other problems have must not come from there."""
+    """The fused pass gives up at once; what other problems have must not come from there."""
     g = torch.Generator().manual_seed(0)
     p, q = (testing.random_mixture(4, 9, batch_shape=(6,), generator=g) for _ in range(2))
     tensors = {"means": p.means, "variances": p.variances, "log_weights": p.log_weights}

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 
 #include "cpu/sweep/gradient_sweep.h"
@@ -25,17 +24,13 @@ struct UpperLogits {
   T diagonal[kTileRows];   // -inf: outside of the tile
   int64_t first_column;    // what is before it was not written
 
-  // `first_row` and `origin` are the numbers of the tile's first component as a row and as a column.
-  UpperLogits(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_row, int64_t origin, T* tile) {
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    const TileKernels<T>& kernels = tile_kernels<T>();
-    first_column = first_in_triangle<T>(first_row - origin);
-    kernels.logits(rows, columns, first_column, tile);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      T* const row = tile + r * columns.stride;
-      const int64_t column = first_row + r - origin;
-      diagonal[r] = column >= 0 ? row[column] : -kInfinity;
-      if (column >= 0) std::fill(row + first_column, row + column + 1, -kInfinity);
+  UpperLogits(const SweepTile<T>& tile, T* logits) : first_column(first_in_triangle<T>(tile.diagonal(0))) {
+    tile_kernels<T>().logits(tile.rows, tile.columns, first_column, logits);
+    for (int64_t r = 0; r < tile.rows.count; ++r) {
+      T* const row = logits + r * tile.columns.stride;
+      const int64_t column = tile.diagonal(r);
+      diagonal[r] = column >= 0 ? row[column] : -T(INFINITY);
+      if (column >= 0) std::fill(row + first_column, row + column + 1, -T(INFINITY));
     }
   }
 };
@@ -47,18 +42,17 @@ class SelfSums {
   SelfSums(int64_t dim, const Mixture<T>& p, int64_t groups)
       : p_(p), tiles_(num_row_tiles(with_itself(dim, p))), sums_(p.batch * tiles_, groups) {}
 
-  // One tile more; terms of row r become exp(logit - maxima[r]).
-  void add(const RowTile<T>& rows, const Stripe<T>& columns, int64_t b, int64_t first, int64_t group,
-           const UpperLogits<T>& logits, T* tile, T* maxima) {
-    LogSumExp& total = sums_.at(b * tiles_ + first / kTileRows, group);
+  // One tile more; each logit of row r becomes exp(logit - maxima[r]).
+  void add(const SweepTile<T>& tile, int64_t group, const UpperLogits<T>& upper, T* logits, T* maxima) {
+    LogSumExp& total = sums_.at(tile.problem * tiles_ + tile.first_row / kTileRows, group);
     PartialSum<T> sums[kTileRows];
-    tile_kernels<T>().partial_sums(tile + logits.first_column, rows.count, columns.stride,
-                                   columns.padded - logits.first_column, sums);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const double log_weight = p_.log_weight(b, first + r);
-      maxima[r] = -std::numeric_limits<T>::infinity();
+    tile_kernels<T>().partial_sums(logits + upper.first_column, tile.rows.count, tile.columns.stride,
+                                   tile.columns.padded - upper.first_column, sums);
+    for (int64_t r = 0; r < tile.rows.count; ++r) {
+      const double log_weight = p_.log_weight(tile.problem, tile.first_row + r);
+      maxima[r] = -T(INFINITY);
       if (!counts(log_weight)) continue;
-      total.add_one(log_weight + logits.diagonal[r]);
+      total.add_one(log_weight + upper.diagonal[r]);
       total.add_scaled(sums[r].max, 2 * sums[r].sum, log_weight);
       maxima[r] = sums[r].max;
     }
@@ -86,9 +80,9 @@ struct FusedPassOfSelf : FusedPass {
   void start(int64_t groups) { sums.emplace(dim, p, groups); }
 
   void logits(const SweepTile<T>& tile, int64_t group, T* terms, double* scales) {
-    const UpperLogits<T> upper(tile.rows, tile.columns, tile.first_row, tile.first_column, terms);
+    const UpperLogits<T> upper(tile, terms);
     T maxima[kTileRows];
-    sums->add(tile.rows, tile.columns, tile.problem, tile.first_row, group, upper, terms, maxima);
+    sums->add(tile, group, upper, terms, maxima);
     for (int64_t r = 0; r < tile.rows.count; ++r) {
       T* const row = terms + r * tile.columns.stride;
       std::fill_n(row, upper.first_column, T(0));
@@ -138,9 +132,8 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
     T* const logits = scratch<T>(kTileRows * columns.stride());
     T maxima[kTileRows];
     for (int64_t s = std::max(stripes.begin, first / columns.width()); s < stripes.end; ++s) {
-      const Stripe<T>& stripe = columns.stripe(b, s);
-      const UpperLogits<T> upper(rows, stripe, first, s * columns.width(), logits);
-      sums.add(rows, stripe, b, first, group, upper, logits, maxima);
+      const SweepTile<T> tile{b, first, s * columns.width(), rows, columns.stripe(b, s)};
+      sums.add(tile, group, UpperLogits<T>(tile, logits), logits, maxima);
     }
   });
   sums.write(values);
@@ -160,9 +153,9 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const T* grad_value
       log_normalizers[r] = T(values[tile.problem] - double(log_weight));
       grads[r] = !counts(log_weight) || values[tile.problem] == -INFINITY ? T(0) : 2 * grad_values[tile.problem];
     }
-    const UpperLogits<T> upper(tile.rows, tile.columns, tile.first_row, tile.first_column, weights);
+    const UpperLogits<T> upper(tile, weights);
     for (int64_t r = 0; r < tile.rows.count; ++r)
-      std::fill_n(weights + r * tile.columns.stride, upper.first_column, -std::numeric_limits<T>::infinity());
+      std::fill_n(weights + r * tile.columns.stride, upper.first_column, -T(INFINITY));
     uint32_t active = tile_kernels<T>().weights(tile.rows, tile.columns, {log_normalizers, grads}, weights,
                                                 tile.column_sums, tile.row_sums);
     for (int64_t r = 0; r < tile.rows.count; ++r) {

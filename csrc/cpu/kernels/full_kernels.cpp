@@ -107,14 +107,24 @@ void for_each_group(int64_t rows, int64_t blocks, const F& f) {
 }
 
 // f(dim) with the dimension as a constant, where it is small, else with 0.
-template <int kDim = 1, class F>
+template <class F>
 void with_dim(int64_t dim, const F& f) {
-  if constexpr (kDim > 8)
-    f(std::integral_constant<int, 0>());
-  else if (dim == kDim)
-    f(std::integral_constant<int, kDim>());
-  else
-    with_dim<kDim + 1>(dim, f);
+  switch (dim) {
+#define CSDIV_CASE(d) \
+  case d:             \
+    return f(std::integral_constant<int, d>())
+    CSDIV_CASE(1);
+    CSDIV_CASE(2);
+    CSDIV_CASE(3);
+    CSDIV_CASE(4);
+    CSDIV_CASE(5);
+    CSDIV_CASE(6);
+    CSDIV_CASE(7);
+    CSDIV_CASE(8);
+#undef CSDIV_CASE
+    default:
+      return f(std::integral_constant<int, 0>());
+  }
 }
 
 void any_logits(const FullRows& rows, const FullColumns& columns, double* tile) {

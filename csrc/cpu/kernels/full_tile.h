@@ -12,12 +12,11 @@ namespace csdiv::cpu {
 constexpr int64_t kMaxFullDim = 32;   // a factor is on the stack
 constexpr int64_t kFullRows = 16;     // of a tile: a block of columns is read from the nearest cache for all of them
 
-// Static: no copy that another instruction set compiled may stand in for this one.
-static constexpr int64_t triangle(int64_t i, int64_t j = 0) {
+constexpr int64_t triangle(int64_t i, int64_t j = 0) {
   return i * (i + 1) / 2 + j;
 }
 
-static constexpr int64_t record_size(int64_t dim) {
+constexpr int64_t record_size(int64_t dim) {
   return dim + triangle(dim) + 1;
 }
 

@@ -16,21 +16,8 @@ constexpr int64_t kGroup = 4;           // dimensions that share one reciprocal 
 constexpr int64_t kBlockedDims = 128;   // dimensions in one accumulator of the quadratic form
 
 template <class T>
-struct Certified;   // c^4 and delta^2 c^3 stay normal, and what underflows is below rounding
-
-template <>
-struct Certified<float> {
-  static constexpr float kVarianceMin = 0x1p-20f, kVarianceMax = 0x1p20f, kDeltaMax = 0x1p30f;
-};
-
-template <>
-struct Certified<double> {
-  static constexpr double kVarianceMin = 0x1p-200, kVarianceMax = 0x1p200, kDeltaMax = 0x1p150;
-};
-
-template <class T>
 inline bool certified(const Range<T>& p, const Range<T>& q) {
-  using Limit = Certified<T>;
+  using Limit = Float<T>;
   return p.finite && q.finite && p.variance_min >= 0 && q.variance_min >= 0 &&
          p.variance_min + q.variance_min >= Limit::kVarianceMin &&
          p.variance_max + q.variance_max <= Limit::kVarianceMax && p.mean_max - q.mean_min <= Limit::kDeltaMax &&

@@ -21,12 +21,17 @@ namespace csdiv::cpu {
 
 constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
 
+// f(numbers, count) for slices of the array.
+template <class T, class F>
+void for_each_slice(const AlignedArray<T>& array, int threads, const F& f) {
+  constexpr int64_t kSlice = 1 << 16;
+  parallel_for(ceil_div(array.size(), kSlice), threads,
+               [&](int64_t task) { f(array.get() + task * kSlice, std::min(kSlice, array.size() - task * kSlice)); });
+}
+
 template <class T>
 void fill_zero(const AlignedArray<T>& array, int threads) {
-  constexpr int64_t kSlice = 1 << 16;
-  parallel_for(ceil_div(array.size(), kSlice), threads, [&](int64_t task) {
-    std::fill_n(array.get() + task * kSlice, std::min(kSlice, array.size() - task * kSlice), T(0));
-  });
+  for_each_slice(array, threads, [](T* numbers, int64_t count) { std::fill_n(numbers, count, T(0)); });
 }
 
 // Whether no exponent is the largest one: unlike a comparison of numbers, this is done for many at a time.
@@ -96,27 +101,18 @@ class GradientSums {
 
   // Sums are set to zero where they are first added to, and here those that never were.
   void zero_the_rest() {
-    for (int64_t k = 0; k < int64_t(has_rows_.size()); ++k) {
-      const int64_t tiles = num_row_tiles(problem_);
-      rows_for_tile(k / tiles, k % tiles);
-    }
+    const int64_t tiles = num_row_tiles(problem_);
+    for (int64_t k = 0; k < int64_t(has_rows_.size()); ++k) rows_for_tile(k / tiles, k % tiles);
   }
 
   bool finite() {
     std::atomic<bool> finite{true};
-    const int64_t tiles = num_row_tiles(problem_);
-    parallel_for(int64_t(has_rows_.size()), threads_, [&](int64_t task) {
-      const RowGradientSums sums = rows(task / tiles, task % tiles * kTileRows);
-      const int64_t count = rows_of_tile(task % tiles);
-      if (!all_finite(sums.means, count * dim_) || !all_finite(sums.variances, count * dim_) ||
-          !all_finite(sums.weights, count))
-        finite = false;
-    });
-    parallel_for(stripes_ * copies_, threads_, [&](int64_t task) {
-      if (recent_rows_[task] > 0 && !all_finite(recent_.get() + task * stripe_size(), stripe_size())) finite = false;
-      if (merged_copies_ && has_merged_[task] && !all_finite(columns_.get() + task * stripe_size(), stripe_size()))
-        finite = false;
-    });
+    const auto check = [&](const auto* sums, int64_t count) {
+      if (!all_finite(sums, count)) finite = false;
+    };
+    for_each_slice(rows_, threads_, check);
+    parallel_for(stripes_, threads_,
+                 [&](int64_t stripe) { for_each_copy(stripe, [&](const auto* sums) { check(sums, stripe_size()); }); });
     return finite;
   }
 

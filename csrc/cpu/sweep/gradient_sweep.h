@@ -32,8 +32,8 @@ struct SweepTile {
   int64_t first_row, first_column;
   const RowTile<T>& rows;
   const Stripe<T>& columns;
-  double* row_sums;
-  T* column_sums;
+  double* row_sums = nullptr;
+  T* column_sums = nullptr;
 
   // Of a mixture with itself, the column of the tile that holds the pair of row r with itself; it may lie outside.
   int64_t diagonal(int64_t r) const { return first_row + r - first_column; }
@@ -180,7 +180,7 @@ class GradientSweep {
         for (int64_t tile = slab.begin + tiles.begin; tile < slab.begin + tiles.end; ++tile) {
           if (s < first_stripe(tile)) break;
           const RowTile<T> rows = row_tile(problem_, b, tile);
-          const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), rows, columns, nullptr, nullptr};
+          const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), rows, columns};
           fill_.logits(place, group, terms_at(slab, tile, s), scales_at(slab, tile, s));
         }
       }
@@ -265,7 +265,7 @@ class GradientSweep {
     const int64_t first = tile * kTileRows, item = problem_.q.item(b);
     const RowTile<T> rows = row_tile(problem_, b, tile);
     const Stripe<T>& columns = packed_.stripe(item, s);
-    SweepTile<T> place{b, first, s * packed_.width(), rows, columns, nullptr, nullptr};
+    SweepTile<T> place{b, first, s * packed_.width(), rows, columns};
     TileGradients<T> grads{};
     grads.variances_wanted = grad_p_.variances || grad_q_.variances;
     if (pairs_ == Pairs::kUpperTriangle) grads.first_column = first_in_triangle<T>(place.diagonal(0));
