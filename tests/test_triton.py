@@ -600,10 +600,11 @@ def test_both_directions_ask_for_the_same_shape(entry: str, structure: str, name
     assert shapes == {backends.Shape(4, 4 if entry == "self_overlap" else 5, 3, name)}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch may import triton for a GPU")
 def test_nothing_of_triton_is_imported_without_need() -> None:
     code = "import csdiv, csdiv.kernels, sys; csdiv.backend_status(); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ("False\n" if not torch.cuda.is_available() else done.stdout)
+    assert done.stdout == "False\n"
 
 
 # Machine code
