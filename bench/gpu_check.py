@@ -19,7 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("cuda", "contract", "full", "kernels_edges", "near_zero", "bad_inputs", "oracles", "properties", "autograd")
+TESTS = (
+    *("cuda", "contract", "full_contract", "full", "kernels_edges", "near_zero", "bad_inputs", "bad_inputs_values"),
+    *("oracles", "properties", "autograd"),
+)
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 EVERY_ENTRY = """

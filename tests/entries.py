@@ -12,7 +12,7 @@ Entry = Callable[..., Tensor]
 
 BACKENDS = tuple(name for name in csdiv.available_backends() if name not in ("cuda", "triton", "interpreter"))
 """Those that compute on CPU tensors; where there is a GPU its backend is one of them, see gpu.py. The interpreter
-is slow, and has tests of its own in test_triton.py."""
+is slow, and has tests of its own in test_triton_contract.py and the like."""
 
 WITH_FULL = tuple(name for name in BACKENDS if backends.has_full(name))
 """Those of them that have full covariances."""

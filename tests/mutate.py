@@ -102,7 +102,9 @@ FAST = (
 )
 FULL = (
     *("tests/test_contract.py", "tests/test_kernels_edges.py", "tests/test_near_zero.py", "tests/test_oracles.py"),
-    *("tests/test_native.py", "tests/test_bad_inputs.py", "tests/test_properties.py", "tests/test_mixture.py"),
+    *("tests/test_native.py", "tests/test_bad_inputs.py", "tests/test_bad_inputs_values.py"),
+    *("tests/test_mixture.py", "tests/test_mixture_conversions.py", "tests/test_mixture_densities.py"),
+    "tests/test_properties.py",
     *("tests/test_nn.py", "-k", "not reference and not emulation and not instruction_set"),
 )
 SANITIZED = ("tests/test_sanitize.py",)  # for what the others let pass

@@ -283,7 +283,8 @@ def test_only_needed_gradients_are_computed(entry: str) -> None:
         for name, needs, result in recorder.calls:
             assert sum(needs) == len(result) == 1, name
         assert sum("backward" in name for name, _, _ in recorder.calls) <= 2
-        assert len(recorder.calls) <= 3
+        outside = (entry, needed) == ("channel_log_overlap", 2)  # p's weights are added outside of the operator
+        assert (not outside) <= len(recorder.calls) <= 3
 
 
 def test_a_frozen_prior_costs_no_gradient() -> None:

@@ -17,20 +17,24 @@ LAYERS = {
     "cli": {"models", "studies", "nn", "functional", "mixture", "backends", "bench"},
     "bench": {"models", "nn", "testing", "kernels", "_C"},
     "studies": {"models", "nn"},
-    "models": {"nn", "reductions", "functional", "mixture"},
+    "models": {"nn", "distances", "functional", "mixture"},
     "testing": {"functional", "mixture", "reference"},
     "nn": {"functional", "mixture"},
-    "reductions": {"functional", "pairs", "mixture", "checks", "reference"},
-    "functional": {"pairs", "mixture", "checks", "autograd", "ops", "backends", "reference"},
-    "pairs": {"mixture", "autograd", "backends", "reference"},
-    "mixture": {"conversions", "checks"},
+    "distances": {"functional", "pairs", "mixture", "checks", "reference"},
+    "functional": {"pairs", "mixture", "checks", "backends", "reference"},
+    "pairs": {"mixture", "autograd", "ops", "operators", "backends", "reference"},
+    "mixture": {"conversions", "checks", "transforms"},
     "conversions": set(),
     "checks": set(),
-    "autograd": {"ops", "backends", "reference"},
-    "ops": {"backends"},
-    "backends": {"kernels", "_C", "reference"},
+    "autograd": {"ops", "operators", "backends", "transforms"},
+    "ops": {"channels", "operators", "backends"},
+    "channels": {"operators", "backends", "reference"},
+    "backends": {"kernels", "_C", "operators", "reference", "transforms", "process"},
+    "operators": set(),
     "kernels": set(),
-    "reference": set(),
+    "reference": {"transforms"},
+    "transforms": set(),
+    "process": set(),
 }
 """What each module may import of csdiv, itself aside: models → nn → functional → mixture, autograd → ops → backends →
 {kernels, _C, reference}. ``pairs``, below functional, checks names and calls the specification directly for full
@@ -42,8 +46,8 @@ OPTIONAL = {"conversions": {"sklearn"}}
 FACE = {"models", "studies", "bench", "cli"}
 """Modules that may take names from csdiv itself, as a user does."""
 CORE = set(LAYERS) - FACE - {"__main__"}
-LOADED = {"autograd", "backends", "checks", "conversions", "functional", "kernels", "mixture", "nn", "ops", "pairs"}
-LOADED |= {"reference"}
+LOADED = {"autograd", "backends", "channels", "checks", "conversions", "functional", "kernels", "mixture", "nn"}
+LOADED |= {"operators", "ops", "pairs", "process", "reference", "transforms"}
 """What csdiv.nn and csdiv.cs_divergence load of csdiv. csdiv._C is loaded when a backend needs it."""
 MOST_LOADED = 18
 """Modules; there were 16 when this was written."""

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_contract import INPUTS, NATIVE, SCALARS, P, Q, call, eager_call, gradients_later
+from contract import INPUTS, NATIVE, SCALARS, P, Q, call, eager_call, gradients_later
 from torch import Tensor
 
 from csdiv import _C, GaussianMixture, testing

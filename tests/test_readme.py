@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SHELL = ("", "bash", "sh", "shell", "console")
+"""Languages of shell blocks; "" is one that names none."""
 
 
 def readme() -> str:
@@ -25,7 +27,7 @@ def blocks(*languages: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     """The command lines of the shell blocks, split into words, continuation lines joined, comments left out."""
-    lines = "\n".join(blocks("bash", "sh", "shell", "console")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(*SHELL)).replace("\\\n", " ").splitlines()
     words = [re.sub(r"(^|\s)#.*", "", line).removeprefix("$ ").split() for line in lines]
     return [line for line in words if line]
 
@@ -44,6 +46,7 @@ def test_make_targets_exist() -> None:
     named = {
         word for line in commands() if line[0] == "make" for word in line[1:] if "=" not in word and word[0] != "-"
     }
+    assert named, "README.md has no make command in a shell block"
     named |= set(re.findall(r"`make ([\w-]+)", readme()))
     makefile = ROOT / "Makefile"
     targets = set(re.findall(r"^([\w-]+):", makefile.read_text(), re.MULTILINE)) if makefile.is_file() else set()
@@ -52,6 +55,7 @@ def test_make_targets_exist() -> None:
 
 def test_csdiv_commands_exist() -> None:
     named = {line[1] for line in commands() if line[0] == "csdiv" and len(line) > 1 and not line[1].startswith("-")}
+    assert named, "README.md has no csdiv command in a shell block"
     named |= set(re.findall(r"`csdiv (\w+)", readme()))
     for name in sorted(named):
         done = subprocess.run(
@@ -60,20 +64,24 @@ def test_csdiv_commands_exist() -> None:
             text=True,
             timeout=120,
             check=False,
+            env=os.environ | {"COLUMNS": "200"},
         )
         assert done.returncode == 0, f"csdiv {name}: {done.stderr}"
-        assert done.stdout
+        flags = {word for line in commands() if line[:2] == ["csdiv", name] for word in line if word.startswith("--")}
+        assert not [flag for flag in flags if flag not in done.stdout], f"csdiv {name} has not all of {sorted(flags)}"
 
 
 def test_files_that_are_named_exist() -> None:
     links = [t for t in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", readme()) if "://" not in t]
+    assert links, "README.md has no link to a file"
+    links += [word for line in commands() for word in line if re.fullmatch(r"[\w./-]+\.(py|sh)", word)]
     missing = [target for target in links if not (ROOT / target).exists()]
-    assert not missing, f"README.md links to what is not there: {missing}"
-    scripts = [word for line in commands() for word in line if re.fullmatch(r"[\w./-]+\.(py|sh)", word)]
-    assert all((ROOT / word).exists() for word in scripts)
+    assert not missing, f"README.md names what is not there: {missing}"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the examples are for a POSIX shell")
 def test_shell_blocks_parse() -> None:
-    for text in blocks("bash", "sh", "shell"):
+    shell = blocks(*(language for language in SHELL if language != "console"))
+    assert shell, "README.md has no shell block"
+    for text in shell:
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from test_contract import Case, P, Q, call
-from test_contract import check as check_case
+from contract import Case, P, Q, call
+from contract import check as check_case
 from test_kernels_edges import check
 
 from csdiv import _C, GaussianMixture, log_overlap, testing
