@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,8 @@ def test_calls_take_turns_and_the_device_is_waited_for() -> None:
     assert order[-1] == "|"
 
 
-def test_a_step_that_fails_or_hangs_is_reported_and_the_next_one_runs(tmp_path: Path, capsys) -> None:
+def test_a_step_that_fails_or_hangs_is_reported_and_the_next_one_runs(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "START", time.monotonic())  # not when it was imported: the tests take longer
     assert gpu_check.step("fine", [sys.executable, "-c", "print(6 * 7)"], tmp_path, 60)
     assert not gpu_check.step("broken", [sys.executable, "-c", "raise SystemExit('broken')"], tmp_path, 60)
     assert not gpu_check.step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 1)
