@@ -431,7 +431,7 @@ def digest(value: Tensor | str) -> str:
 def work(job: dict[str, Any]) -> None:
     """Runs cases in this process, on the csdiv of ``job["checkout"]``."""
     checkout = Path(job["checkout"])
-    sys.path[0] = str(checkout / "tests")
+    sys.path.insert(0, str(checkout / "tests"))
     import csdiv._C as _C
 
     assert Path(csdiv.__file__).is_relative_to(checkout), f"{csdiv.__file__} is not in {checkout}"
@@ -471,15 +471,14 @@ def work(job: dict[str, Any]) -> None:
 
 def both(arguments: argparse.Namespace, folder: str, **job: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the worker of each checkout found: digests, or with ``keep`` the arrays."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["OMP_WAIT_POLICY"] = "passive"  # idle threads leave the processor to the other worker
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the processor to the other worker
     workers, outputs = [], []
     for side in ("old", "new"):
         checkout = getattr(arguments, side).resolve()
         python = getattr(arguments, f"{side}_python") or checkout / ".venv" / "bin" / "python"
         outputs.append(f"{folder}/{side}")
         text = json.dumps({"checkout": str(checkout), "output": outputs[-1], "quick": arguments.quick, **job})
-        command = [str(python), "-W", "ignore", __file__, "--worker", text]
+        command = [str(python), "-I", "-W", "ignore", __file__, "--worker", text]
         workers.append(subprocess.Popen(command, cwd=checkout, env=environment))
     if sum(worker.wait() != 0 for worker in workers):
         raise SystemExit("a worker failed")
