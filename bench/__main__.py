@@ -91,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(*more["full_covariances"], sep="\n")
         print(", ".join(f"{key} {value}" for key, value in info.items()))
     elif options.suite == "ab":
+        info["threads"] = str(options.threads or info["threads"])
         records = ab.run(options.files, options.cases, options.rounds, options.threads)
         print(ab.markdown(records))
     elif options.suite == "tune":
