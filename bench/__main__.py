@@ -1,7 +1,8 @@
 """``python -m bench``: csdiv beside its peers, on the CPU (cpu, scaling) and on a GPU (gpu), beside what the CPU could
-do (limits), beside float64 (accuracy), inside an autoencoder (epochs, swap-in); which tiles suit the Triton kernels on
-a GPU (tune); what the kernels for GPUs are made of (static), which needs none. Results are JSON files: ``compare`` sets
-two side by side, ``report`` writes docs/benchmarks.md from those that are committed.
+do (limits), beside float64 (accuracy), inside an autoencoder (epochs, swap-in), beside another build of itself (ab);
+which tiles suit the Triton kernels on a GPU (tune); what the kernels for GPUs are made of (static), which needs none.
+Results are JSON files: ``compare`` sets two side by side, ``report`` writes docs/benchmarks.md from those that are
+committed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import accuracy, compare, limits, measure, scaling, static, static_triton
+from . import ab, accuracy, compare, limits, measure, scaling, static, static_triton
 from .cases import CPU_CASES
 from .measure import run_case
 from .peers import installed, providers
 from .timing import machine
 
-SUITES = ("cpu", "limits", "gpu", "tune", "static", "scaling", "accuracy", "epochs", "swap-in", "compare", "report")
+SUITES = (
+    *("cpu", "limits", "gpu", "tune", "static", "scaling", "accuracy", "epochs", "swap-in"),
+    *("ab", "compare", "report"),
+)
 
 
 def write(path: Path | None, info: dict[str, str], records: list[dict[str, object]], **more: object) -> None:
@@ -33,13 +37,19 @@ def write(path: Path | None, info: dict[str, str], records: list[dict[str, objec
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="csdiv bench", description=__doc__)
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("files", nargs="*", type=Path, help="compare: two JSON files, of before and of after")
-    parser.add_argument("--cases", nargs="*", metavar="NAME", help="cpu, gpu: only these cases")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each call is timed where calls take turns")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="compare: two JSON files, of before and of after; ab: one or two checkouts"
+    )
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help="cpu, gpu, limits, ab: only these cases")
+    parser.add_argument("--rounds", type=int, help="how often each call is timed where calls take turns: 7, ab: 100")
+    parser.add_argument("--threads", type=int, help="ab: threads of each build, by default those of torch")
     parser.add_argument("--data", help="epochs, swap-in: a folder with MNIST's IDX files, or what csdiv train takes")
     parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    options.rounds = options.rounds or (ab.ROUNDS if options.suite == "ab" else 7)
+    if options.suite == "ab" and len(options.files) not in (1, 2):
+        parser.error("ab: one checkout expected, to compare this one with, or two")
     if options.suite == "compare":
         if len(options.files) != 2:
             parser.error("compare: two JSON files expected")
@@ -81,6 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
         more = {"full_covariances": gpu.full_covariances()}
         print(*more["full_covariances"], sep="\n")
         print(", ".join(f"{key} {value}" for key, value in info.items()))
+    elif options.suite == "ab":
+        info["threads"] = str(options.threads or info["threads"])
+        records = ab.run(options.files, options.cases, options.rounds, options.threads)
+        print(ab.markdown(records))
     elif options.suite == "tune":
         from . import tune
 

@@ -44,14 +44,11 @@ MATRIX |= {"tril": "scale_tril", "tied tril": "scale_tril"}
 STRUCTURES = (*DIAGONAL, *MATRIX, "points")
 
 
-def channels(t: dict[str, Tensor], count: int, **on: str) -> Tensor:
+def channels(t: dict[str, Tensor], count: int, backend: str) -> Tensor:
     """``count`` weightings of p's components, one less of q's; 6 are one pass where there are many components."""
-    weights = [
-        torch.stack([t[f"{side}_log_weights"] * (1.0 + 0.25 * c) for c in range(channels)], -2)
-        for side, channels in (("p", count), ("q", count - 1))
-    ]
+    a, b = (torch.stack([t[w] * (1.0 + 0.25 * c) for c in range(k)], -2) for w, k in ((P[2], count), (Q[2], count - 1)))
     p, q = (mixture({n: v for n, v in t.items() if not n.endswith("log_weights")}, side) for side in "pq")
-    return csdiv.channel_log_overlap(p, q, *weights, **on)
+    return csdiv.channel_log_overlap(p, q, a, b, backend=backend)
 
 
 def mixture(t: dict[str, Tensor], side: str) -> Any:
@@ -136,9 +133,9 @@ BATCHES: list[tuple[tuple[int, ...], ...]] = [(p,) * 3 + (q,) * 3 for p, q in ((
 BATCHES += [(p,) * 3 + (q,) * 3 for p, q in (((3, 1), (1, 4)), ((2, 1), (2, 0)), ((1,), (3,)), ((2, 3), (2, 3)))]
 BATCHES += [((3,), (), (), (), (3,), ()), ((), (3,), (), (2, 1), (), ()), ((), (), (3,), (3,), (), (2, 1))]
 LAYOUTS = ("strided", "transposed", "expanded", "misaligned")
-ODD = ("far apart", "tiny variance", "zero variance", "no weight", "nan mean", "inf mean", "negative variance")
-ODD += ("inf variance", "nan variance", "inf weight", "nan weight")
-SCALES = ("uniform", "-inf weights", "unnormalised", "variances 1e±30", "spread 30", "shifted 1e4", "near", "equal")
+ODD = ["far apart", "tiny variance", "zero variance", "no weight", "nan mean", "inf mean", "negative variance"]
+ODD += ["inf variance", "nan variance", "inf weight", "nan weight"]
+SCALES = ["uniform", "-inf weights", "unnormalised", "variances 1e±30", "spread 30", "shifted 1e4", "near", "equal"]
 MODES = ("twice", "func", "vmap", "jvp", "double", "no_grad", "autocast")
 
 
@@ -158,7 +155,7 @@ def general(backend: str) -> Iterator[Case]:
         for batch in BATCHES:
             if not codes or batch[0] == batch[1]:
                 yield from (case(F32, 4, 6, batch=batch, mode=mode) for mode in ("plain", "func"))
-        yield from (case(F32, 4, 6, needs=needs) for needs in subsets(inputs))
+        yield from (case(F32, 4, 6, needs=needs) for needs in subsets(inputs) if own or len(needs) < 2)
         yield from (case(dtype, scale=scale) for scale in SCALES + ODD for dtype in (F32, F64))
         yield from (case(F32, scale=scale, mode="func") for scale in SCALES + ODD)
         yield from (case(F32, 33, 20, 3, grad=grad) for grad in ("common", "zero", "row"))
@@ -177,11 +174,11 @@ def general(backend: str) -> Iterator[Case]:
 
 def lanes(backend: str) -> Iterator[Case]:
     """Batches of tiny problems, odd ones among them."""
-    for entry, (b, *size) in itertools.product(("cs_divergence", "log_overlap", "self_overlap", "ise"), LANES):
-        case = functools.partial(Case, backend, entry, batch=((b,),) * 6)
-        yield from (case(dtype, *size, needs=needs) for dtype in (F32, F64) for needs in (None, (), P))
-        yield from (case(F32, *size, batch=((b,),) * 3 + ((),) * 3, mode=mode) for mode in ("plain", "func"))
-        yield case(F32, *size, structures=("spherical", "tied diagonal"), grad="common")
+    for entry, (b, n, m, dim) in itertools.product(("cs_divergence", "log_overlap", "self_overlap", "ise"), LANES):
+        case = functools.partial(Case, backend, entry, n=n, m=m, dim=dim, batch=((b,),) * 6)
+        yield from (case(dtype=dtype, needs=needs) for dtype in (F32, F64) for needs in (None, (), P))
+        yield from (case(batch=((b,),) * 3 + ((),) * 3, mode=mode) for mode in ("plain", "func"))
+        yield case(structures=("spherical", "tied diagonal"), grad="common")
     for entry, scale in itertools.product(("cs_divergence", "self_overlap"), ODD + SCALES):
         for items, needs in itertools.product(("20:21", "8:16", "3:33:7"), (None, (), P[1:])):
             where = f"{scale} in {items}"
@@ -233,9 +230,8 @@ def make(case: Case) -> dict[str, Tensor]:
     kind, _, items = case.scale.partition(" in ")
     decades, distance = (30.0, 1e3) if kind == "variances 1e±30" else (0.3, 30.0 if kind == "spread 30" else 1.0)
     made: dict[str, Tensor] = {"bandwidth": torch.tensor(0.7, dtype=F64)}
-    for side, size, structure, batch in zip(
-        "pq", case[3:5], case.structures, zip(*[iter(case.batch)] * 3, strict=True), strict=True
-    ):
+    batches = (case.batch[:3], case.batch[3:])
+    for side, size, structure, batch in zip("pq", (case.n, case.m), case.structures, batches, strict=True):
         shape = (1 if structure.startswith("tied") else size, 1 if structure.endswith("spherical") else case.dim)
         spread = 10.0 ** (decades * (2.0 * torch.rand(*batch[1], *shape, dtype=F64, generator=g) - 1.0))
         if structure == "points":
@@ -336,10 +332,12 @@ def evaluate(case: Case, found: Results) -> None:
         with torch.no_grad():
             found["value"] = function(*leaves)
     elif mode == "jvp":
-        found["value"], found["tangent"] = torch.func.jvp(function, tuple(plain), tuple(t.cos() for t in plain))
+        outputs: Any = torch.func.jvp(function, tuple(plain), tuple(t.cos() for t in plain))
+        found |= dict(zip(("value", "tangent"), outputs, strict=True))
     elif mode == "func":  # the way to the backward kernels of what gives its gradients with the value
-        found["value"], vjp = torch.func.vjp(function, *plain)
-        save("gradient", vjp(upstream(found["value"])))
+        outputs = torch.func.vjp(function, *plain)
+        found["value"] = outputs[0]
+        save("gradient", outputs[1](upstream(outputs[0])))
     elif mode == "vmap":
         stacks = [torch.stack([t, t.abs()]) for t in plain]
         found["value"] = torch.func.vmap(function)(*stacks)
@@ -426,35 +424,41 @@ def canonical(value: Tensor | str) -> Tensor | str:
 def digest(value: Tensor | str) -> str:
     if isinstance(value, str):
         return value
-    return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes(value.view(-1).view(torch.uint8))).hexdigest()}"
+    data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def work(job: dict[str, Any]) -> None:
     """Runs cases in this process, on the csdiv of ``job["checkout"]``."""
     checkout = Path(job["checkout"])
-    sys.path[0] = str(checkout / "tests")
+    sys.path.insert(0, str(checkout / "tests"))
     import csdiv._C as _C
 
     assert Path(csdiv.__file__).is_relative_to(checkout), f"{csdiv.__file__} is not in {checkout}"
-    torch.use_deterministic_algorithms(True)  # torch.empty is NaN: what is never written shows
     narrower = _C.cpu_isas()[: _C.cpu_isas().index(_C.cpu_isa())]
-    cases: dict[str, Callable[[], Results]] = {str(c): functools.partial(run, c) for c in every_case(narrower)}
-    cases |= {name: functools.partial(outcome, call) for name, call in others().items()}
     share = 6 if job["quick"] else 1
-    names = job["names"] or [name for name in cases if job["match"] in name and number(name) % share == 0]
-    if any(name.startswith("interpreter/") for name in names):
-        import interpreter  # before anything imports triton
+
+    def chosen(name: str) -> bool:
+        return name in job["names"] if job["names"] else job["match"] in name and number(f"quick {name}") % share == 0
+
+    cases: dict[str, Callable[[], Results]] = {
+        name: functools.partial(run, case) for case in every_case(narrower) if chosen(name := str(case))
+    }
+    if any(name.startswith("interpreter/") for name in cases):
+        import interpreter  # before torch imports triton, which the mode below makes it do
 
         if interpreter.install() is None:
-            names = [name for name in names if not name.startswith("interpreter/")]
-    if any(name.startswith("emulation/") for name in names):
+            cases = {name: call for name, call in cases.items() if not name.startswith("interpreter/")}
+    torch.use_deterministic_algorithms(True)  # torch.empty is NaN: what is never written shows
+    if any(name.startswith("emulation/") for name in cases):
         import emulation
 
         emulation.install(emulation.load(emulation.build(checkout / "build" / "emulation")))
+    cases |= {name: functools.partial(outcome, call) for name, call in others().items() if chosen(name)}
     digests, kept, seconds = {}, {}, collections.Counter[str]()
-    for name in names:
+    for name, call in cases.items():
         start = time.perf_counter()
-        found = cases[name]() if name in cases else {}
+        found = call()
         seconds[name.split("/")[0]] += time.perf_counter() - start  # type: ignore[assignment]
         results = {output: canonical(value) for output, value in found.items()}
         digests[name] = {output: digest(value) for output, value in results.items()}
@@ -467,14 +471,14 @@ def work(job: dict[str, Any]) -> None:
 
 def both(arguments: argparse.Namespace, folder: str, **job: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the worker of each checkout found: digests, or with ``keep`` the arrays."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # idle threads leave the processor to the other worker
     workers, outputs = [], []
     for side in ("old", "new"):
         checkout = getattr(arguments, side).resolve()
         python = getattr(arguments, f"{side}_python") or checkout / ".venv" / "bin" / "python"
         outputs.append(f"{folder}/{side}")
         text = json.dumps({"checkout": str(checkout), "output": outputs[-1], "quick": arguments.quick, **job})
-        command = [str(python), __file__, "--worker", text]
+        command = [str(python), "-I", "-W", "ignore", __file__, "--worker", text]
         workers.append(subprocess.Popen(command, cwd=checkout, env=environment))
     if sum(worker.wait() != 0 for worker in workers):
         raise SystemExit("a worker failed")
@@ -487,11 +491,9 @@ def both(arguments: argparse.Namespace, folder: str, **job: Any) -> tuple[dict[s
 def difference(old: Tensor | str, new: Tensor | str) -> str:
     if isinstance(old, str) or isinstance(new, str) or old.shape != new.shape or old.dtype != new.dtype:
         return " -> ".join(v if isinstance(v, str) else f"{v.dtype} {tuple(v.shape)}" for v in (old, new))
-    bits = (
-        old.view(torch.int64 if old.element_size() == 8 else torch.int32),
-        new.view(torch.int64 if old.element_size() == 8 else torch.int32),
-    )
-    gap = (old.double() - new.double()).abs()[bits[0] != bits[1]]
+    old, new = (v if v.is_floating_point() else v.double() for v in (old, new))
+    same = (old == new) & (old.signbit() == new.signbit()) | old.isnan() & new.isnan()
+    gap = (old.double() - new.double()).abs()[~same]
     return f"{gap.numel()} of {old.numel()} elements, {gap.max().item() if gap.numel() else 0.0:.3g} at most"
 
 

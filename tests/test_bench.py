@@ -12,7 +12,7 @@ import torch
 from test_static import with_kernels
 
 import csdiv
-from bench import accuracy, compare, gpu, gpu_check, limits, measure, report, static, tune
+from bench import ab, accuracy, compare, gpu, gpu_check, limits, measure, report, static, tune
 from bench.__main__ import main as bench_main
 from bench.cases import CPU_CASES, Case, make_inputs
 from bench.peers import (
@@ -115,6 +115,22 @@ def test_two_results_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "suite.json").write_text(json.dumps({"benchmarks": [{"name": "a", "stats": {"median": 0.5}}]}))
     with pytest.raises(ValueError, match="no measurement in common"):
         compare.markdown(tmp_path / "before.json", tmp_path / "suite.json")
+
+
+def test_two_builds_in_turns(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ab, "BLOCK_US", 50.0)
+    python = Path(sys.executable)
+    with pytest.raises(RuntimeError, match=f"not from {tmp_path}"):
+        ab.Build(tmp_path, python)
+    builds = ab.Build(Path(csdiv.__file__).parents[1], python, 1), ab.Build(Path(csdiv.__file__).parents[1], python, 1)
+    records = [record for case in ab.CASES[:6] for record in ab.run_case(case, builds, 3, tmp_path)]
+    for build in builds:
+        assert build.about["threads"] == 1
+        build.close()
+    assert all(0.0 < r["lower"] <= r["ratio"] <= r["upper"] for r in records)
+    assert len(ab.markdown(records).splitlines()) == 2 + 11
+    assert len({case.name for case in ab.CASES}) == len(ab.CASES)
+    assert ab.interval([1.0, 9.0, 1.0], [2.0, 18.0, 2.0]) == (2.0, 2.0)
 
 
 def test_every_peer_has_a_colour_in_the_figures() -> None:
