@@ -222,7 +222,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", &cpu::current_isa, "The instruction set in use.");
   module.def("cpu_share_openmp_threads", &cpu::share_openmp_threads, "Whether PyTorch's threads are used from now on.");
   module.def("cpu_set_isa", &cpu::set_isa, "For tests: uses another instruction set.");
-  py::enum_<cpu::Arithmetic>(module, "Arithmetic", "What cpu_arithmetic consists of.")
+  py::enum_<cpu::Arithmetic>(module, "Arithmetic", "What cpu_arithmetic consists of.", py::module_local())
       .value("MULTIPLY_ADDS", cpu::Arithmetic::kMultiplyAdds)
       .value("ADDITIONS", cpu::Arithmetic::kAdditions)
       .value("BOTH", cpu::Arithmetic::kBoth);

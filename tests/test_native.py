@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import multiprocessing
 import re
@@ -234,3 +235,14 @@ def test_bad_arguments_are_refused_before_anything_is_read():
     ):
         with pytest.raises(ValueError, match=message):
             _C.cpu_overlap_lse_forward(4, 1, 1, arrays, sides, grads, 1)
+
+
+def test_a_second_copy_of_the_module_loads_beside_the_first():
+    """As bench gpu loads a build of its own."""
+    assert _C.__file__
+    spec = importlib.util.spec_from_file_location("another._C", _C.__file__)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.Arithmetic is not _C.Arithmetic
