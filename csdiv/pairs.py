@@ -107,45 +107,37 @@ class Route(NamedTuple):
 
     def assign(self) -> Tensor:
         if self.formula == REFERENCE:
-            return reference.assign(*self._operands()[:2])
+            return reference.assign(components(self.p), components(self.q))
         with torch.no_grad():
-            p, q, _ = self._operands()
-            operator = self._operator("assign")
-            return ops.ASSIGN[operator.name](*_tensors(operator, p, q), self.backend)
+            operator, tensors, _ = self._operands("assign")
+            return ops.ASSIGN[operator.name](*tensors, self.backend)
 
     def swapped(self) -> Route:
         return self._replace(p=self.q, q=self.p)
 
     def _evaluate(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The value, the offset, and what is to be subtracted."""
-        p, q, log_det = self._operands()
-        operator = self._operator(name)
         if self.formula == REFERENCE:
-            return reference.FORMULAS[name](*((p, q) if operator.q else (p,))), None, None
-        value, offset = autograd.parts(operator.name, self.backend, *_tensors(operator, p, q))
-        return value, offset, _trailing(log_det, len(operator.outputs[0].sizes))
+            formula = reference.FORMULAS["log_overlap" if name == "self_overlap" else name]
+            return formula(components(self.p), components(self.q)), None, None
+        operator, tensors, log_det = self._operands(name)
+        value, offset = autograd.parts(operator.name, self.backend, *tensors)
+        if log_det is not None:
+            log_det = log_det.reshape(log_det.shape + (1,) * len(operator.outputs[0].sizes))
+        return value, offset, log_det
 
-    def _operator(self, name: str) -> Operator:
-        return OPERATORS[f"full_{name}" if self.formula == FULL else name]
-
-    def _operands(self) -> tuple[Any, Any, Tensor | None]:
-        """Both sides with the tensors that operators take, and the log determinant of whitening."""
-        if self.formula == DIAGONAL:
-            return self.p, self.q, None
+    def _operands(self, name: str) -> tuple[Operator, list[Tensor | None], Tensor | None]:
+        """The operator of the formula, its tensors, and the log determinant of whitening."""
+        operator = OPERATORS[f"full_{name}" if self.formula == FULL else name]
+        p: Any = self.p
+        q: Any = self.q
+        log_det = None
         if self.formula == WHITENED:
-            return whitened(self.p, self.q)
-        form = components if self.formula == REFERENCE else matrices
-        p = form(self.p)
-        return p, p if self.q is self.p else form(self.q), None
-
-
-def _trailing(t: Tensor | None, count: int) -> Tensor | None:
-    """``t`` with ``count`` more dimensions at its end."""
-    return t if t is None else t.reshape(t.shape + (1,) * count)
-
-
-def _tensors(operator: Operator, p: Any, q: Any) -> list[Tensor | None]:
-    return [getattr(side, name) for side, names in ((p, operator.p), (q, operator.q)) for name in names]
+            p, q, log_det = whitened(p, q)
+        elif self.formula == FULL:
+            p, q = matrices(p), matrices(q) if operator.q else None
+        tensors = [getattr(p, field) for field in operator.p]
+        return operator, tensors + [getattr(q, field) for field in operator.q], log_det
 
 
 def route(p: GaussianMixture, q: GaussianMixture, backend: str) -> Route:
