@@ -10,22 +10,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import ab, accuracy, compare, limits, measure, scaling, static, static_triton
-from .cases import CPU_CASES
+from .cases import CPU_CASES, Case
 from .measure import run_case
 from .peers import installed, providers
 from .timing import machine
 
-SUITES = (
-    *("cpu", "limits", "gpu", "tune", "static", "scaling", "accuracy", "epochs", "swap-in"),
-    *("ab", "compare", "report"),
-)
+Records = list[dict[str, object]]
+Found = tuple[Records, dict[str, Any]]
+"""The records of a suite, and what else its file has."""
 
 
-def write(path: Path | None, info: dict[str, str], records: list[dict[str, object]], **more: object) -> None:
+def write(path: Path | None, info: dict[str, str], records: Records, **more: object) -> None:
     """The results as JSON, with the date and the machine."""
     if path is None:
         return
@@ -34,9 +34,132 @@ def write(path: Path | None, info: dict[str, str], records: list[dict[str, objec
     path.write_text(json.dumps({"date": date, "machine": info, "records": records, **more}, indent=1) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _cases(options: argparse.Namespace) -> list[Case]:
+    return [case for case in CPU_CASES if not options.cases or case.name in options.cases]
+
+
+def _cpu(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    records: Records = []
+    for case in _cases(options):
+        records += run_case(case, providers(case), options.rounds)
+        write(options.output, info, records)  # of a run that is stopped there is that much
+    print(measure.markdown(records))
+    print(", ".join(f"{key} {value}" for key, value in info.items()))
+    return records, {}
+
+
+def _gpu(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    from . import gpu  # imports what a CPU machine may lack
+
+    records: Records = []
+    info |= gpu.device_info()
+    if not installed("pykeops"):
+        print("skipped: KeOps, which is not installed")
+    with gpu.clocks() as clocks:
+        for case in gpu.cases(options.cases):
+            records += run_case(case, gpu.providers(case), options.rounds, "cuda")
+            write(options.output, info, records)
+    if clocks:
+        info["clock_mhz"] = str(max(clocks))
+        gpu.add_bounds(records, max(clocks))
+    print(gpu.markdown(records))
+    more = {"full_covariances": gpu.full_covariances()}
+    print(*more["full_covariances"], sep="\n")
+    print(", ".join(f"{key} {value}" for key, value in info.items()))
+    return records, more
+
+
+def _limits(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    cases = _cases(options)
+    records = limits.run_bounds(cases, options.rounds)
+    more = {
+        "instruction_sets": limits.run_instruction_sets(cases[: limits.PLAIN_CASES], options.rounds),
+        "divergences": limits.run_divergences(options.rounds),
+        "shared": limits.run_shared(options.rounds),
+    }
+    print(limits.tables(records, **more))
+    return records, more
+
+
+def _tune(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    from . import tune
+
+    records, entry = tune.run(options.rounds)
+    print(tune.markdown(records), entry, sep="\n\n")
+    return records, {"entry": entry}
+
+
+def _static(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    records: Records = []
+    for read in (static.read, static_triton.read):
+        try:
+            records += static.records(read())
+        except (ImportError, FileNotFoundError, RuntimeError) as missing:
+            print(f"left out: {missing}")
+    print(static.markdown(records))
+    return records, {}
+
+
+def _scaling(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    records: Records = []
+    more = {"memory": [scaling.memory()]}
+    print(more["memory"])
+    for found in scaling.run(options.rounds):
+        print(measure.markdown(found), flush=True)
+        records += found
+        write(options.output, info, records, **more)
+    return records, more
+
+
+def _accuracy(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    records = accuracy.run()
+    tables = accuracy.markdown(records, info)
+    print(tables)
+    if options.markdown:
+        options.markdown.write_text(tables)
+    return records, {}
+
+
+def _epochs(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    from . import epochs  # needs the extra "train"
+
+    records = epochs.run(options.data or "digits", options.rounds)
+    print(epochs.markdown(records))
+    return records, {}
+
+
+def _swap_in(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    from . import swap_in  # needs the extra "train"
+
+    records, curves = swap_in.run(options.data or "digits", options.rounds)
+    print(swap_in.markdown(records, curves))
+    return records, {"curves": curves}
+
+
+def _ab(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    info["threads"] = str(options.threads or info["threads"])
+    records = ab.run(options.files, options.cases, options.rounds, options.threads)
+    print(ab.markdown(records))
+    return records, {}
+
+
+SUITES: dict[str, Callable[[argparse.Namespace, dict[str, str]], Found]] = {
+    "cpu": _cpu,
+    "limits": _limits,
+    "gpu": _gpu,
+    "tune": _tune,
+    "static": _static,
+    "scaling": _scaling,
+    "accuracy": _accuracy,
+    "epochs": _epochs,
+    "swap-in": _swap_in,
+    "ab": _ab,
+}
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="csdiv bench", description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=(*SUITES, "compare", "report"))
     parser.add_argument(
         "files", nargs="*", type=Path, help="compare: two JSON files, of before and of after; ab: one or two checkouts"
     )
@@ -50,91 +173,21 @@ def main(arguments: list[str] | None = None) -> None:
     options.rounds = options.rounds or (ab.ROUNDS if options.suite == "ab" else 7)
     if options.suite == "ab" and len(options.files) not in (1, 2):
         parser.error("ab: one checkout expected, to compare this one with, or two")
+    if options.suite == "compare" and len(options.files) != 2:
+        parser.error("compare: two JSON files expected")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
     if options.suite == "compare":
-        if len(options.files) != 2:
-            parser.error("compare: two JSON files expected")
         return print(compare.markdown(*options.files))
     if options.suite == "report":
         from . import report  # needs the extra "train"
 
         return report.write()
     info = machine()
-    records: list[dict[str, object]] = []
-    more: dict[str, Any] = {}
-    if options.suite == "accuracy":
-        records = accuracy.run()
-        tables = accuracy.markdown(records, info)
-        print(tables)
-        if options.markdown:
-            options.markdown.write_text(tables)
-    elif options.suite == "static":
-        for read in (static.read, static_triton.read):
-            try:
-                records += static.records(read())
-            except (ImportError, FileNotFoundError, RuntimeError) as missing:
-                print(f"left out: {missing}")
-        print(static.markdown(records))
-    elif options.suite == "gpu":
-        from . import gpu  # imports what a CPU machine may lack
-
-        info |= gpu.device_info()
-        if not installed("pykeops"):
-            print("skipped: KeOps, which is not installed")
-        with gpu.clocks() as clocks:
-            for case in gpu.cases(options.cases):
-                records += run_case(case, gpu.providers(case), options.rounds, "cuda")
-                write(options.output, info, records)  # of a run that is stopped there is that much
-        if clocks:
-            info["clock_mhz"] = str(max(clocks))
-            gpu.add_bounds(records, max(clocks))
-        print(gpu.markdown(records))
-        more = {"full_covariances": gpu.full_covariances()}
-        print(*more["full_covariances"], sep="\n")
-        print(", ".join(f"{key} {value}" for key, value in info.items()))
-    elif options.suite == "ab":
-        info["threads"] = str(options.threads or info["threads"])
-        records = ab.run(options.files, options.cases, options.rounds, options.threads)
-        print(ab.markdown(records))
-    elif options.suite == "tune":
-        from . import tune
-
-        records, entry = tune.run(options.rounds)
-        print(tune.markdown(records), entry, sep="\n\n")
-        more = {"entry": entry}
-    elif options.suite == "limits":
-        cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]
-        records = limits.run_bounds(cases, options.rounds)
-        more = {
-            "instruction_sets": limits.run_instruction_sets(cases[: limits.PLAIN_CASES], options.rounds),
-            "divergences": limits.run_divergences(options.rounds),
-            "shared": limits.run_shared(options.rounds),
-        }
-        print(limits.tables(records, **more))
-    elif options.suite == "epochs":
-        from . import epochs  # needs the extra "train"
-
-        records = epochs.run(options.data or "digits", options.rounds)
-        print(epochs.markdown(records))
-    elif options.suite == "swap-in":
-        from . import swap_in  # needs the extra "train"
-
-        records, curves = swap_in.run(options.data or "digits", options.rounds)
-        more = {"curves": curves}
-        print(swap_in.markdown(records, curves))
-    elif options.suite == "scaling":
-        more = {"memory": [scaling.memory()]}
-        print(more["memory"])
-        for found in scaling.run(options.rounds):
-            print(measure.markdown(found), flush=True)
-            records += found
-            write(options.output, info, records, **more)
-    else:
-        cases = [case for case in CPU_CASES if not options.cases or case.name in options.cases]
-        for case in cases:
-            records += run_case(case, providers(case), options.rounds)
-            write(options.output, info, records)  # of a run that is stopped there is that much
-        print(measure.markdown(records))
-        print(", ".join(f"{key} {value}" for key, value in info.items()))
+    records, more = SUITES[options.suite](options, info)
     write(options.output, info, records, **more)
 
 
