@@ -48,9 +48,9 @@ def forward(backend: Backend, operator: Operator, tensors: Tensors) -> tuple[Ten
     pieces = [
         log_product(pairwise.forward(_tile(pairwise, sides, *tile)), b, scratch) for tile in _tiles(pairwise, sides, b)
     ]
-    rows = torch.cat(pieces, -2)
-    value = log_product(rows.mT, a).mT.contiguous()
-    return value, torch.zeros_like(value) - sides[0].shape[-1] * unit.log(), rows
+    row_lse = torch.cat(pieces, -2)
+    value = log_product(row_lse.mT, a).mT.contiguous()
+    return value, torch.zeros_like(value) - sides[0].shape[-1] * unit.log(), row_lse
 
 
 def backward(
@@ -59,20 +59,22 @@ def backward(
     """Gradients of Σ grad · log V, equation (19). ``outputs`` is the forward's value and row sums."""
     pairwise = Pairwise(backend, operator, tensors[0].shape[-1])
     sides, a, b, unit = _prepared(pairwise, tensors)
-    value, rows = outputs
+    value, row_lse = outputs
     side_needs = [*needs[:2], *needs[3:5]]
     of_sides = any(side_needs)
-    grad_rows, grad_a = log_product_gradients(rows.mT, a, value.mT, grad.double().mT, of_sides or needs[5], needs[2])
+    grad_row_lse, grad_a = log_product_gradients(
+        row_lse.mT, a, value.mT, grad.double().mT, of_sides or needs[5], needs[2]
+    )
     sums = [t.new_zeros(t.shape, dtype=torch.float64) if need else None for t, need in zip(tensors, needs, strict=True)]
     if sums[2] is not None:
         sums[2] += grad_a.sum_to_size(a.shape)
     if of_sides or needs[5]:
-        grad_rows, scratch = grad_rows.sum_to_size(rows.mT.shape).mT, Scratch()
+        grad_row_lse, scratch = grad_row_lse.sum_to_size(row_lse.mT.shape).mT, Scratch()
         for start, length in _tiles(pairwise, sides, b):
             tile = _tile(pairwise, sides, start, length)
             logits = pairwise.forward(tile)
-            own_rows, own_grad = (t.narrow(-2, start, length) for t in (rows, grad_rows))
-            grad_logits, grad_b = log_product_gradients(logits, b, own_rows, own_grad, of_sides, needs[5], scratch)
+            own_row_lse, own_grad = (t.narrow(-2, start, length) for t in (row_lse, grad_row_lse))
+            grad_logits, grad_b = log_product_gradients(logits, b, own_row_lse, own_grad, of_sides, needs[5], scratch)
             if sums[5] is not None:
                 sums[5] += grad_b.sum_to_size(b.shape)
             if of_sides:

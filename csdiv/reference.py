@@ -73,18 +73,18 @@ def _for_channels(p: Components) -> Components:
     return Components(p.means.unsqueeze(-3), variances, covariances, p.log_weights)
 
 
-def channel_lse(channels: Tensor, rows: Tensor) -> Tensor:
-    """LSE_i(log a_ci + ℓ_c'i), (*batch, C, C'), for weights (*batch, C, N) and rows (*batch, C', N); equation (16)."""
+def channel_lse(channels: Tensor, row_lse: Tensor) -> Tensor:
+    """LSE_i(log a_ci + ℓ_c'i), (*batch, C, C'), for weights (*batch, C, N) and ℓ (*batch, C', N); equation (16)."""
     channels = torch.where(channels == math.inf, math.nan, channels).unsqueeze(-2)  # (*batch, C, 1, N)
 
-    def overlaps(channels: Tensor, rows: Tensor) -> Tensor:
-        return logsumexp(weighted(rows.unsqueeze(-3), channels), -1)
+    def overlaps(channels: Tensor, row_lse: Tensor) -> Tensor:
+        return logsumexp(weighted(row_lse.unsqueeze(-3), channels), -1)
 
-    batch = torch.broadcast_shapes(channels.shape[:-3], rows.shape[:-2])
+    batch = torch.broadcast_shapes(channels.shape[:-3], row_lse.shape[:-2])
     count = max(1, CHUNK_ELEMENTS // max(1, math.prod(batch) * channels.shape[-3] * channels.shape[-1]))
-    if count >= rows.shape[-2]:
-        return overlaps(channels, rows)
-    return torch.cat([_recomputed(overlaps, channels, chunk) for chunk in rows.split(count, -2)], -1)
+    if count >= row_lse.shape[-2]:
+        return overlaps(channels, row_lse)
+    return torch.cat([_recomputed(overlaps, channels, chunk) for chunk in row_lse.split(count, -2)], -1)
 
 
 def assign(p: Components, q: Components) -> Tensor:
