@@ -72,15 +72,6 @@ def _no_derivative(backend: str, what: str) -> NotImplementedError:
     )
 
 
-def _forward(name: str, backend: str, needs: list[bool], tensors: _Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    *outputs, grads = ops.FORWARD[name](*tensors, needs, backend)
-    return outputs, grads
-
-
-def _saved(name: str, outputs: Sequence[Tensor]) -> list[Tensor]:
-    return [outputs[k] for k in OPERATORS[name].saved]
-
-
 def _full_gradients(grads: Sequence[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
     remaining = iter(grads)
     return tuple(next(remaining) if need else None for need in needs)
@@ -98,9 +89,11 @@ class _Value(torch.autograd.Function):
         rows = operator.at_once == "rows"
         at_once = at_once and any(needs) and (rows or _has_all_items(tensors, operator.event_dims, needs))
         ctx.name, ctx.backend, ctx.at_once = name, backend, at_once
-        outputs, grads = _forward(name, backend, needs if at_once else [False] * len(needs), tensors)
-        ctx.save_for_backward(*tensors, *([] if at_once and not rows else _saved(name, outputs)), *grads)
-        ctx.mark_non_differentiable(*outputs[1:])
+        *outputs, grads = ops.FORWARD[name](*tensors, needs if at_once else [False] * len(needs), backend)
+        saved = [] if at_once and not rows else [outputs[k] for k in operator.saved]
+        ctx.save_for_backward(*tensors, *saved, *grads)
+        if len(outputs) > 1:
+            ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
     @staticmethod
@@ -185,12 +178,12 @@ def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[b
 class _TransformableValue(torch.autograd.Function):
     @staticmethod
     def forward(name: str, backend: str, *tensors: Tensor | None) -> Any:
-        return tuple(_forward(name, backend, [False] * len(tensors), tensors)[0])
+        return tuple(ops.FORWARD[name](*tensors, [False] * len(tensors), backend)[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.name, ctx.backend, *tensors = inputs
-        ctx.save_for_backward(*tensors, *_saved(ctx.name, output))
+        ctx.save_for_backward(*tensors, *(output[k] for k in OPERATORS[ctx.name].saved))
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod

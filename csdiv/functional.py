@@ -75,7 +75,7 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
         return way.value("cs_divergence")
     wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
     own = self_overlap(wide_p, backend) + self_overlap(wide_q, backend)
-    return (0.5 * own - cross_overlap(wide_p, wide_q, backend)).to(p.dtype)
+    return (0.5 * own - cross_overlap(wide_p, wide_q, backend)).to(p.means.dtype)
 
 
 def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = "auto") -> Tensor:
@@ -93,9 +93,9 @@ def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = 
     """
     if q is None:
         p = widen(as_mixture(p, "p"))
-        return self_overlap(p, backend).to(p.dtype)
+        return self_overlap(p, backend).to(p.means.dtype)
     p, q = as_pair(p, q)
-    return cross_overlap(p, q, backend).to(p.dtype)
+    return cross_overlap(p, q, backend).to(p.means.dtype)
 
 
 def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
@@ -111,7 +111,7 @@ def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "aut
     """
     p, q = as_pair(p, q)
     row_lse, offset = route(p, q, backend).parts("overlap_lse")
-    return (row_lse if offset is None else row_lse + offset).to(p.dtype)
+    return (row_lse if offset is None else row_lse + offset).to(p.means.dtype)
 
 
 def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
@@ -122,7 +122,7 @@ def pairwise_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "auto
         give +inf, at different places −inf. Gradients: to means and covariances. Raises: as :func:`cs_divergence`.
     """
     p, q = as_pair(p, q)
-    return route(p, q, backend).value("pairwise").to(p.dtype)
+    return route(p, q, backend).value("pairwise").to(p.means.dtype)
 
 
 def cs_regularizer(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from csdiv import backends, channels
-from csdiv.backends.arrays import empty_outputs
+from csdiv.backends.arrays import empty_output
 from csdiv.backends.base import Tensors
 from csdiv.operators import OPERATORS, Operator
 
@@ -49,7 +49,7 @@ def _outputs_like(operator: Operator, tensors: Tensors) -> list[Tensor]:
     outputs = []
     for output in operator.outputs:
         batch = torch.broadcast_shapes(*(shape for name, shape in shapes.items() if name != output.without))
-        outputs += empty_outputs(operator._replace(outputs=(output,)), tensors[0], batch, sizes)
+        outputs.append(empty_output(output, tensors[0], batch, **sizes))
     return outputs
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from csdiv.backends.base import Tensors
-from csdiv.operators import Operator
+from csdiv.operators import Operator, Output
 
-_SIZES = {"1": 1, "3": 3}
 _NOT_WANTED = (0, 0, 0)
 
 
@@ -105,13 +104,10 @@ def _one_item(side: Side, n: int) -> Side:
     return Side(means, variances, log_weights, torch.Size(), side.same_dims, side.same_components, tied)
 
 
-def empty_outputs(operator: Operator, means: Tensor, batch: torch.Size, sizes: dict[str, int]) -> list[Tensor]:
-    """Uninitialised outputs; ``sizes`` are those of the letters in their shapes."""
-    known = sizes | _SIZES
-    return [
-        means.new_empty((*batch, *(known[letter] for letter in output.sizes)), dtype=output.dtype)
-        for output in operator.outputs
-    ]
+def empty_output(output: Output, means: Tensor, batch: torch.Size, **sizes: int) -> Tensor:
+    """An uninitialised output; ``sizes`` are those of the letters in its shape."""
+    own = [sizes[size] if size in sizes else int(size) for size in output.sizes]
+    return means.new_empty((*batch, *own), dtype=output.dtype)
 
 
 class Call:
@@ -123,24 +119,25 @@ class Call:
         p = p or make_side(full, *tensors[:own])
         self.problem = Problem(p, make_side(full, *tensors[own:]) if operator.q else p)
         self._grads: list[tuple[Tensor, Tensor]] = []  # each array and the tensor that it is the gradient to
-        sides = ((self.problem.p, tensors[:own], needs[:own]), (self.problem.q, tensors[own:], needs[own:]))
-        self._grad_pointers = tuple(self._allocate(*side) for side in sides)
+        self._grad_pointers = (_NOT_WANTED, _NOT_WANTED)
+        if True in needs:
+            to_p = self._allocate(self.problem.p, tensors[:own], needs[:own])
+            self._grad_pointers = (to_p, self._allocate(self.problem.q, tensors[own:], needs[own:]))
 
-    def _allocate(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> tuple[int, ...]:
+    def _allocate(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> tuple[int, int, int]:
         """Addresses of the gradients to means, variances and log weights, 0 where not wanted."""
-        if True not in needs:
-            return _NOT_WANTED
         addresses = [0, 0, 0]
         for k, (like, tensor, need) in enumerate(zip(side[:3], tensors, needs, strict=False)):
             if need and like is not None:
                 array = torch.empty_like(like)
                 self._grads.append((array, tensor))
                 addresses[k] = array.data_ptr()
-        return tuple(addresses)
+        return addresses[0], addresses[1], addresses[2]
 
     def outputs(self) -> list[Tensor]:
         problem = self.problem
-        return empty_outputs(self.operator, problem.p.means, problem.batch, {"N": problem.n, "M": problem.m})
+        means, batch, n, m = problem.p.means, problem.batch, problem.n, problem.m
+        return [empty_output(output, means, batch, N=n, M=m) for output in self.operator.outputs]
 
     def arguments(self, arrays: Sequence[Tensor], *, flat: bool = False) -> tuple[object, ...]:
         """What every native function takes first; ``arrays``, all contiguous: the gradient of the value, outputs."""
