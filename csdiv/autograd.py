@@ -36,12 +36,6 @@ def parts(name: str, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Ten
     return outputs[0], outputs[1] if has_offset else None
 
 
-def value(name: str, backend: str, *tensors: Tensor | None) -> Tensor:
-    """The same as one tensor."""
-    first, offset = parts(name, backend, *tensors)
-    return first if offset is None else first + offset
-
-
 def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
     """The outputs of an operator; the reference formula has the value alone."""
     if torch.compiler.is_compiling():
@@ -57,8 +51,8 @@ def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
 
 
 def _gives_gradients(operator: Operator, backend: str, tensors: _Tensors) -> bool:
-    """Whether gradients are to come with the values. Those of rows ask for the values of the upstream gradient, which a
-    GPU would be waited for and a fake tensor does not have."""
+    """Whether gradients are to come with the values. Those of rows read the values of the upstream gradient: on a GPU
+    the call would wait for them, and a fake tensor has none."""
     if operator.at_once == "rows":
         means = tensors[0]
         plain = type(means) in (Tensor, torch.nn.Parameter)

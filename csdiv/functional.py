@@ -234,7 +234,8 @@ def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -
         for dtype in (torch.float32, torch.float64):
             ones = torch.ones(2, dim, dtype=dtype, device=where)
             _call_everything(GaussianMixture(ones, ones, ones[:, 0]), backend)
-    for dim in (1, 2, 3, 4, 5, 8, 16, 32) if backend == "auto" or backends.has_full(backend) else ():  # a kernel each
+    has_kernels = backend == "auto" or (backend != "reference" and backends.has_full(backend))
+    for dim in (1, 2, 3, 4, 5, 8, 16, 32) if has_kernels else ():  # a kernel for each
         eye = torch.eye(dim, dtype=torch.float64, device=where).expand(2, dim, dim)
         _call_everything(GaussianMixture(eye[0, :1].expand(2, dim), covariance_matrix=eye), backend)
     backends.resolve(backend, where).loaded.add(where)

@@ -35,7 +35,9 @@ class Operator(NamedTuple):
     q: tuple[str, ...]  # q's; none: p with itself
     outputs: tuple[Output, ...]
     saved: tuple[int, ...]  # which outputs the backward pass takes
-    at_once: str  # what the forward pass has gradients of where they are needed: "scalars", sums of "rows" or "nothing"
+    at_once: (
+        str  # which gradients the forward pass can return: of the "scalars", of the sum of the "rows", or "nothing"
+    )
     names: tuple[str, ...]  # of all tensors
     event_dims: tuple[int, ...]  # of all tensors
     full: bool  # whether it takes full covariances, all in float64

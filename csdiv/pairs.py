@@ -146,7 +146,7 @@ def route(p: GaussianMixture, q: GaussianMixture, backend: str) -> Route:
     Raises:
         ValueError: no such backend. NotImplementedError: one asked for by name that has no such covariances.
     """
-    if backend != "auto" and backend not in backends.NAMES:
+    if backend != "auto" and not (isinstance(backend, str) and backend in backends.NAMES):
         backends.check_name(backend)
     if backend == "reference":
         return Route(REFERENCE, p, q, backend)
@@ -211,6 +211,8 @@ def _can_be_whitened(p: GaussianMixture, q: GaussianMixture) -> bool:
     if not (has_one_covariance(p) and has_one_covariance(q)):
         return False
     items = [_spread(side).shape[: -3 if side.variances is None else -2] for side in (p, q)]
+    if not any(items):
+        return True
     batch = torch.broadcast_shapes(*items)
     return all(torch.broadcast_shapes(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
 

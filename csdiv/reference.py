@@ -112,7 +112,7 @@ def log_weights(p: Components) -> Tensor:
     """The log weights of p, −log K each if none were given, NaN for +inf; shape (*batch, K)."""
     if p.log_weights is not None:
         return torch.where(p.log_weights == math.inf, math.nan, p.log_weights)
-    return p.means.new_full(p.means.shape[-2:-1], -math.log(p.means.shape[-2]))
+    return p.means.new_full(p.means.shape[-2:-1], -math.log(max(1, p.means.shape[-2])))
 
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {

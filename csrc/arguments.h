@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 namespace csdiv {
 
@@ -30,24 +31,31 @@ T* pointer(Pointer address, bool needed = true) {
   return reinterpret_cast<T*>(address);
 }
 
-// The arrays of a call in the order of csdiv/operators.py: the gradient of the value, outputs.
+// What an array of a call has numbers for: each row of a problem, or each problem.
+enum class Per { kRow, kProblem };
+using Kinds = std::vector<Per>;
+
+// The arrays of a call in the order of csdiv/operators.py: the gradient of the value, outputs. All are checked here,
+// before anything is read.
 class Arrays {
  public:
-  Arrays(const py::tuple& addresses) : count_(int(addresses.size())) {
-    check(count_ <= kMost, "too many arrays");
-    for (int k = 0; k < count_; ++k) addresses_[k] = addresses[k].cast<Pointer>();
+  Arrays(const py::tuple& addresses, const Kinds& kinds, bool rows, bool problems) {
+    check(addresses.size() == kinds.size() && kinds.size() <= kMost, "as many arrays as the operator has are needed");
+    int k = 0;
+    for (const Per per : kinds) {
+      addresses_[k] = addresses[k].cast<Pointer>();
+      check(addresses_[k++] || !(per == Per::kRow ? rows : problems), "a pointer is null");
+    }
   }
 
   template <class T>
-  T* at(int k, bool needed) const {
-    check(k < count_, "an array is missing");
-    return pointer<T>(addresses_[k], needed);
+  T* at(int k) const {
+    return reinterpret_cast<T*>(addresses_[k]);
   }
 
  private:
-  static constexpr int kMost = 4;
+  static constexpr size_t kMost = 4;
 
-  int count_;
   Pointer addresses_[kMost];
 };
 

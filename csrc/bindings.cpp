@@ -1,4 +1,5 @@
-// The module csdiv._C: raw pointers, sizes and a number of threads; no torch. csdiv/backends/cpu.py is its only caller.
+// The module csdiv._C: raw pointers, sizes and a number of threads; no torch. csdiv/backends/cpu.py calls the
+// operators.
 //
 // Every operator takes (itemsize, batch, dim, arrays, sides, grads, threads), see csdiv/backends/arrays.py: `itemsize`
 // is 4 (float) or 8 (double); `arrays` the addresses of the gradient of the value, in a backward pass, and of the
@@ -72,14 +73,10 @@ struct Call {
   SideGradients<T> grad_p, grad_q;
   int threads;
 
-  // Array k, of numbers for each row, or for each problem.
+  // Array k.
   template <class U = T>
-  U* rows(int k) const {
-    return arrays.at<U>(k, problem.rows() > 0);
-  }
-  template <class U = T>
-  U* items(int k) const {
-    return arrays.at<U>(k, problem.batch > 0);
+  U* at(int k) const {
+    return arrays.at<U>(k);
   }
 
   // Gradients of a forward pass: problems may not share a side that has any.
@@ -92,10 +89,11 @@ struct Call {
 };
 
 template <class T>
-Call<T> make_call(int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides, const py::tuple& grads,
-                  int threads, bool points = false) {
-  return {make_problem<T>(batch, dim, one_of_two(sides, 0), one_of_two(sides, 1), points), Arrays(arrays),
-          side_gradients<T>(one_of_two(grads, 0)), side_gradients<T>(one_of_two(grads, 1)), threads};
+Call<T> make_call(int64_t batch, int64_t dim, const Kinds& kinds, const py::tuple& arrays, const py::tuple& sides,
+                  const py::tuple& grads, int threads, bool points = false) {
+  const auto problem = make_problem<T>(batch, dim, one_of_two(sides, 0), one_of_two(sides, 1), points);
+  return {problem, Arrays(arrays, kinds, problem.rows() > 0, batch > 0), side_gradients<T>(one_of_two(grads, 0)),
+          side_gradients<T>(one_of_two(grads, 1)), threads};
 }
 
 // The scale exponents of a pair, or of a mixture with itself, for the time of a call.
@@ -115,12 +113,12 @@ struct SelfScale {
 
 // run(call), without Python's lock.
 template <template <class> class Scale, class F>
-void define(py::module_& module, const char* name, const F& run) {
-  module.def(name, [run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides,
-                         const py::tuple& grads, int threads) {
+void define(py::module_& module, const char* name, const Kinds& kinds, const F& run) {
+  module.def(name, [kinds, run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays,
+                                const py::tuple& sides, const py::tuple& grads, int threads) {
     return with_type(itemsize, [&](auto type) {
       using T = decltype(type);
-      Call<T> call = make_call<T>(batch, dim, arrays, sides, grads, threads);
+      Call<T> call = make_call<T>(batch, dim, kinds, arrays, sides, grads, threads);
       const py::gil_scoped_release unlocked;
       const Scale<T> scale(call.problem);
       return run(std::as_const(call));
@@ -130,12 +128,12 @@ void define(py::module_& module, const char* name, const F& run) {
 
 // The variances of both sides are covariances, see cpu.h; a p without them has points.
 template <class F>
-void define_full(py::module_& module, const char* name, const F& run) {
-  module.def(name, [run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides,
-                         const py::tuple& grads, int threads) {
+void define_full(py::module_& module, const char* name, const Kinds& kinds, const F& run) {
+  module.def(name, [kinds, run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays,
+                                const py::tuple& sides, const py::tuple& grads, int threads) {
     check(itemsize == sizeof(double), "full covariances are computed in double");
     check(dim <= cpu::kMaxFullDim, "dim must be at most 32 for full covariances");
-    const auto call = make_call<double>(batch, dim, arrays, sides, grads, threads, true);
+    const auto call = make_call<double>(batch, dim, kinds, arrays, sides, grads, threads, true);
     for (const auto* side : {&call.problem.p, &call.problem.q}) check_sizes({side->batch, side->n, dim, dim});
     check(call.problem.p.variances || !call.grad_p.variances, "points have no gradients to variances");
     const py::gil_scoped_release unlocked;
@@ -144,68 +142,69 @@ void define_full(py::module_& module, const char* name, const F& run) {
 }
 
 void define_operators(py::module_& module) {
-  define<PairScale>(module, "cpu_overlap_lse_forward", [](const auto& call) {
-    cpu::offsets(call.problem, cpu::Uniform::kOfQ, call.template items<double>(1));
-    return cpu::overlap_lse_forward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
+  define<PairScale>(module, "cpu_overlap_lse_forward", {Per::kRow, Per::kProblem}, [](const auto& call) {
+    cpu::offsets(call.problem, cpu::Uniform::kOfQ, call.template at<double>(1));
+    return cpu::overlap_lse_forward(call.problem, call.at(0), call.grad_p, call.grad_q, call.threads);
   });
-  define<PairScale>(module, "cpu_overlap_lse_backward", [](const auto& call) {
-    cpu::overlap_lse_backward(call.problem, call.rows(0), call.rows(1), call.grad_p, call.grad_q, call.threads);
+  define<PairScale>(module, "cpu_overlap_lse_backward", {Per::kRow, Per::kRow}, [](const auto& call) {
+    cpu::overlap_lse_backward(call.problem, call.at(0), call.at(1), call.grad_p, call.grad_q, call.threads);
   });
-  define<PairScale>(module, "cpu_log_overlap_forward", [](const auto& call) {
+  define<PairScale>(module, "cpu_log_overlap_forward", {Per::kProblem, Per::kProblem, Per::kRow}, [](const auto& call) {
     call.check_own_gradients();
-    cpu::offsets(call.problem, cpu::Uniform::kOfBoth, call.template items<double>(1));
-    return cpu::log_overlap_forward(call.problem, {1}, call.template items<double>(0), call.rows(2), call.grad_p,
+    cpu::offsets(call.problem, cpu::Uniform::kOfBoth, call.template at<double>(1));
+    return cpu::log_overlap_forward(call.problem, {1}, call.template at<double>(0), call.at(2), call.grad_p,
                                     call.grad_q, call.threads);
   });
-  define<PairScale>(module, "cpu_log_overlap_backward", [](const auto& call) {
-    cpu::log_overlap_backward(call.problem, {1}, call.items(0), call.template items<double>(1), call.rows(2),
-                              call.grad_p, call.grad_q, call.threads);
-  });
-  define<SelfScale>(module, "cpu_self_overlap_forward", [](const auto& call) {
-    cpu::offsets(call.problem, cpu::Uniform::kOfBoth, call.template items<double>(1));
-    return cpu::self_overlap_forward(call.problem.dim, call.problem.p, {1}, call.template items<double>(0), call.grad_p,
+  define<PairScale>(module, "cpu_log_overlap_backward", {Per::kProblem, Per::kProblem, Per::kRow},
+                    [](const auto& call) {
+                      cpu::log_overlap_backward(call.problem, {1}, call.at(0), call.template at<double>(1), call.at(2),
+                                                call.grad_p, call.grad_q, call.threads);
+                    });
+  define<SelfScale>(module, "cpu_self_overlap_forward", {Per::kProblem, Per::kProblem}, [](const auto& call) {
+    cpu::offsets(call.problem, cpu::Uniform::kOfBoth, call.template at<double>(1));
+    return cpu::self_overlap_forward(call.problem.dim, call.problem.p, {1}, call.template at<double>(0), call.grad_p,
                                      call.threads);
   });
-  define<SelfScale>(module, "cpu_self_overlap_backward", [](const auto& call) {
-    cpu::self_overlap_backward(call.problem.dim, call.problem.p, call.items(0), call.template items<double>(1),
-                               call.grad_p, call.threads);
+  define<SelfScale>(module, "cpu_self_overlap_backward", {Per::kProblem, Per::kProblem}, [](const auto& call) {
+    cpu::self_overlap_backward(call.problem.dim, call.problem.p, call.at(0), call.template at<double>(1), call.grad_p,
+                               call.threads);
   });
-  define<PairScale>(module, "cpu_cs_divergence_forward", [](const auto& call) {
-    call.check_own_gradients();
-    return cpu::cs_divergence_forward(call.problem, call.items(0), call.rows(1), call.template items<double>(2),
-                                      call.grad_p, call.grad_q, call.threads);
+  define<PairScale>(
+      module, "cpu_cs_divergence_forward", {Per::kProblem, Per::kRow, Per::kProblem}, [](const auto& call) {
+        call.check_own_gradients();
+        return cpu::cs_divergence_forward(call.problem, call.at(0), call.at(1), call.template at<double>(2),
+                                          call.grad_p, call.grad_q, call.threads);
+      });
+  define<PairScale>(module, "cpu_cs_divergence_backward", {Per::kProblem, Per::kRow, Per::kProblem},
+                    [](const auto& call) {
+                      cpu::cs_divergence_backward(call.problem, call.at(0), call.at(1), call.template at<double>(2),
+                                                  call.grad_p, call.grad_q, call.threads);
+                    });
+  define<PairScale>(module, "cpu_pairwise_forward", {Per::kRow},
+                    [](const auto& call) { cpu::pairwise_forward(call.problem, call.at(0), call.threads); });
+  define<PairScale>(module, "cpu_pairwise_backward", {Per::kRow}, [](const auto& call) {
+    cpu::pairwise_backward(call.problem, call.at(0), call.grad_p, call.grad_q, call.threads);
   });
-  define<PairScale>(module, "cpu_cs_divergence_backward", [](const auto& call) {
-    cpu::cs_divergence_backward(call.problem, call.items(0), call.rows(1), call.template items<double>(2), call.grad_p,
-                                call.grad_q, call.threads);
-  });
-  define<PairScale>(module, "cpu_pairwise_forward",
-                    [](const auto& call) { cpu::pairwise_forward(call.problem, call.rows(0), call.threads); });
-  define<PairScale>(module, "cpu_pairwise_backward", [](const auto& call) {
-    cpu::pairwise_backward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
-  });
-  define<PairScale>(module, "cpu_assign",
-                    [](const auto& call) { cpu::assign(call.problem, call.template rows<int64_t>(0), call.threads); });
+  define<PairScale>(module, "cpu_assign", {Per::kRow},
+                    [](const auto& call) { cpu::assign(call.problem, call.template at<int64_t>(0), call.threads); });
 
-  define_full(module, "cpu_full_overlap_lse_forward", [](const Call<double>& call) {
-    cpu::full_overlap_lse_forward(call.problem, call.rows(0), call.threads);
+  define_full(module, "cpu_full_overlap_lse_forward", {Per::kRow},
+              [](const Call<double>& call) { cpu::full_overlap_lse_forward(call.problem, call.at(0), call.threads); });
+  define_full(module, "cpu_full_overlap_lse_backward", {Per::kRow, Per::kRow}, [](const Call<double>& call) {
+    cpu::full_overlap_lse_backward(call.problem, call.at(0), call.at(1), call.grad_p, call.grad_q, call.threads);
   });
-  define_full(module, "cpu_full_overlap_lse_backward", [](const Call<double>& call) {
-    cpu::full_overlap_lse_backward(call.problem, call.rows(0), call.rows(1), call.grad_p, call.grad_q, call.threads);
+  define_full(module, "cpu_full_self_overlap_forward", {Per::kRow},
+              [](const Call<double>& call) { cpu::full_self_overlap_forward(call.problem, call.at(0), call.threads); });
+  define_full(module, "cpu_full_self_overlap_backward", {Per::kRow, Per::kRow}, [](const Call<double>& call) {
+    cpu::full_self_overlap_backward(call.problem, call.at(0), call.at(1), call.grad_p, call.threads);
   });
-  define_full(module, "cpu_full_self_overlap_forward", [](const Call<double>& call) {
-    cpu::full_self_overlap_forward(call.problem, call.rows(0), call.threads);
+  define_full(module, "cpu_full_pairwise_forward", {Per::kRow},
+              [](const Call<double>& call) { cpu::full_pairwise_forward(call.problem, call.at(0), call.threads); });
+  define_full(module, "cpu_full_pairwise_backward", {Per::kRow}, [](const Call<double>& call) {
+    cpu::full_pairwise_backward(call.problem, call.at(0), call.grad_p, call.grad_q, call.threads);
   });
-  define_full(module, "cpu_full_self_overlap_backward", [](const Call<double>& call) {
-    cpu::full_self_overlap_backward(call.problem, call.rows(0), call.rows(1), call.grad_p, call.threads);
-  });
-  define_full(module, "cpu_full_pairwise_forward",
-              [](const Call<double>& call) { cpu::full_pairwise_forward(call.problem, call.rows(0), call.threads); });
-  define_full(module, "cpu_full_pairwise_backward", [](const Call<double>& call) {
-    cpu::full_pairwise_backward(call.problem, call.rows(0), call.grad_p, call.grad_q, call.threads);
-  });
-  define_full(module, "cpu_full_assign",
-              [](const Call<double>& call) { cpu::full_assign(call.problem, call.rows<int64_t>(0), call.threads); });
+  define_full(module, "cpu_full_assign", {Per::kRow},
+              [](const Call<double>& call) { cpu::full_assign(call.problem, call.at<int64_t>(0), call.threads); });
 }
 
 }   // namespace

@@ -46,7 +46,6 @@ class Emulation(Cuda):
     """csdiv/backends/cuda.py on the emulation's functions."""
 
     def __init__(self, native: ModuleType) -> None:
-        super().__init__()
         self.native = native
 
     def stream(self, device: torch.device) -> int:

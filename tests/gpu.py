@@ -21,7 +21,6 @@ def _copied(value: Any, device: str) -> Any:
 
 class OnGpu(Backend):
     def __init__(self, backend: Backend) -> None:
-        super().__init__()
         self._backend = backend
 
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:

@@ -81,8 +81,8 @@ def test_channels_go_over_the_pairs_once(backend: str, monkeypatch: pytest.Monke
 
     def counted(name: str, *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
         outputs, grads = plain(name, *arguments)
-        assert name == "pairwise"
-        pairs.append(outputs[0].numel())
+        if name == "pairwise":
+            pairs.append(outputs[0].numel())
         return outputs, grads
 
     monkeypatch.setattr(chosen, "forward", counted)

@@ -113,9 +113,7 @@ def test_info_explains_the_choice_for_a_shape() -> None:
     shape = ("info", "--shape", "4096", "512", "64")
     assert "preferred: cuda, then triton: " in invoke(*shape)[1]
     spherical = invoke(*shape, "--structure", "spherical")[1]
-    assert "preferred: cuda, then triton: one variance for each component" in spherical
-    tied = invoke(*shape, "--structure", "tied diagonal")[1]
-    assert "preferred: cuda, then triton: one variance for each component, or for all of a side" in tied
+    assert "preferred: cuda, then triton: fewer instructions for an element" in spherical
     if not torch.cuda.is_available():
         assert "taken here: none, torch sees no GPU" in spherical
     assert "form: diagonal" in spherical or torch.cuda.is_available()

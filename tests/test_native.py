@@ -226,8 +226,8 @@ def test_bad_arguments_are_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="index is missing"):
         call(4, 3, 1, (8, 8, 0, 0, 2, 1, False, False))
     for arrays, sides, grads, message in (
-        ((8,), (side, side), none, "an array is missing"),
-        ((8,) * 5, (side, side), none, "too many arrays"),
+        ((8,), (side, side), none, "as many arrays"),
+        ((8,) * 3, (side, side), none, "as many arrays"),
         ((8, 0), (side, side), none, "null"),
         ((8, 8), (side,), none, "p and q"),
         ((8, 8), (side, side), none[:1], "p and q"),
@@ -237,10 +237,10 @@ def test_bad_arguments_are_refused_before_anything_is_read():
             _C.cpu_overlap_lse_forward(4, 1, 1, arrays, sides, grads, 1)
 
 
-def test_a_second_copy_of_the_module_loads_beside_the_first():
+def test_a_second_copy_of_the_module_loads_beside_the_first(tmp_path):
     """As bench gpu loads a build of its own."""
-    assert _C.__file__
-    spec = importlib.util.spec_from_file_location("another._C", _C.__file__)
+    copy = shutil.copy(_C.__file__, tmp_path)
+    spec = importlib.util.spec_from_file_location("another._C", copy)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

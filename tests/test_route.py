@@ -113,6 +113,28 @@ def test_a_backend_is_registered_by_an_object() -> None:
         csdiv.log_overlap(p, backend="noted")
 
 
+def test_no_points_against_full_covariances() -> None:
+    q = mixture("full")
+    for backend in ("auto", "cpu", "reference"):
+        assert q.log_prob(torch.zeros(0, 2, dtype=torch.float64), backend=backend).shape == (0,)
+        assert q.assign(torch.zeros(0, 2, dtype=torch.float64), backend=backend).shape == (0,)
+
+
+def test_a_backend_that_is_no_name_is_refused() -> None:
+    p = mixture("diagonal")
+    with pytest.raises(ValueError, match=r"backend: one of .* expected, got \['cpu'\]"):
+        csdiv.log_overlap(p, backend=["cpu"])
+
+
+def test_gpu_backends_have_no_gradients_of_rows_at_once() -> None:
+    p, q = mixture("diagonal"), mixture("diagonal", 4)
+    tensors = [p.means, p.variances, q.means, q.variances, q.log_weights]
+    for name in ("emulation", "interpreter"):
+        if name in csdiv.available_backends():
+            with pytest.raises(NotImplementedError, match="backward pass alone"):
+                backends.resolve(name, torch.device("cpu")).forward("overlap_lse", tensors, [True] * 5)
+
+
 def test_auto_is_no_name_for_a_backend() -> None:
     with pytest.raises(ValueError, match='any but "auto"'):
         backends.register("auto", lambda: backends.resolve("cpu", torch.device("cpu")))

@@ -42,7 +42,7 @@ class BackendStatus(NamedTuple):
 class _Registered(NamedTuple):
     load: Callable[[], Backend]
     status: Callable[[], BackendStatus]
-    device: str | None  # the kind of device that it computes on, None: any
+    device: str | None  # the kind of device that it computes on, None: CPUs and CUDA devices
     full: bool  # whether it has full covariances, up to MAX_FULL_DIM
 
 
@@ -64,7 +64,7 @@ def register(
     Args:
         name: what ``backend=`` takes, and :func:`backend_status` lists.
         load: gives the backend; called when it is first needed.
-        device: the kind of device whose tensors it computes on, such as "cuda"; default any.
+        device: the kind of device whose tensors it computes on, "cpu" or "cuda"; default both.
         full: whether it has the operators for full covariances, with D ≤ ``MAX_FULL_DIM``.
         status: whether it can run here. By default it can.
 
@@ -106,7 +106,7 @@ def available_backends() -> tuple[str, ...]:
 
 def check_name(name: str) -> None:
     """Raises ValueError unless ``name`` is "auto" or that of a backend."""
-    if name != "auto" and name not in _registered:
+    if not isinstance(name, str) or (name != "auto" and name not in _registered):
         names = ", ".join(map(repr, ("auto", *_registered)))
         raise ValueError(f"backend: one of {names} expected, got {name!r}")
 

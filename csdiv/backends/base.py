@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,10 @@ class Backend(abc.ABC):
     log c and constants, to the offset, where it is not rounded to float32.
     """
 
-    def __init__(self) -> None:
-        self.loaded = set[torch.device]()
+    @functools.cached_property
+    def loaded(self) -> set[torch.device]:
         """Devices that have all kernels; see :func:`csdiv.warmup`."""
+        return set()
 
     @abc.abstractmethod
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:

@@ -51,6 +51,8 @@ class Cuda(Backend):
             offset = outputs[1] if flat is call.problem else outputs[1].new_empty(1)
             self._run("cuda_overlap_lse_forward", call, [outputs[0], offset], flat=True)
             outputs[1] = offset.expand(outputs[1].shape).contiguous()
+            if any(needs):
+                raise NotImplementedError('backend "cuda": gradients of rows come from the backward pass alone')
         else:
             if name in ("log_overlap", "self_overlap"):
                 outputs[1].zero_()

@@ -160,7 +160,8 @@ def _gradients(
         assert grad is not None
         weights = Weights(given=grad.contiguous())
     elif name == "overlap_lse":
-        assert grad is not None
+        if grad is None:
+            raise NotImplementedError('backend "triton": gradients of rows come from the backward pass alone')
         row_lse = outputs[0] + outputs[1]  # float64: nothing is lost
         weights = _shares_of_rows(packed, *(t.reshape(packed.batch, swept.n) for t in (row_lse, grad)))
     else:

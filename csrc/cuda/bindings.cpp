@@ -63,19 +63,16 @@ struct Call {
   Arrays arrays;
   SideGradients<T> grad_p, grad_q;
 
-  // Array k, of numbers for each row, or for each problem.
+  // Array k.
   template <class U = T>
-  U* rows(int k) const {
-    return arrays.at<U>(k, problem.batch > 0 && problem.p.n > 0);
-  }
-  template <class U = T>
-  U* items(int k) const {
-    return arrays.at<U>(k, problem.batch > 0);
+  U* at(int k) const {
+    return arrays.at<U>(k);
   }
 };
 
 template <class T>
-Call<T> make_call(int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides, const py::tuple& grads) {
+Call<T> make_call(int64_t batch, int64_t dim, const Kinds& kinds, const py::tuple& arrays, const py::tuple& sides,
+                  const py::tuple& grads) {
   const Problem<T> problem{
       batch, dim, mixture<T>(one_of_two(sides, 0), dim), mixture<T>(one_of_two(sides, 1), dim), {}};
   check_sizes({batch, problem.p.n, problem.q.n});
@@ -84,7 +81,8 @@ Call<T> make_call(int64_t batch, int64_t dim, const py::tuple& arrays, const py:
   check(problem.q.n > 0, "q must have components");
   for (const auto* side : {&problem.p, &problem.q})
     check(batch == 0 || side->index || side->items == batch || side->items == 1, "an index is missing");
-  return {problem, Arrays(arrays), side_gradients<T>(one_of_two(grads, 0)), side_gradients<T>(one_of_two(grads, 1))};
+  return {problem, Arrays(arrays, kinds, batch > 0 && problem.p.n > 0, batch > 0),
+          side_gradients<T>(one_of_two(grads, 0)), side_gradients<T>(one_of_two(grads, 1))};
 }
 
 // run(context, call) without Python's lock; how much scratch memory that takes.
@@ -105,23 +103,23 @@ int64_t run_in(const py::tuple& context, const Call<T>& call, const F& run) {
 }
 
 template <class F>
-void define(py::module_& module, const char* name, const F& run) {
-  module.def(name, [run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides,
-                         const py::tuple& grads, const py::tuple& context) {
+void define(py::module_& module, const char* name, const Kinds& kinds, const F& run) {
+  module.def(name, [kinds, run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays,
+                                const py::tuple& sides, const py::tuple& grads, const py::tuple& context) {
     return with_type(itemsize, [&](auto type) {
-      return run_in(context, make_call<decltype(type)>(batch, dim, arrays, sides, grads), run);
+      return run_in(context, make_call<decltype(type)>(batch, dim, kinds, arrays, sides, grads), run);
     });
   });
 }
 
 // The same for sides that have covariances, see cuda.h.
 template <class F>
-void define_full(py::module_& module, const char* name, const F& run) {
-  module.def(name, [run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays, const py::tuple& sides,
-                         const py::tuple& grads, const py::tuple& context) {
+void define_full(py::module_& module, const char* name, const Kinds& kinds, const F& run) {
+  module.def(name, [kinds, run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays,
+                                const py::tuple& sides, const py::tuple& grads, const py::tuple& context) {
     check(itemsize == sizeof(double), "full covariances are computed in double");
     check(dim <= cuda::kMaxFullDim, "dim must be at most 32 for full covariances");
-    const auto call = make_call<double>(batch, dim, arrays, sides, grads);
+    const auto call = make_call<double>(batch, dim, kinds, arrays, sides, grads);
     for (const auto* side : {&call.problem.p, &call.problem.q}) {
       check_sizes({side->items, side->n, dim, dim});
       check(batch * side->n < INT32_MAX, "more components than parts count");
@@ -131,63 +129,68 @@ void define_full(py::module_& module, const char* name, const F& run) {
 }
 
 void define_operators(py::module_& module) {
-  define(module, "cuda_overlap_lse_forward", [](Context& where, const auto& call) {
-    cuda::overlap_lse_forward(where, call.problem, call.rows(0), call.template items<double>(1));
+  define(module, "cuda_overlap_lse_forward", {Per::kRow, Per::kProblem}, [](Context& where, const auto& call) {
+    cuda::overlap_lse_forward(where, call.problem, call.at(0), call.template at<double>(1));
   });
-  define(module, "cuda_overlap_lse_backward", [](Context& where, const auto& call) {
-    cuda::overlap_lse_backward(where, call.problem, call.rows(0), call.template rows<double>(1), call.grad_p,
-                               call.grad_q);
+  define(module, "cuda_overlap_lse_backward", {Per::kRow, Per::kRow}, [](Context& where, const auto& call) {
+    cuda::overlap_lse_backward(where, call.problem, call.at(0), call.template at<double>(1), call.grad_p, call.grad_q);
   });
-  define(module, "cuda_log_overlap_forward", [](Context& where, const auto& call) {   // whose offset is zero
-    cuda::log_overlap_forward(where, call.problem, call.template items<double>(0), call.rows(2), call.grad_p,
-                              call.grad_q);
+  define(module, "cuda_log_overlap_forward", {Per::kProblem, Per::kProblem, Per::kRow},
+         [](Context& where, const auto& call) {   // whose offset is zero
+           cuda::log_overlap_forward(where, call.problem, call.template at<double>(0), call.at(2), call.grad_p,
+                                     call.grad_q);
+         });
+  define(module, "cuda_log_overlap_backward", {Per::kProblem, Per::kProblem, Per::kRow},
+         [](Context& where, const auto& call) {
+           cuda::log_overlap_backward(where, call.problem, call.at(0), call.template at<double>(1), call.grad_p,
+                                      call.grad_q);
+         });
+  define(module, "cuda_self_overlap_forward", {Per::kProblem, Per::kProblem}, [](Context& where, const auto& call) {
+    cuda::self_overlap_forward(where, call.problem, call.template at<double>(0), call.grad_p);
   });
-  define(module, "cuda_log_overlap_backward", [](Context& where, const auto& call) {
-    cuda::log_overlap_backward(where, call.problem, call.items(0), call.template items<double>(1), call.grad_p,
-                               call.grad_q);
+  define(module, "cuda_self_overlap_backward", {Per::kProblem, Per::kProblem}, [](Context& where, const auto& call) {
+    cuda::self_overlap_backward(where, call.problem, call.at(0), call.template at<double>(1), call.grad_p);
   });
-  define(module, "cuda_self_overlap_forward", [](Context& where, const auto& call) {
-    cuda::self_overlap_forward(where, call.problem, call.template items<double>(0), call.grad_p);
+  define(module, "cuda_cs_divergence_forward", {Per::kProblem, Per::kRow, Per::kProblem},
+         [](Context& where, const auto& call) {
+           cuda::cs_divergence_forward(where, call.problem, call.at(0), call.at(1), call.template at<double>(2),
+                                       call.grad_p, call.grad_q);
+         });
+  define(module, "cuda_cs_divergence_backward", {Per::kProblem, Per::kRow, Per::kProblem},
+         [](Context& where, const auto& call) {
+           cuda::cs_divergence_backward(where, call.problem, call.at(0), call.template at<double>(2), call.grad_p,
+                                        call.grad_q);
+         });
+  define(module, "cuda_pairwise_forward", {Per::kRow},
+         [](Context& where, const auto& call) { cuda::pairwise_forward(where, call.problem, call.at(0)); });
+  define(module, "cuda_pairwise_backward", {Per::kRow}, [](Context& where, const auto& call) {
+    cuda::pairwise_backward(where, call.problem, call.at(0), call.grad_p, call.grad_q);
   });
-  define(module, "cuda_self_overlap_backward", [](Context& where, const auto& call) {
-    cuda::self_overlap_backward(where, call.problem, call.items(0), call.template items<double>(1), call.grad_p);
-  });
-  define(module, "cuda_cs_divergence_forward", [](Context& where, const auto& call) {
-    cuda::cs_divergence_forward(where, call.problem, call.items(0), call.rows(1), call.template items<double>(2),
-                                call.grad_p, call.grad_q);
-  });
-  define(module, "cuda_cs_divergence_backward", [](Context& where, const auto& call) {
-    cuda::cs_divergence_backward(where, call.problem, call.items(0), call.template items<double>(2), call.grad_p,
-                                 call.grad_q);
-  });
-  define(module, "cuda_pairwise_forward",
-         [](Context& where, const auto& call) { cuda::pairwise_forward(where, call.problem, call.rows(0)); });
-  define(module, "cuda_pairwise_backward", [](Context& where, const auto& call) {
-    cuda::pairwise_backward(where, call.problem, call.rows(0), call.grad_p, call.grad_q);
-  });
-  define(module, "cuda_assign",
-         [](Context& where, const auto& call) { cuda::assign(where, call.problem, call.template rows<int64_t>(0)); });
+  define(module, "cuda_assign", {Per::kRow},
+         [](Context& where, const auto& call) { cuda::assign(where, call.problem, call.template at<int64_t>(0)); });
 
-  define_full(module, "cuda_full_overlap_lse_forward", [](Context& where, const Call<double>& call) {
-    cuda::full_overlap_lse_forward(where, call.problem, false, call.rows(0));
+  define_full(module, "cuda_full_overlap_lse_forward", {Per::kRow}, [](Context& where, const Call<double>& call) {
+    cuda::full_overlap_lse_forward(where, call.problem, false, call.at(0));
   });
-  define_full(module, "cuda_full_overlap_lse_backward", [](Context& where, const Call<double>& call) {
-    cuda::full_overlap_lse_backward(where, call.problem, call.rows(0), call.rows(1), call.grad_p, call.grad_q);
+  define_full(module, "cuda_full_overlap_lse_backward", {Per::kRow, Per::kRow},
+              [](Context& where, const Call<double>& call) {
+                cuda::full_overlap_lse_backward(where, call.problem, call.at(0), call.at(1), call.grad_p, call.grad_q);
+              });
+  define_full(module, "cuda_full_self_overlap_forward", {Per::kRow}, [](Context& where, const Call<double>& call) {
+    cuda::full_overlap_lse_forward(where, call.problem, true, call.at(0));
   });
-  define_full(module, "cuda_full_self_overlap_forward", [](Context& where, const Call<double>& call) {
-    cuda::full_overlap_lse_forward(where, call.problem, true, call.rows(0));
+  define_full(module, "cuda_full_self_overlap_backward", {Per::kRow, Per::kRow},
+              [](Context& where, const Call<double>& call) {
+                cuda::full_overlap_lse_backward(where, call.problem, call.at(0), call.at(1), call.grad_p, {});
+              });
+  define_full(module, "cuda_full_pairwise_forward", {Per::kRow}, [](Context& where, const Call<double>& call) {
+    cuda::full_pairwise_forward(where, call.problem, call.at(0));
   });
-  define_full(module, "cuda_full_self_overlap_backward", [](Context& where, const Call<double>& call) {
-    cuda::full_overlap_lse_backward(where, call.problem, call.rows(0), call.rows(1), call.grad_p, {});
+  define_full(module, "cuda_full_pairwise_backward", {Per::kRow}, [](Context& where, const Call<double>& call) {
+    cuda::full_pairwise_backward(where, call.problem, call.at(0), call.grad_p, call.grad_q);
   });
-  define_full(module, "cuda_full_pairwise_forward", [](Context& where, const Call<double>& call) {
-    cuda::full_pairwise_forward(where, call.problem, call.rows(0));
-  });
-  define_full(module, "cuda_full_pairwise_backward", [](Context& where, const Call<double>& call) {
-    cuda::full_pairwise_backward(where, call.problem, call.rows(0), call.grad_p, call.grad_q);
-  });
-  define_full(module, "cuda_full_assign", [](Context& where, const Call<double>& call) {
-    cuda::full_assign(where, call.problem, call.rows<int64_t>(0));
+  define_full(module, "cuda_full_assign", {Per::kRow}, [](Context& where, const Call<double>& call) {
+    cuda::full_assign(where, call.problem, call.at<int64_t>(0));
   });
 }
 
