@@ -146,7 +146,7 @@ void define_operators(py::module_& module) {
     cpu::offsets(call.problem, cpu::Uniform::kOfQ, call.template at<double>(1));
     return cpu::overlap_lse_forward(call.problem, call.at(0), call.grad_p, call.grad_q, call.threads);
   });
-  define<PairScale>(module, "cpu_overlap_lse_backward", {Per::kRow, Per::kRow}, [](const auto& call) {
+  define<PairScale>(module, "cpu_overlap_lse_backward", {Per::kRow, Per::kRow, Per::kProblem}, [](const auto& call) {
     cpu::overlap_lse_backward(call.problem, call.at(0), call.at(1), call.grad_p, call.grad_q, call.threads);
   });
   define<PairScale>(module, "cpu_log_overlap_forward", {Per::kProblem, Per::kProblem, Per::kRow}, [](const auto& call) {
