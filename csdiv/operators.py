@@ -2,7 +2,7 @@
 
 Schemas, fakes, autograd functions, vmap rules and the calls of every backend follow from it. One order holds
 everywhere, in csrc/bindings.cpp as well: the gradient of the value, the outputs, the tensors of p, the tensors of q,
-each side's weights last. :class:`csdiv.backends.base.Backend` describes the tensors.
+each side's weights last, the tensors of neither. :class:`csdiv.backends.base.Backend` describes the tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ class Output(NamedTuple):
     without: str | None = None  # a tensor whose batch dimensions this output does not have
 
 
+class Other(NamedTuple):
+    """A tensor (*batch, *sizes) that is neither p's nor q's; each of its sizes may be 1 instead."""
+
+    name: str
+    sizes: str  # letters as of outputs, and D dimensions
+
+
 class Operator(NamedTuple):
     """One operator. Its first output is the value, which gradients are of; "assign" and "full_assign" have none.
 
@@ -33,6 +40,7 @@ class Operator(NamedTuple):
     name: str
     p: tuple[str, ...]  # p's tensors, as csdiv.reference.Components names them
     q: tuple[str, ...]  # q's; none: p with itself
+    others: tuple[Other, ...]  # after the tensors of p and q
     outputs: tuple[Output, ...]
     saved: tuple[int, ...]  # which outputs the backward pass takes
     at_once: (
@@ -45,13 +53,22 @@ class Operator(NamedTuple):
 
 
 def _operator(
-    name: str, p: str, q: str, outputs: tuple[Output, ...], saved: str = "", at_once: str = "nothing"
+    name: str,
+    p: str,
+    q: str,
+    outputs: tuple[Output, ...],
+    saved: str = "",
+    at_once: str = "nothing",
+    others: tuple[Other, ...] = (),
 ) -> Operator:
     sides, channels = (tuple(p.split()), tuple(q.split())), name.endswith("channel_overlap")
     names = tuple(f"{side}_{kind}" for side, kinds in zip("pq", sides, strict=True) for kind in kinds)
     event_dims = tuple(_EVENT_DIMS[k] + (channels and k == "log_weights") for kinds in sides for k in kinds)
+    names += tuple(other.name for other in others)
+    event_dims += tuple(len(other.sizes) for other in others)
     back = tuple(k for k, output in enumerate(outputs) if output.name in saved.split())
-    return Operator(name, *sides, outputs, back, at_once, names, event_dims, "covariances" in sides[0], channels)
+    full = "covariances" in sides[0]
+    return Operator(name, *sides, others, outputs, back, at_once, names, event_dims, full, channels)
 
 
 _PART, _MIXTURE = "means variances", "means variances log_weights"

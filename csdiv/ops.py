@@ -62,7 +62,7 @@ def _define_forward(operator: Operator) -> Any:
 
     def forward(*arguments: Any) -> tuple[Any, ...]:
         *tensors, needs, backend = arguments
-        chosen = backends.resolve(backend, tensors[0].device, operator.full)
+        chosen = backends.resolve(backend, tensors[0].device, operator.name)
         if operator.channels:
             return *channels.forward(chosen, operator, tensors), []
         outputs, grads = chosen.forward(name, tensors, needs)
@@ -83,7 +83,7 @@ def _define_backward(operator: Operator) -> Any:
     def backward(
         grad: Tensor, outputs: list[Tensor], tensors: list[Tensor | None], needs: list[bool], backend: str
     ) -> list[Tensor]:
-        chosen = backends.resolve(backend, grad.device, operator.full)
+        chosen = backends.resolve(backend, grad.device, operator.name)
         if operator.channels:
             return channels.backward(chosen, operator, grad, tensors, outputs, needs)
         return chosen.backward(name, grad, tensors, outputs, needs)
@@ -95,7 +95,7 @@ def _define_backward(operator: Operator) -> Any:
 def _define_assign(operator: Operator) -> Any:
     def assign(*arguments: Any) -> Tensor:
         *tensors, backend = arguments
-        return backends.resolve(backend, tensors[0].device, operator.full).assign(operator.name, tensors)
+        return backends.resolve(backend, tensors[0].device, operator.name).assign(operator.name, tensors)
 
     schema = f"{operator.name}({_parameters(operator)}, str backend) -> Tensor"
     return _define(schema, assign, lambda *arguments: _outputs_like(operator, arguments[:-1])[0])

@@ -94,14 +94,14 @@ class Route(NamedTuple):
     q: GaussianMixture
     backend: str
 
-    def parts(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def parts(self, name: str, *others: Tensor) -> tuple[Tensor, Tensor | None]:
         """The value of an operator, float64 if a side is full; what is to be added to it in float64, if anything."""
-        value, offset, shift = self._evaluate(name)
+        value, offset, shift = self._evaluate(name, *others)
         return value if shift is None else value - shift, offset
 
-    def value(self, name: str) -> Tensor:
+    def value(self, name: str, *others: Tensor) -> Tensor:
         """Both parts together."""
-        value, offset, shift = self._evaluate(name)
+        value, offset, shift = self._evaluate(name, *others)
         value = value if offset is None else value + offset
         return value if shift is None else value - shift
 
@@ -115,13 +115,15 @@ class Route(NamedTuple):
     def swapped(self) -> Route:
         return self._replace(p=self.q, q=self.p)
 
-    def _evaluate(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The value, the offset, and what is to be subtracted."""
+    def _evaluate(self, name: str, *others: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The value, the offset, and what is to be subtracted. ``others`` are the tensors of neither side."""
+        if others and (self.p.variances is None or self.q.variances is None):
+            raise NotImplementedError(f"{name}: diagonal covariances expected")  # others are not whitened
         if self.formula == REFERENCE:
             formula = reference.FORMULAS["log_overlap" if name == "self_overlap" else name]
-            return formula(components(self.p), components(self.q)), None, None
+            return formula(components(self.p), components(self.q), *others), None, None
         operator, tensors, log_det = self._operands(name)
-        value, offset = autograd.parts(operator.name, self.backend, *tensors)
+        value, offset = autograd.parts(operator.name, self.backend, *tensors, *others)
         if log_det is not None:
             log_det = log_det.reshape(log_det.shape + (1,) * len(operator.outputs[0].sizes))
         return value, offset, log_det

@@ -124,7 +124,10 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "channel_overlap": channel_overlap,
     "assign": assign,
 }
-"""The value of each operator, see :mod:`csdiv.operators`."""
+"""The value of each operator, see :mod:`csdiv.operators`, from p, q and the tensors of neither."""
+
+ROW_LSE: dict[str, Callable[..., Tensor]] = {}
+"""The output "row_lse" of operators whose is not :func:`overlap_lse`, from the same."""
 
 
 def _log_normal_diagonal(delta: Tensor, c: Tensor) -> Tensor:

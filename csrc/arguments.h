@@ -31,8 +31,8 @@ T* pointer(Pointer address, bool needed = true) {
   return reinterpret_cast<T*>(address);
 }
 
-// What an array of a call has numbers for: each row of a problem, or each problem.
-enum class Per { kRow, kProblem };
+// What an array of a call has numbers for: each row of a problem, or each problem; or it may be left out.
+enum class Per { kRow, kProblem, kOptional };
 using Kinds = std::vector<Per>;
 
 // The arrays of a call in the order of csdiv/operators.py: the gradient of the value, outputs. All are checked here,
@@ -44,7 +44,8 @@ class Arrays {
     int k = 0;
     for (const Per per : kinds) {
       addresses_[k] = addresses[k].cast<Pointer>();
-      check(addresses_[k++] || !(per == Per::kRow ? rows : problems), "a pointer is null");
+      const bool needed = per == Per::kRow ? rows : per == Per::kProblem ? problems : false;
+      check(addresses_[k++] || !needed, "a pointer is null");
     }
   }
 
@@ -54,7 +55,7 @@ class Arrays {
   }
 
  private:
-  static constexpr size_t kMost = 4;
+  static constexpr size_t kMost = 8;
 
   Pointer addresses_[kMost];
 };

@@ -7,7 +7,7 @@ import torch
 from entries import BACKENDS, WITH_FULL
 from torch import Tensor
 
-from csdiv import ops, testing
+from csdiv import backends, ops, testing
 from csdiv.operators import OPERATORS, Operator
 
 
@@ -25,13 +25,19 @@ def side_tensors(names: tuple[str, ...], k: int, batched: bool) -> list[Tensor |
 
 
 def operator_tensors(operator: Operator, batched: bool) -> list[Tensor | None]:
+    sizes, batch = {"1": 1, "N": 3, "M": 4, "D": 2}, (2,) * batched
     tensors = side_tensors(operator.p, 3, batched) + side_tensors(operator.q, 4, batched)
+    tensors += [torch.rand(*batch, *(sizes[letter] for letter in other.sizes)) for other in operator.others]
     for k, name in enumerate(operator.names):
         if name.endswith("log_weights") and operator.channels:
             tensors[k] = torch.stack([tensors[k], 2.0 * tensors[k]], -2)
         elif name == "p_log_weights" and batched and not operator.full:
             tensors[k] = None
     return tensors
+
+
+def lacking(backend: str) -> frozenset[str]:
+    return backends.resolve(backend, torch.device("cpu")).lacks
 
 
 def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
@@ -43,7 +49,7 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
         return operator(*arguments, backend)
 
     for name, operator in OPERATORS.items():
-        if operator.full and backend not in ("auto", *WITH_FULL):
+        if (operator.full and backend not in ("auto", *WITH_FULL)) or name in lacking(backend):
             continue
         for batched in (False, True):
             tensors = operator_tensors(operator, batched)

@@ -36,7 +36,12 @@ def available(backend: str, yes: bool = True) -> None:
     """Registers a stand-in for a backend of GPUs that says so."""
     stand_in = backends.resolve("reference", torch.device("cpu"))
     status = backends.BackendStatus(yes, "" if yes else "not here")
-    backends.register(backend, lambda: mock.Mock(wraps=stand_in, spec=stand_in), device="cuda", status=lambda: status)
+    backends.register(
+        backend,
+        lambda: mock.Mock(wraps=stand_in, spec=stand_in, lacks=frozenset()),
+        device="cuda",
+        status=lambda: status,
+    )
 
 
 def test_cpu_tensors_are_refused() -> None:
@@ -53,7 +58,7 @@ def test_auto_on_a_gpu_takes_the_best_one(present: tuple[str, ...], chosen: str)
         for name in ("cuda", "triton"):
             available(name, name in present)
         assert backends.resolve("auto", gpu) is backends.resolve(chosen, gpu)
-        assert backends.resolve("auto", gpu, full=True) is backends.resolve("reference", gpu)
+        assert backends.resolve("auto", gpu, operator="full_overlap_lse") is backends.resolve("reference", gpu)
 
 
 def test_auto_elsewhere_is_the_reference() -> None:

@@ -117,21 +117,23 @@ def has_full(name: str) -> bool:
 
 
 @functools.cache
-def resolve(name: str, device: torch.device, full: bool = False) -> Backend:
-    """The backend that computes on ``device``.
+def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
+    """The backend that computes ``operator``, "": any, on ``device``.
 
     "auto" is the first backend of its line in :data:`AUTO` that can run, else "reference", on a GPU with one warning;
-    with ``full`` it is "reference" where that one has no full covariances. Any other name is that backend or an error.
+    it is "reference" where that one lacks the operator. Any other name is that backend or an error.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run here, or not on this device.
+        NotImplementedError: it lacks the operator.
     """
     check_name(name)
+    automatic = name == "auto"
     if name == "auto":
         name = _first_able(device)
         if device.type == "cuda" and name == "reference":
             _warn_slow_cuda()
-        if full and not has_full(name):
+        if operator.startswith("full_") and not has_full(name):
             name = "reference"
     registered = _registered[name]
     status = registered.status()
@@ -144,7 +146,12 @@ def resolve(name: str, device: torch.device, full: bool = False) -> Backend:
         )
     if name == "cuda" and (reason := _missing_kernels(device)):
         raise RuntimeError(f'backend "cuda" is not available: {reason}')
-    return registered.load()
+    backend = registered.load()
+    if operator in backend.lacks:
+        if automatic:
+            return resolve("reference", device)
+        raise NotImplementedError(f'backend "{name}" has no {operator}: take backend="auto" or "reference"')
+    return backend
 
 
 def _first_able(device: torch.device) -> str:

@@ -27,6 +27,9 @@ class Backend(abc.ABC):
     log c and constants, to the offset, where it is not rounded to float32.
     """
 
+    lacks: frozenset[str] = frozenset()
+    """Operators that it does not compute: "auto" takes the reference for them."""
+
     @functools.cached_property
     def loaded(self) -> set[torch.device]:
         """Devices that have all kernels; see :func:`csdiv.warmup`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +17,20 @@ from csdiv.transforms import autograd_enabled
 
 def formula(name: str, tensors: Tensors) -> Tensor:
     """The value of an operator as a differentiable function of its tensors: gradients of any order."""
-    return reference.FORMULAS[name.removeprefix("full_")](*_sides(name, tensors))
+    return reference.FORMULAS[name.removeprefix("full_")](*_operands(name, tensors))
 
 
-def _sides(name: str, tensors: Tensors) -> list[Components]:
+def _operands(name: str, tensors: Tensors) -> list[Any]:
+    """p and q, where there is one, as Components, and the tensors of neither."""
     operator, remaining = OPERATORS[name], iter(tensors)
-    return [Components(**{kind: next(remaining) for kind in kinds}) for kinds in (operator.p, operator.q) if kinds]
+    sides = (kinds for kinds in (operator.p, operator.q) if kinds)
+    return [*[Components(**{kind: next(remaining) for kind in kinds}) for kinds in sides], *remaining]
 
 
 class Reference(Backend):
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-        p, *others = _sides(name, tensors)
-        q = others[0] if others else p
+        operands = _operands(name, tensors)
+        p, q = operands[:2] if OPERATORS[name].q else operands[:1] * 2
         overlaps: tuple[Tensor, ...] = ()
         if name == "cs_divergence":
             pairs = ((p, q), (p, p), (q, q))
@@ -36,12 +39,13 @@ class Reference(Backend):
         else:
             value = formula(name, tensors)
         first, *rest = OPERATORS[name].outputs
+        count = len(OPERATORS[name].others)
         outputs = [value.to(first.dtype or value.dtype)]
         for output in rest:
             if output.name == "offset":
                 extra = value.new_zeros(*value.shape[:-1], 1) if output.sizes == "1" else torch.zeros_like(value)
             elif output.name == "row_lse":
-                extra = reference.overlap_lse(p, q)
+                extra = reference.ROW_LSE.get(name, reference.overlap_lse)(p, q, *tensors[len(tensors) - count :])
             else:
                 extra = torch.stack(overlaps, -1)
             outputs.append(extra.to(output.dtype or extra.dtype))

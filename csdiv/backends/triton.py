@@ -32,6 +32,8 @@ LOG2_E = 1 / math.log(2)
 
 
 class Triton(Backend):
+    lacks = frozenset(name for name, operator in OPERATORS.items() if operator.others)
+
     def processors(self, device: torch.device) -> int:
         """The number of multiprocessors: how work is cut depends on it, so results are the same on one device model."""
         return _processors(device)
