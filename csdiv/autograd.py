@@ -83,7 +83,7 @@ class _Value(torch.autograd.Function):
         rows = operator.at_once == "rows"
         at_once = at_once and any(needs) and (rows or _has_all_items(tensors, operator.event_dims, needs))
         ctx.name, ctx.backend, ctx.at_once = name, backend, at_once
-        *outputs, grads = ops.FORWARD[name](*tensors, needs if at_once else [False] * len(needs), backend)
+        outputs, grads = ops.run_forward(name, tensors, needs if at_once else [False] * len(needs), backend)
         saved = [] if at_once and not rows else [outputs[k] for k in operator.saved]
         ctx.save_for_backward(*tensors, *saved, *grads)
         if len(outputs) > 1:
@@ -172,7 +172,7 @@ def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[b
 class _TransformableValue(torch.autograd.Function):
     @staticmethod
     def forward(name: str, backend: str, *tensors: Tensor | None) -> Any:
-        return tuple(ops.FORWARD[name](*tensors, [False] * len(tensors), backend)[:-1])
+        return tuple(ops.run_forward(name, tensors, [False] * len(tensors), backend)[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

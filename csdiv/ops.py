@@ -58,22 +58,26 @@ def _gradients_like(tensors: Tensors, needs: Sequence[bool]) -> list[Tensor]:
 
 
 def _define_forward(operator: Operator) -> Any:
-    name = operator.name
+    """(*tensors, needs, backend) -> (*outputs, gradients); no needs and no gradients if none come with the values."""
+    name, count, at_once = operator.name, len(operator.names), operator.at_once != "nothing"
 
-    def forward(*arguments: Any) -> tuple[Any, ...]:
-        *tensors, needs, backend = arguments
-        chosen = backends.resolve(backend, tensors[0].device, operator.name)
+    def forward(*arguments: Any) -> Any:
+        tensors, needs, backend = arguments[:count], arguments[count], arguments[-1]
+        chosen = backends.resolve(backend, tensors[0].device, name)
         if operator.channels:
-            return *channels.forward(chosen, operator, tensors), []
-        outputs, grads = chosen.forward(name, tensors, needs)
-        return *outputs, grads
+            return channels.forward(chosen, operator, tensors)
+        outputs, grads = chosen.forward(name, tensors, needs if at_once else [False] * count)
+        return (*outputs, grads) if at_once else outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def fake(*arguments: Any) -> tuple[Any, ...]:
-        *tensors, needs, _ = arguments
-        return *_outputs_like(operator, tensors), _gradients_like(tensors, needs)
+    def fake(*arguments: Any) -> Any:
+        outputs = _outputs_like(operator, arguments[:count])
+        if at_once:
+            return *outputs, _gradients_like(arguments[:count], arguments[count])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    results = "Tensor, " * len(operator.outputs)
-    schema = f"{name}_forward({_parameters(operator)}, bool[] needs, str backend) -> ({results}Tensor[])"
+    results = ["Tensor"] * len(operator.outputs) + ["Tensor[]"] * at_once
+    returns = results[0] if len(results) == 1 else f"({', '.join(results)})"
+    schema = f"{name}_forward({_parameters(operator)}, {'bool[] needs, ' * at_once}str backend) -> {returns}"
     return _define(schema, forward, fake)
 
 
@@ -105,6 +109,16 @@ _ASSIGN = ("assign", "full_assign")
 ASSIGN = {name: _define_assign(OPERATORS[name]) for name in _ASSIGN}
 """(*tensors, backend) -> indices."""
 FORWARD = {name: _define_forward(operator) for name, operator in OPERATORS.items() if name not in _ASSIGN}
-"""(*tensors, needs, backend) -> (*outputs, gradients where needed)."""
 BACKWARD = {name: _define_backward(operator) for name, operator in OPERATORS.items() if name not in _ASSIGN}
 """(grad, saved outputs, tensors, needs, backend) -> gradients where needed."""
+
+
+def run_forward(
+    name: str, tensors: Tensors, needs: list[bool], backend: str
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The outputs of an operator, and the gradients that come with the values where they are needed."""
+    if OPERATORS[name].at_once != "nothing":
+        *outputs, grads = FORWARD[name](*tensors, needs, backend)
+        return outputs, grads
+    found = FORWARD[name](*tensors, backend)
+    return (found,) if isinstance(found, Tensor) else found, ()

@@ -96,12 +96,12 @@ class Route(NamedTuple):
 
     def parts(self, name: str, *others: Tensor) -> tuple[Tensor, Tensor | None]:
         """The value of an operator, float64 if a side is full; what is to be added to it in float64, if anything."""
-        value, offset, shift = self._evaluate(name, *others)
+        value, offset, shift = self._evaluate(name, others)
         return value if shift is None else value - shift, offset
 
     def value(self, name: str, *others: Tensor) -> Tensor:
         """Both parts together."""
-        value, offset, shift = self._evaluate(name, *others)
+        value, offset, shift = self._evaluate(name, others)
         value = value if offset is None else value + offset
         return value if shift is None else value - shift
 
@@ -115,7 +115,7 @@ class Route(NamedTuple):
     def swapped(self) -> Route:
         return self._replace(p=self.q, q=self.p)
 
-    def _evaluate(self, name: str, *others: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _evaluate(self, name: str, others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The value, the offset, and what is to be subtracted. ``others`` are the tensors of neither side."""
         if others and (self.p.variances is None or self.q.variances is None):
             raise NotImplementedError(f"{name}: diagonal covariances expected")  # others are not whitened

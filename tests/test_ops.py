@@ -59,8 +59,12 @@ def operator_samples(backend: str) -> dict[str, list[tuple[Any, ...]]]:
             nothing = [False] * len(tensors)
             needs = [t is not None and k != 2 for k, t in enumerate(tensors)]
             rows = operator.at_once == "rows" and backend in ("auto", "cpu", "reference")
-            for wanted in (nothing, needs) if operator.at_once == "scalars" or rows else (nothing,):
-                *outputs, _ = call(f"{name}_forward", ops.FORWARD[name], *tensors, wanted)
+            if operator.at_once == "nothing":
+                found = call(f"{name}_forward", ops.FORWARD[name], *tensors)
+                outputs = [found] if isinstance(found, Tensor) else found
+            else:
+                for wanted in (nothing, needs) if operator.at_once == "scalars" or rows else (nothing,):
+                    *outputs, _ = call(f"{name}_forward", ops.FORWARD[name], *tensors, wanted)
             saved = [outputs[k] for k in operator.saved]
             call(f"{name}_backward", ops.BACKWARD[name], outputs[0].cos(), saved, tensors, needs)
     return result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from csdiv.backends.base import Tensors
-from csdiv.operators import Operator, Other, Output
+from csdiv.operators import Operator, Output
 
 _NOT_WANTED = (0, 0, 0)
 
@@ -57,7 +57,7 @@ def _filled(t: Tensor, shape: torch.Size) -> Tensor:
 class Problem:
     """p against q, `batch` times; ``others`` are batches of tensors of neither."""
 
-    def __init__(self, p: Side, q: Side, *others: torch.Size) -> None:
+    def __init__(self, p: Side, q: Side, others: Sequence[torch.Size] = ()) -> None:
         self.p, self.q = p, q
         self.batch = p.own if p.own == q.own and not others else torch.broadcast_shapes(p.own, q.own, *others)
         self.n, self.m = p.means.shape[-2], q.means.shape[-2]
@@ -119,17 +119,15 @@ class Call:
         self.operator = operator
         p = p or make_side(full, *tensors[:own])
         q = make_side(full, *tensors[own:end]) if operator.q else p
-        batches = [t.shape[: t.ndim - len(o.sizes)] for t, o in zip(tensors[end:], operator.others, strict=True)]
-        self.problem = Problem(p, q, *batches)
+        self.problem = Problem(p, q)
+        self._others: list[Tensor] = []
         self._grads: list[tuple[Tensor, Tensor]] = []  # each array and the tensor that it is the gradient to
         self._grad_pointers = (_NOT_WANTED, _NOT_WANTED)
         if True in needs:
             to_p = self._allocate(self.problem.p, tensors[:own], needs[:own])
             self._grad_pointers = (to_p, self._allocate(self.problem.q, tensors[own:end], needs[own:end]))
-        self._others: list[Tensor] = []
         if operator.others:
-            for other in zip(operator.others, tensors[end:], needs[end:], strict=True):
-                self._add_other(*other)
+            self._add_others(tensors[end:], needs[end:])
 
     def _allocate(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> tuple[int, int, int]:
         """Addresses of the gradients to means, variances and log weights, 0 where not wanted."""
@@ -141,14 +139,18 @@ class Call:
                 addresses[k] = array.data_ptr()
         return addresses[0], addresses[1], addresses[2]
 
-    def _add_other(self, other: Other, tensor: Tensor, need: bool) -> None:
-        """A tensor of neither side in full shape, (*batch, *sizes), and its gradient; empty, at 0, if not wanted."""
-        known = {"N": self.problem.n, "M": self.problem.m, "D": self.problem.p.means.shape[-1], "1": 1}
-        array = _filled(tensor, self.problem.batch + torch.Size(known[size] for size in other.sizes))
-        grad = torch.empty_like(array) if need else array.new_empty(0)
-        self._others += (array, grad)
-        if need:
-            self._grads.append((grad, tensor))
+    def _add_others(self, tensors: Tensors, needs: Sequence[bool]) -> None:
+        """Tensors of neither side in full shape, (*batch, *sizes), each followed by its gradient, empty if not wanted."""
+        others, p, q = self.operator.others, self.problem.p, self.problem.q
+        batches = [t.shape[: t.ndim - len(other.sizes)] for t, other in zip(tensors, others, strict=True)]
+        self.problem = Problem(p, q, batches)
+        known = {"N": self.problem.n, "M": self.problem.m, "D": p.means.shape[-1], "1": 1}
+        for tensor, other, need in zip(tensors, others, needs, strict=True):
+            array = _filled(tensor, self.problem.batch + torch.Size(known[size] for size in other.sizes))
+            grad = torch.empty_like(array) if need else array.new_empty(0)
+            self._others += (array, grad)
+            if need:
+                self._grads.append((grad, tensor))
 
     def outputs(self) -> list[Tensor]:
         problem = self.problem
@@ -166,7 +168,7 @@ class Call:
             means.itemsize,
             problem.batch.numel(),
             means.shape[-1],
-            tuple([t.data_ptr() for t in (*arrays, *self._others)]),
+            tuple([t.data_ptr() for t in arrays] + [t.data_ptr() for t in self._others]),
             problem.pointers(),
             self._grad_pointers,
         )
