@@ -140,7 +140,7 @@ class Call:
         return addresses[0], addresses[1], addresses[2]
 
     def _add_others(self, tensors: Tensors, needs: Sequence[bool]) -> None:
-        """Tensors of neither side in full shape, (*batch, *sizes), each followed by its gradient, empty if not wanted."""
+        """Tensors of neither side in full shape, (*batch, *sizes), each followed by its gradient, or an empty one."""
         others, p, q = self.operator.others, self.problem.p, self.problem.q
         batches = [t.shape[: t.ndim - len(other.sizes)] for t, other in zip(tensors, others, strict=True)]
         self.problem = Problem(p, q, batches)
