@@ -43,9 +43,7 @@ class Operator(NamedTuple):
     others: tuple[Other, ...]  # after the tensors of p and q
     outputs: tuple[Output, ...]
     saved: tuple[int, ...]  # which outputs the backward pass takes
-    at_once: (
-        str  # which gradients the forward pass can return: of the "scalars", of the sum of the "rows", or "nothing"
-    )
+    at_once: str  # what the forward pass can return gradients of: "scalars", the sum of the "rows", or "nothing"
     names: tuple[str, ...]  # of all tensors
     event_dims: tuple[int, ...]  # of all tensors
     full: bool  # whether it takes full covariances, all in float64

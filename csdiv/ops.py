@@ -87,7 +87,7 @@ def _define_backward(operator: Operator) -> Any:
     def backward(
         grad: Tensor, outputs: list[Tensor], tensors: list[Tensor | None], needs: list[bool], backend: str
     ) -> list[Tensor]:
-        chosen = backends.resolve(backend, grad.device, operator.name)
+        chosen = backends.resolve(backend, grad.device, name)
         if operator.channels:
             return channels.backward(chosen, operator, grad, tensors, outputs, needs)
         return chosen.backward(name, grad, tensors, outputs, needs)
