@@ -19,13 +19,18 @@ from torch import Tensor
 import csdiv
 from csdiv import GaussianMixture
 
+
+def mixture(means: Tensor, variances: Tensor, log_weights: Tensor | None = None) -> GaussianMixture:
+    return GaussianMixture(means, variances, log_weights=log_weights)
+
+
 ENTRIES: dict[str, Callable[..., Any]] = {
-    "rows": lambda mu, s, *q: csdiv.component_log_overlap(GaussianMixture(mu, s), GaussianMixture(*q)),
-    "self": lambda *q: csdiv.log_overlap(GaussianMixture(*q)),
-    "divergence": lambda mu, s, *q: csdiv.cs_divergence(GaussianMixture(mu, s), GaussianMixture(*q)),
-    "regularizer": lambda mu, log_s, *q: csdiv.cs_regularizer(mu, log_s, GaussianMixture(*q)),
-    "log_prob": lambda x, *q: GaussianMixture(*q).log_prob(x),
-    "mixture": lambda mu, s, *q: GaussianMixture(*q),
+    "rows": lambda mu, s, *q: csdiv.component_log_overlap(mixture(mu, s), mixture(*q)),
+    "self": lambda *q: csdiv.log_overlap(mixture(*q)),
+    "divergence": lambda mu, s, *q: csdiv.cs_divergence(mixture(mu, s), mixture(*q)),
+    "regularizer": lambda mu, log_s, *q: csdiv.cs_regularizer(mu, log_s, mixture(*q)),
+    "log_prob": lambda x, *q: mixture(*q).log_prob(x),
+    "mixture": lambda mu, s, *q: mixture(*q),
 }
 """The calls by the name of a case's entry, on its inputs."""
 

@@ -46,7 +46,9 @@ class Case(NamedTuple):
 
     def _moved(self, p: GaussianMixture) -> GaussianMixture:
         assert p.variances is not None
-        return GaussianMixture((p.means + self.shift) * math.sqrt(self.scale), p.variances * self.scale, p.log_weights)
+        return GaussianMixture(
+            (p.means + self.shift) * math.sqrt(self.scale), p.variances * self.scale, log_weights=p.log_weights
+        )
 
 
 GROUPS = {
@@ -84,7 +86,7 @@ def _evaluate(case: Case, way: str) -> tuple[Tensor, list[Tensor], tuple[Gaussia
     """The value, the leaves INPUTS, and the mixtures made of them."""
     dtype = torch.float64 if way == "exact" else torch.float32
     leaves = [t.to(dtype).requires_grad_() for p in case.mixtures() for t in tensors_of(p)]
-    sides = GaussianMixture(*leaves[:3]), GaussianMixture(*leaves[3:])
+    sides = testing.mixture_of(*leaves[:3]), testing.mixture_of(*leaves[3:])
     if way == "csdiv":
         return getattr(csdiv, case.entry)(*sides), leaves, sides
     return testing.eager(case.entry, *sides), leaves, sides

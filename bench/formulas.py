@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import csdiv
-from csdiv import GaussianMixture
+from csdiv import GaussianMixture, testing
 
 LOG_2PI = math.log(2.0 * math.pi)
 Formula = Callable[..., Tensor]
@@ -99,8 +99,8 @@ def with_csdiv(entry: str, backend: str) -> Formula:
 
     def mixture(means: Tensor, spreads: Tensor, *log_weights: Tensor) -> GaussianMixture:
         if is_full(means, spreads):
-            return GaussianMixture(means, None, *log_weights, scale_tril=spreads)
-        return GaussianMixture(means, spreads, *log_weights)
+            return testing.mixture_of(means, None, *log_weights, scale_tril=spreads)
+        return testing.mixture_of(means, spreads, *log_weights)
 
     def sides(mu: Tensor, s: Tensor, *q: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
         return mixture(mu, s), mixture(*q)
@@ -109,7 +109,7 @@ def with_csdiv(entry: str, backend: str) -> Formula:
         "rows": lambda *x: csdiv.component_log_overlap(*sides(*x), backend=backend),
         "self": lambda *q: csdiv.log_overlap(mixture(*q), backend=backend),
         "divergence": lambda *x: csdiv.cs_divergence(*sides(*x), backend=backend),
-        "regularizer": lambda mu, s, *q: csdiv.cs_regularizer(mu, s.log(), GaussianMixture(*q), backend=backend),
-        "log_prob": lambda x, *q: GaussianMixture(*q).log_prob(x, backend=backend),
+        "regularizer": lambda mu, s, *q: csdiv.cs_regularizer(mu, s.log(), mixture(*q), backend=backend),
+        "log_prob": lambda x, *q: mixture(*q).log_prob(x, backend=backend),
     }
     return entries[entry]

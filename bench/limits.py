@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, testing
+from csdiv import testing
 
 from .cases import Case, make_inputs
 from .peers import Csdiv
@@ -220,7 +220,7 @@ def _run_shared(n: int, d: int, rounds: int) -> list[dict[str, Any]]:
 
             def call(backward: bool, leaves: list[Tensor] = leaves, wanted: list[Tensor] = wanted) -> object:
                 with torch.set_grad_enabled(backward):
-                    p, q = GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:])
+                    p, q = testing.mixture_of(*leaves[:2]), testing.mixture_of(*leaves[2:])
                     rows = csdiv.component_log_overlap(p, q, backend="cpu")
                     return torch.autograd.grad(rows.sum(), wanted) if backward else rows
 
@@ -255,10 +255,10 @@ def run_divergences(rounds: int) -> list[dict[str, Any]]:
     """D_CS with all six gradients, milliseconds."""
 
     def divergence(*t: Tensor) -> Tensor:
-        return csdiv.cs_divergence(GaussianMixture(*t[:3]), GaussianMixture(*t[3:]), backend="cpu")
+        return csdiv.cs_divergence(testing.mixture_of(*t[:3]), testing.mixture_of(*t[3:]), backend="cpu")
 
     def plain(*t: Tensor) -> Tensor:
-        return testing.eager("cs_divergence", GaussianMixture(*t[:3]), GaussianMixture(*t[3:]))
+        return testing.eager("cs_divergence", testing.mixture_of(*t[:3]), testing.mixture_of(*t[3:]))
 
     torch.compiler.reset()
     ways: dict[str, Callable[..., Tensor]] = {

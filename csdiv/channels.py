@@ -198,9 +198,9 @@ def _prepared(pairwise: Pairwise, tensors: Tensors) -> tuple[list[Tensor], Tenso
     for means, spread, channels in (tensors[:3], tensors[3:]):
         present = (channels != -math.inf).any(-2)
         own = 1.0 if pairwise.axis == -2 else torch.eye(means.shape[-1], dtype=means.dtype, device=means.device)
-        prepared.append(torch.where(_somewhere(present, means.shape[:-1]).unsqueeze(-1), means, 0.0))
+        prepared.append(torch.where(reference.somewhere(present, means.shape[:-1]).unsqueeze(-1), means, 0.0))
         if spread.shape[pairwise.axis] == means.shape[-2]:
-            kept = _somewhere(present, spread.shape[: pairwise.axis + 1])
+            kept = reference.somewhere(present, spread.shape[: pairwise.axis + 1])
             spread = torch.where(kept.view(*kept.shape, *(1,) * (-1 - pairwise.axis)), spread, own)
         prepared.append(spread)
     unit = torch.ones((), dtype=torch.float64, device=tensors[0].device)
@@ -227,11 +227,6 @@ def _in_units(sides: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     ]
     fits = ~torch.stack(outside).any()
     return [torch.where(fits, *pair) for pair in zip(scaled, sides, strict=True)], torch.where(fits, unit, 1.0)
-
-
-def _somewhere(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Whether ``mask`` holds anywhere in what ``shape`` leaves out of the batch."""
-    return mask.expand(torch.broadcast_shapes(mask.shape, shape)).double().sum_to_size(shape) > 0.0
 
 
 def _tiles(pairwise: Pairwise, sides: list[Tensor], b: Tensor) -> Iterator[tuple[int, int]]:

@@ -69,9 +69,9 @@ def check_covariance_shape(name: str, covariance: Tensor, means: Tensor) -> None
         )
 
 
-def check_devices(means: Tensor, covariance: Tensor, log_weights: Tensor | None) -> None:
-    for t in (covariance, log_weights):
-        if t is not None and t.device != means.device:
+def check_devices(means: Tensor, *others: Tensor) -> None:
+    for t in others:
+        if t.device != means.device:
             raise ValueError(f"parameters on one device expected, got {means.device} and {t.device}")
 
 
@@ -80,14 +80,15 @@ def _first(mask: Tensor) -> tuple[int, ...]:
 
 
 def check_factors(p: GaussianMixture) -> None:
-    """Raises ValueError unless every scale_tril is a Cholesky factor and every covariance is positive definite."""
+    """Raises ValueError unless scale_tril has positive diagonals and every covariance is positive definite."""
     if p.scale_tril is not None:
-        r = p.scale_tril.detach()
-        bad = (r.triu(1) != 0).any(-1).any(-1) | ~(r.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        bad = ~(p.scale_tril.detach().diagonal(dim1=-2, dim2=-1) > 0).all(-1)
         if bool(bad.any()):
-            raise ValueError(
-                f"scale_tril: lower triangular with a positive diagonal expected, component {_first(bad)} is not"
-            )
+            raise ValueError(f"scale_tril: a positive diagonal expected, component {_first(bad)} has none")
+    if p.factor is not None:
+        bad = torch.linalg.slogdet(p.factor.detach().double()).sign.abs() != 1.0
+        if bool(bad.any()):
+            raise ValueError(f"factor: invertible matrices expected, component {_first(bad)} is not")
     if p.covariance_matrix is not None:
         s = p.covariance_matrix.detach()
         s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
@@ -102,14 +103,19 @@ def check_factors(p: GaussianMixture) -> None:
 
 def check_values(p: GaussianMixture) -> None:
     """Raises ValueError naming the first bad value."""
-    for name in ("means", "variances", "scale_tril", "covariance_matrix"):
+    for name in ("means", "variances", "scale_tril", "factor", "covariance_matrix"):
         t = getattr(p, name)
         if t is not None and bool((bad := ~t.isfinite()).any()):
             raise ValueError(f"{name}: finite values expected, got {t[_first(bad)].item()} at index {_first(bad)}")
     if p.variances is not None and bool((bad := p.variances < 0).any()):
         value = p.variances[_first(bad)].item()
         raise ValueError(f"variances: values >= 0 expected, got {value} at index {_first(bad)}")
+    if p.weights is not None and bool((bad := ~((p.weights >= 0.0) & p.weights.isfinite())).any()):
+        value = p.weights[_first(bad)].item()
+        raise ValueError(f"weights: finite values >= 0 expected, got {value} at index {_first(bad)}")
     if p.log_weights is not None:
+        if p.weights is None and _are_shares(p.log_weights):
+            raise ValueError("log_weights: logarithms expected, got values >= 0 that sum to 1: pass them as weights=")
         bad = p.log_weights.isnan() | (p.log_weights == math.inf)
         if bool(bad.any()):
             value = p.log_weights[_first(bad)].item()
@@ -117,3 +123,9 @@ def check_values(p: GaussianMixture) -> None:
         bad = (p.log_weights == -math.inf).all(-1)
         if bool(bad.any()):
             raise ValueError(f"log_weights: a component of positive weight expected, none in mixture {_first(bad)}")
+
+
+def _are_shares(t: Tensor) -> bool:
+    """Whether all values are ≥ 0 and sum to one in every mixture, as probabilities do and logarithms of them cannot."""
+    sums = t.sum(-1, dtype=torch.float64)
+    return t.shape[-1] > 1 and bool((t >= 0.0).all()) and bool(((sums - 1.0).abs() < 1e-3).all())

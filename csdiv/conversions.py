@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from csdiv.covariances import lower_factor
+
 if TYPE_CHECKING:
     from torch.distributions import Distribution, MixtureSameFamily
 
@@ -37,9 +39,10 @@ def to_distribution(p: GaussianMixture) -> MixtureSameFamily:
     if p.variances is not None:
         scale = p.variances.to(dtype).sqrt().expand(means.shape)
         return MixtureSameFamily(weights, Independent(Normal(means, scale), 1))
-    given = {name: t.to(dtype) for name in ("scale_tril", "covariance_matrix") if (t := getattr(p, name)) is not None}
-    matrices = {name: t.expand(*means.shape, p.dim) for name, t in given.items()}
-    return MixtureSameFamily(weights, MultivariateNormal(means, **matrices))
+    name = "scale_tril" if p.covariance_matrix is None else "covariance_matrix"
+    matrices = lower_factor(p) if p.covariance_matrix is None else p.covariance_matrix
+    given: dict[str, Any] = {name: matrices.to(dtype).expand(*means.shape, p.dim)}
+    return MixtureSameFamily(weights, MultivariateNormal(means, **given))
 
 
 def sklearn_parameters(mixture: Any) -> dict[str, Any]:
@@ -73,18 +76,18 @@ def to_sklearn(p: GaussianMixture) -> Any:
         covariances = p.variances.expand(k, 1).squeeze(-1) if kind == "spherical" else p.variances.expand(k, d)
         if not bool((covariances > 0.0).all()):
             raise ValueError("variances: values > 0 expected by scikit-learn")
-        factors = covariances.rsqrt()
-        precisions = factors.square()
+        precisions_cholesky = covariances.rsqrt()
+        precisions = precisions_cholesky.square()
     else:
         kind = "tied" if p.structure == "tied full" else "full"
-        lower = torch.linalg.cholesky(p.covariance_matrix) if p.scale_tril is None else p.scale_tril
+        lower = lower_factor(p)
         lower = lower[0] if kind == "tied" else lower
         covariances = lower @ lower.mT
-        factors = torch.linalg.solve_triangular(lower.mT, torch.eye(d, dtype=lower.dtype), upper=True)
-        precisions = factors @ factors.mT
+        precisions_cholesky = torch.linalg.solve_triangular(lower.mT, torch.eye(d, dtype=lower.dtype), upper=True)
+        precisions = precisions_cholesky @ precisions_cholesky.mT
     estimator = Estimator(k, covariance_type=kind)
     fitted = {"weights_": weights, "means_": p.means, "covariances_": covariances}
-    for name, t in (fitted | {"precisions_cholesky_": factors, "precisions_": precisions}).items():
+    for name, t in (fitted | {"precisions_cholesky_": precisions_cholesky, "precisions_": precisions}).items():
         setattr(estimator, name, t.contiguous().numpy().copy())
     estimator.n_features_in_, estimator.converged_, estimator.n_iter_ = d, True, 0
     return estimator

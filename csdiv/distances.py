@@ -9,6 +9,7 @@ from torch import Tensor
 
 from csdiv import pairs, reference
 from csdiv.checks import as_bandwidth, as_float_tensor
+from csdiv.covariances import components
 from csdiv.functional import cs_divergence, log_overlap
 from csdiv.mixture import MATRICES, GaussianMixture
 from csdiv.pairs import MixtureLike
@@ -171,7 +172,7 @@ def _convolved(p: GaussianMixture, variance: Tensor) -> GaussianMixture:
     if p.variances is not None:
         variances = reference.nan_if_negative(p.variances) + variance[..., None, None]
         return GaussianMixture._unchecked(means=p.means, variances=variances, log_weights=p.log_weights)
-    covariance = pairs.components(p).covariances
+    covariance = components(p).covariances
     assert covariance is not None
     eye = torch.eye(p.dim, dtype=covariance.dtype, device=covariance.device)
     covariance = covariance + variance[..., None, None, None] * eye
@@ -202,7 +203,7 @@ def _num_channels(p: GaussianMixture) -> int:
 def _overlap_of_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V of p's channels with q's, (*batch, C, C'), C ≥ C'."""
     way = pairs.route(p, q, backend)
-    if way.formula == pairs.REFERENCE or _takes_one_pass(p, q, way.formula):
+    if way.eager or _takes_one_pass(p, q, way.formula):
         return way.value("channel_overlap").to(p.dtype)
     assert p.log_weights is not None
     row_lse, offset = pairs.route(_by_channel(p), _by_channel(q), backend).parts("overlap_lse")

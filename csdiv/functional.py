@@ -23,10 +23,9 @@ from torch import Tensor
 
 from csdiv import backends, reference
 from csdiv.checks import as_float_tensor
-from csdiv.mixture import GaussianMixture
+from csdiv.mixture import GaussianMixture, Points
 from csdiv.pairs import (
     DIAGONAL,
-    REFERENCE,
     MixtureLike,
     as_mixture,
     as_pair,
@@ -71,7 +70,7 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     """
     p, q = as_pair(p, q)
     way = route(p, q, backend)
-    if way.formula in (DIAGONAL, REFERENCE):
+    if way.formula == DIAGONAL:
         return way.value("cs_divergence")
     wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
     own = self_overlap(wide_p, backend) + self_overlap(wide_q, backend)
@@ -211,7 +210,7 @@ def points(x: Tensor | GaussianMixture) -> GaussianMixture:
     x = as_float_tensor(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x: (*batch, n, D) expected, got {tuple(x.shape)}")
-    return GaussianMixture._unchecked(means=x, variances=x.new_zeros(1, 1))  # n may be 0
+    return Points(x)
 
 
 def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:
@@ -233,7 +232,7 @@ def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -
     for dim in (8, 16, 32):  # gradients have a kernel for few, for some and for many dimensions
         for dtype in (torch.float32, torch.float64):
             ones = torch.ones(2, dim, dtype=dtype, device=where)
-            _call_everything(GaussianMixture(ones, ones, ones[:, 0]), backend)
+            _call_everything(GaussianMixture(ones, ones, log_weights=ones[:, 0]), backend)
     has_kernels = backend == "auto" or (backend != "reference" and backends.has_full(backend))
     for dim in (1, 2, 3, 4, 5, 8, 16, 32) if has_kernels else ():  # a kernel for each
         eye = torch.eye(dim, dtype=torch.float64, device=where).expand(2, dim, dim)

@@ -25,8 +25,19 @@ from csdiv.transforms import has_values
 if TYPE_CHECKING:
     from torch.distributions import Distribution, MixtureSameFamily
 
-_FIELDS = ("means", "variances", "log_weights", "scale_tril", "covariance_matrix")
-MATRICES = _FIELDS[3:]
+EVENT_DIMS = {
+    "means": 2,
+    "variances": 2,
+    "weights": 1,
+    "log_weights": 1,
+    "scale_tril": 3,
+    "factor": 3,
+    "covariance_matrix": 3,
+}
+"""The tensors of a mixture, and their dimensions beside those of the batch."""
+_FIELDS = tuple(EVENT_DIMS)
+MATRICES = _FIELDS[4:]
+_WEIGHTS = ("weights", "log_weights", "logits")
 
 
 class GaussianMixture:
@@ -42,17 +53,24 @@ class GaussianMixture:
         means: (*batch, K, D), float16 to float64; NumPy arrays are accepted everywhere.
         variances: at least 2-dimensional, ≥ 0: (*batch, K, D) diagonal, (K, 1) spherical, (1, D) tied diagonal,
             (1, 1) tied spherical. Zero is a point; a negative one makes every result NaN.
-        log_weights: (*batch, K), used as given: unnormalised mixtures (intensities) are meaningful. −inf is a
-            component of weight zero, so ragged mixtures are padded with −inf. Default: uniform, 1/K each.
-        logits: (*batch, K), normalised with log_softmax; at most one of ``log_weights`` and ``logits``.
-        scale_tril: (*batch, K, D, D) or (1, D, D) tied: Cholesky factors R, S = R Rᵀ.
+        weights: (*batch, K) ≥ 0, used as given: unnormalised mixtures (intensities) are meaningful. A component of
+            weight zero counts nothing, whatever its parameters; the gradient to its weight is the derivative there
+            (second derivatives take it as absent). A negative weight makes every result NaN.
+        log_weights: (*batch, K), used as given. −inf is a component of weight zero, without gradients, so ragged
+            mixtures are padded with −inf.
+        logits: (*batch, K), normalised with log_softmax. At most one of ``weights``, ``log_weights`` and ``logits`` is
+            given. Default: uniform, 1/K each.
+        scale_tril: (*batch, K, D, D) or (1, D, D) tied: Cholesky factors R, S = R Rᵀ, with a positive diagonal. Only
+            their lower triangles are read, and have gradients.
+        factor: (*batch, K, D, D) or (1, D, D) tied: any square R with S = R Rᵀ, rotations times scales for example.
         covariance_matrix: (*batch, K, D, D) or (1, D, D) tied: symmetric, positive definite.
-            Exactly one of ``variances``, ``scale_tril`` and ``covariance_matrix`` is given.
+            Exactly one of ``variances``, ``scale_tril``, ``factor`` and ``covariance_matrix`` is given. Factors are
+            not multiplied out where that would lose digits: against points, and between two sides of one covariance.
         validate: also check values, naming the first bad index. Off by default, since it waits for a GPU.
 
     Raises:
         TypeError: a parameter that is not a floating-point tensor.
-        ValueError: shapes that do not fit, parameters on different devices, none or two covariances, both kinds of
+        ValueError: shapes that do not fit, parameters on different devices, none or two covariances, two kinds of
             weights; on the CPU, or with ``validate``, a factor or covariance that is not positive definite.
         NotImplementedError: sparse, quantised and nested tensors.
 
@@ -66,52 +84,52 @@ class GaussianMixture:
 
     means: Tensor
     variances: Tensor | None
-    log_weights: Tensor | None
+    weights: Tensor | None
+    log_weights: Tensor | None  # the logarithms of weights, if these were given
     scale_tril: Tensor | None
+    factor: Tensor | None
     covariance_matrix: Tensor | None
 
     def __init__(
         self,
         means: Tensor,
         variances: Tensor | None = None,
-        log_weights: Tensor | None = None,
         *,
+        weights: Tensor | None = None,
+        log_weights: Tensor | None = None,
         logits: Tensor | None = None,
         scale_tril: Tensor | None = None,
+        factor: Tensor | None = None,
         covariance_matrix: Tensor | None = None,
         validate: bool = False,
     ) -> None:
-        given = [n for n, t in zip(("log_weights", "logits"), (log_weights, logits), strict=True) if t is not None]
-        if len(given) > 1:
-            raise ValueError("at most one of log_weights and logits expected, got both")
         means = as_float_tensor(means, "means")
         if means.ndim < 2:
             raise ValueError(f"means: (*batch, K, D) expected, got {tuple(means.shape)}")
-        num_components, dim = means.shape[-2:]
-        if num_components == 0 or dim == 0:
+        if 0 in means.shape[-2:]:
             raise ValueError(f"means: at least one component and one dimension expected, got {tuple(means.shape)}")
-
-        name, covariance = exactly_one(variances=variances, scale_tril=scale_tril, covariance_matrix=covariance_matrix)
+        covariances = {
+            "variances": variances,
+            "scale_tril": scale_tril,
+            "factor": factor,
+            "covariance_matrix": covariance_matrix,
+        }
+        name, covariance = exactly_one(**covariances)
         covariance = as_float_tensor(covariance, name)
         check_covariance_shape(name, covariance, means)
-        if given:
-            weights = as_float_tensor(log_weights if logits is None else logits, given[0])
-            if weights.ndim < 1 or weights.shape[-1] != num_components:
-                raise ValueError(
-                    f"{given[0]}: (*batch, K) with K = {num_components} expected, "
-                    f"got {tuple(weights.shape)} for means {tuple(means.shape)}"
-                )
-            log_weights = weights if logits is None else weights.log_softmax(-1)
-        check_devices(means, covariance, log_weights)
         values = dict.fromkeys(_FIELDS)
-        values.update(means=means, log_weights=log_weights)
+        values.update(means=means)
         values[name] = covariance
+        given = [(n, t) for n, t in zip(_WEIGHTS, (weights, log_weights, logits), strict=True) if t is not None]
+        if given:
+            values.update(_checked_weights(given, means))
         self._set(values)
         try:
             _ = self.batch_shape
         except RuntimeError:
             shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in values.items() if v is not None)
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
+        check_devices(*self._tensors())
         checked = validate or (variances is None and means.device.type == "cpu")
         if checked and has_values(means):
             check_factors(self)
@@ -162,11 +180,15 @@ class GaussianMixture:
     def batch_shape(self) -> torch.Size:
         """The broadcast batch shape of all parameters."""
         shape = self.means.shape[:-2]
-        matrix = self.scale_tril if self.scale_tril is not None else self.covariance_matrix
-        for t, event_dims in ((self.variances, 2), (self.log_weights, 1), (matrix, 3)):
+        for t, event_dims in ((self.variances, 2), (self.log_weights, 1), (self.matrices, 3)):
             if t is not None and t.shape[:-event_dims] != shape:
                 shape = torch.broadcast_shapes(shape, t.shape[:-event_dims])
         return shape
+
+    @property
+    def matrices(self) -> Tensor | None:
+        """Full covariances as they were given, (*batch, K or 1, D, D): Cholesky factors, factors or covariances."""
+        return next((t for t in (self.scale_tril, self.factor, self.covariance_matrix) if t is not None), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,16 +206,14 @@ class GaussianMixture:
     @property
     def structure(self) -> str:
         """ "diagonal", "spherical", "tied diagonal", "tied spherical", "full" or "tied full"."""
-        matrix = self.scale_tril if self.scale_tril is not None else self.covariance_matrix
-        if matrix is not None:
-            return "tied full" if matrix.shape[-3] == 1 and self.num_components > 1 else "full"
+        if (matrices := self.matrices) is not None:
+            return "tied full" if matrices.shape[-3] == 1 and self.num_components > 1 else "full"
         assert self.variances is not None
         tied = "tied " if self.variances.shape[-2] == 1 and self.num_components > 1 else ""
         return tied + ("spherical" if self.variances.shape[-1] == 1 and self.dim > 1 else "diagonal")
 
     def _tensors(self) -> list[Tensor]:
-        fields = (self.means, self.variances, self.log_weights, self.scale_tril, self.covariance_matrix)
-        return [t for t in fields if t is not None]
+        return [t for name in _FIELDS if (t := getattr(self, name)) is not None]
 
     # other values made from this one
 
@@ -214,8 +234,11 @@ class GaussianMixture:
         """The mixture with its weights scaled to sum to one."""
         if self.log_weights is None:
             return self
-        values = {name: getattr(self, name) for name in _FIELDS}
-        return self._unchecked(**values | {"log_weights": self.log_weights.log_softmax(-1)})
+        values = {name: getattr(self, name) for name in _FIELDS} | {"log_weights": self.log_weights.log_softmax(-1)}
+        if self.weights is not None:
+            shares = self.weights / self.weights.sum(-1, keepdim=True)
+            values.update(weights=shares, log_weights=log_of_weights(shares))
+        return self._unchecked(**values)
 
     @classmethod
     def from_distribution(cls, distribution: Distribution) -> GaussianMixture:
@@ -276,7 +299,7 @@ class GaussianMixture:
             bandwidth: h > 0, a number or a tensor (); or (*batch, n or 1, D or 1), at least 2-dimensional as variances.
             weights: (*batch, n) ≥ 0, normalised; default 1/n each.
 
-        Gradients: to each of them; a weight of zero gets none.
+        Gradients: to each of them.
 
         Raises:
             ValueError: shapes that do not fit, or a number h ≤ 0. TypeError: not floating point.
@@ -294,8 +317,7 @@ class GaussianMixture:
         weights = as_float_tensor(weights, "weights")
         if weights.ndim < 1 or weights.shape[-1] != x.shape[-2]:
             raise ValueError(f"weights: (*batch, n) with n = {x.shape[-2]} expected, got {tuple(weights.shape)}")
-        absent = weights == 0.0
-        return cls(x, variances, logits=torch.where(absent, -math.inf, torch.where(absent, 1.0, weights).log()))
+        return cls(x, variances, weights=weights / weights.sum(-1, keepdim=True))
 
     # methods that compute: csdiv.functional is imported when they are called
 
@@ -349,7 +371,7 @@ class GaussianMixture:
             scale = self.variances.sqrt().expand(*batch, k, d)
             rows = index.unsqueeze(-1).expand(*batch, n, d)
             return means.gather(-2, rows) + scale.gather(-2, rows) * noise
-        factor = self.scale_tril
+        factor = self.factor if self.scale_tril is None else self.scale_tril.tril()
         if factor is None:
             assert self.covariance_matrix is not None
             factor = torch.linalg.cholesky(self.covariance_matrix)
@@ -357,6 +379,45 @@ class GaussianMixture:
         chosen = factor.expand(*batch, k, d, d).gather(-3, matrices)
         mean = means.gather(-2, index.unsqueeze(-1).expand(*batch, n, d))
         return mean + (chosen @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+class Points(GaussianMixture):
+    """Points x (*batch, n, D) as components of zero variance; n may be 0."""
+
+    __slots__ = ()
+
+    def __init__(self, x: Tensor) -> None:
+        self._set(dict.fromkeys(_FIELDS) | {"means": x, "variances": x.new_zeros(1, 1)})
+
+    @property
+    def structure(self) -> str:
+        return "points"
+
+
+def _checked_weights(given: list[tuple[str, Tensor]], means: Tensor) -> dict[str, Tensor]:
+    """The fields of the weights; half precision ends here."""
+    if len(given) > 1:
+        names = ", ".join(_WEIGHTS)
+        raise ValueError(f"at most one of {names} expected, got {' and '.join(name for name, _ in given)}")
+    ((name, weights),) = given
+    weights = as_float_tensor(weights, name)
+    if weights.ndim < 1 or weights.shape[-1] != means.shape[-2]:
+        raise ValueError(
+            f"{name}: (*batch, K) with K = {means.shape[-2]} expected, "
+            f"got {tuple(weights.shape)} for means {tuple(means.shape)}"
+        )
+    if name == "log_weights":
+        return {name: weights}
+    wide = weights.float() if weights.dtype in (torch.float16, torch.bfloat16) else weights
+    if name == "logits":
+        return {"log_weights": wide.log_softmax(-1)}
+    return {"weights": wide, "log_weights": log_of_weights(wide)}
+
+
+def log_of_weights(weights: Tensor) -> Tensor:
+    """log w, −inf at zero, whose gradient there is zero: csdiv.weights adds what is missing."""
+    absent = weights == 0.0
+    return torch.where(absent, -math.inf, torch.where(absent, 1.0, weights).log())
 
 
 def _flatten(mixture: GaussianMixture) -> tuple[list[Any], None]:

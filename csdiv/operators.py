@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_EVENT_DIMS = {"means": 2, "variances": 2, "covariances": 3, "log_weights": 1}
+_EVENT_DIMS = {"means": 2, "variances": 2, "covariances": 3, "factors": 3, "log_weights": 1}
 """Dimensions of a tensor of each kind beside those of the batch; the log weights of channels have one more."""
 
 
@@ -32,7 +32,7 @@ class Other(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """One operator. Its first output is the value, which gradients are of; "assign" and "full_assign" have none.
+    """One operator. Its first output is the value, which gradients are of; "assign" and "factored_assign" have none.
 
     An output "offset" is the second part of a logarithm: it is to be added to the value.
     """
@@ -46,7 +46,7 @@ class Operator(NamedTuple):
     at_once: str  # what the forward pass can return gradients of: "scalars", the sum of the "rows", or "nothing"
     names: tuple[str, ...]  # of all tensors
     event_dims: tuple[int, ...]  # of all tensors
-    full: bool  # whether it takes full covariances, all in float64
+    full: bool  # whether it takes full covariances, or factors of them, all in float64
     channels: bool  # whether each side has several weightings, log weights (*batch, C, K), of its components
 
 
@@ -65,12 +65,13 @@ def _operator(
     names += tuple(other.name for other in others)
     event_dims += tuple(len(other.sizes) for other in others)
     back = tuple(k for k, output in enumerate(outputs) if output.name in saved.split())
-    full = "covariances" in sides[0]
+    full = "covariances" in sides[0] or "factors" in sides[1]
     return Operator(name, *sides, others, outputs, back, at_once, names, event_dims, full, channels)
 
 
 _PART, _MIXTURE = "means variances", "means variances log_weights"
 _FULL_PART, _FULL_MIXTURE = "means covariances", "means covariances log_weights"
+_POINTS, _FACTORED_PART, _FACTORED_MIXTURE = "means", "means factors", "means factors log_weights"
 _F64 = torch.float64
 _LOG, _ROW_LSE = (Output("value", "", _F64), Output("offset", "", _F64)), Output("row_lse", "N")
 _ROW_OFFSET, _OVERLAPS = Output("offset", "1", _F64), Output("overlaps", "3", _F64)  # log V(p, q), V(p, p), V(q, q)
@@ -92,5 +93,8 @@ _ALL = (
     _operator("full_pairwise", _FULL_PART, _FULL_PART, _DENSITIES),
     _operator("full_channel_overlap", _FULL_MIXTURE, _FULL_MIXTURE, _CHANNELS, "value row_lse"),
     _operator("full_assign", _FULL_PART, _FULL_MIXTURE, _INDEX),
+    _operator("factored_overlap_lse", _POINTS, _FACTORED_MIXTURE, (_ROW_LSE,), "row_lse"),
+    _operator("factored_pairwise", _POINTS, _FACTORED_PART, _DENSITIES),
+    _operator("factored_assign", _POINTS, _FACTORED_MIXTURE, _INDEX),
 )
 OPERATORS = {operator.name: operator for operator in _ALL}

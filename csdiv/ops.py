@@ -105,7 +105,7 @@ def _define_assign(operator: Operator) -> Any:
     return _define(schema, assign, lambda *arguments: _outputs_like(operator, arguments[:-1])[0])
 
 
-_ASSIGN = ("assign", "full_assign")
+_ASSIGN = ("assign", "full_assign", "factored_assign")
 ASSIGN = {name: _define_assign(OPERATORS[name]) for name in _ASSIGN}
 """(*tensors, backend) -> indices."""
 FORWARD = {name: _define_forward(operator) for name, operator in OPERATORS.items() if name not in _ASSIGN}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csdiv import autograd, backends, ops, reference
+from csdiv.covariances import (
+    can_be_whitened,
+    components,
+    factored,
+    has_factor,
+    has_one_covariance,
+    is_points,
+    matrices,
+    whitened,
+)
 from csdiv.mixture import GaussianMixture
 from csdiv.operators import OPERATORS, Operator
 from csdiv.reference import Components
@@ -48,9 +57,10 @@ def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[Gauss
 
 
 def _is_plain(p: GaussianMixture, dtype: torch.dtype) -> bool:
-    """Whether p is one mixture whose tensors have this dtype."""
-    tensors = ((p.means, 2), (p.variances, 2), (p.log_weights, 1), (p.scale_tril, 3), (p.covariance_matrix, 3))
-    return all(t is None or (t.dtype == dtype and t.ndim == ndim) for t, ndim in tensors)
+    """Whether p is one mixture with variances whose tensors have this dtype."""
+    tensors = ((p.means, 2), (p.variances, 2), (p.log_weights, 1))
+    plain = all(t is None or (t.dtype == dtype and t.ndim == ndim) for t, ndim in tensors)
+    return plain and p.variances is not None
 
 
 def one_dtype(p: GaussianMixture, q: GaussianMixture) -> tuple[GaussianMixture, GaussianMixture]:
@@ -81,18 +91,23 @@ def widen(p: GaussianMixture, dtype: torch.dtype | None = None) -> GaussianMixtu
     return p.map(lambda t: t.to(dtype))
 
 
-REFERENCE, DIAGONAL, WHITENED, FULL = "reference", "diagonal", "whitened", "full"
-"""The formulas of a pair: plain differentiable torch; variances; one covariance on each side, in coordinates where
-their sum is the identity, equation (18); covariance matrices."""
+DIAGONAL, WHITENED, FACTORED, FULL = "diagonal", "whitened", "factored", "full"
+"""The formulas of a pair: variances; one covariance on each side, in coordinates where their sum is the identity,
+equation (18); one covariance on one side, whose sum with each of the other's is factored once, equation (17);
+covariance matrices."""
+_PREFIXES = {FACTORED: "factored_", FULL: "full_"}
+_FROM_ROWS = {FACTORED: ("log_overlap", "self_overlap"), FULL: ("log_overlap",)}
 
 
 class Route(NamedTuple):
-    """The formula that a pair takes, and the operators in it."""
+    """The formula that a pair takes, and the operators in it; all but DIAGONAL in float64."""
 
     formula: str
     p: GaussianMixture
     q: GaussianMixture
     backend: str
+    eager: bool  # whether plain differentiable torch computes it, by csdiv.reference
+    transposed: bool = False  # whether q has the rows: where it is the side of one covariance
 
     def parts(self, name: str, *others: Tensor) -> tuple[Tensor, Tensor | None]:
         """The value of an operator, float64 if a side is full; what is to be added to it in float64, if anything."""
@@ -106,40 +121,80 @@ class Route(NamedTuple):
         return value if shift is None else value - shift
 
     def assign(self) -> Tensor:
-        if self.formula == REFERENCE:
-            return reference.assign(components(self.p), components(self.q))
+        if self.transposed:
+            return self._of_pairs().argmax(-1)
+        if (operands := self._operands()) is None:
+            return self._by_component().assign()
+        p, q, _ = operands
+        if self.eager:
+            return reference.assign(p, q)
+        operator = self._operator("assign")
         with torch.no_grad():
-            operator, tensors, _ = self._operands("assign")
-            return ops.ASSIGN[operator.name](*tensors, self.backend)
+            return ops.ASSIGN[operator.name](*_tensors(operator, p, q), self.backend)
 
     def swapped(self) -> Route:
-        return self._replace(p=self.q, q=self.p)
+        return self._replace(p=self.q, q=self.p, transposed=False)
+
+    def _by_component(self) -> Route:
+        return _by_component(self.p, self.q, self.backend, self.eager)
 
     def _evaluate(self, name: str, others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The value, the offset, and what is to be subtracted. ``others`` are the tensors of neither side."""
-        if others and (self.p.variances is None or self.q.variances is None):
+        if others and self.formula != DIAGONAL:
             raise NotImplementedError(f"{name}: diagonal covariances expected")  # others are not whitened
-        if self.formula == REFERENCE:
-            formula = reference.FORMULAS["log_overlap" if name == "self_overlap" else name]
-            return formula(components(self.p), components(self.q), *others), None, None
-        operator, tensors, log_det = self._operands(name)
-        value, offset = autograd.parts(operator.name, self.backend, *tensors, *others)
+        if name in _FROM_ROWS.get(self.formula, ()):
+            return self._log_overlap(), None, None
+        if self.transposed:
+            if name == "overlap_lse":
+                return reference.logsumexp(self._of_pairs(), -1), None, None
+            return self.swapped().value(name).mT, None, None
+        if (operands := self._operands()) is None:
+            return self._by_component()._evaluate(name, others)
+        p, q, log_det = operands
+        operator = self._operator(name)
         if log_det is not None:
             log_det = log_det.reshape(log_det.shape + (1,) * len(operator.outputs[0].sizes))
+        if self.eager:
+            sides = (p, q) if operator.q else (p,)
+            return reference.FORMULAS[name](*sides, *others), None, log_det
+        value, offset = autograd.parts(operator.name, self.backend, *_tensors(operator, p, q), *others)
         return value, offset, log_det
 
-    def _operands(self, name: str) -> tuple[Operator, list[Tensor | None], Tensor | None]:
-        """The operator of the formula, its tensors, and the log determinant of whitening."""
-        operator = OPERATORS[f"full_{name}" if self.formula == FULL else name]
-        p: Any = self.p
-        q: Any = self.q
-        log_det = None
+    def _log_overlap(self) -> Tensor:
+        """log V from its rows, those of the side of one covariance, if there is one."""
+        way = self.swapped() if has_one_covariance(self.q) else self
+        row_lse, _ = way.parts("overlap_lse")
+        return reference.logsumexp(reference.weighted(row_lse, _log_weights(way.p, row_lse)), -1)
+
+    def _of_pairs(self) -> Tensor:
+        """log b_j + log N(μ_i; ν_j, S_i + T_j), (*batch, N, M), where q has the rows."""
+        pairwise = self.swapped().value("pairwise").mT
+        return reference.weighted(pairwise, _log_weights(self.q, pairwise).unsqueeze(-2))
+
+    def _operands(self) -> tuple[Components, Components, Tensor | None] | None:
+        """Both sides, and the log determinant of whitening; None where components are too far apart for it."""
+        if self.formula == DIAGONAL:
+            p, q = (Components(side.means, side.variances, None, side.log_weights) for side in (self.p, self.q))
+            return p, q, None
+        wide_p = self.p.map(torch.Tensor.double)
+        wide_q = wide_p if self.q is self.p else self.q.map(torch.Tensor.double)
         if self.formula == WHITENED:
-            p, q, log_det = whitened(p, q)
-        elif self.formula == FULL:
-            p, q = matrices(p), matrices(q) if operator.q else None
-        tensors = [getattr(p, field) for field in operator.p]
-        return operator, tensors + [getattr(q, field) for field in operator.q], log_det
+            return whitened(wide_p, wide_q)
+        if self.formula == FACTORED:
+            return *factored(wide_p, wide_q), None
+        p = matrices(wide_p)
+        return p, p if wide_p is wide_q else matrices(wide_q), None
+
+    def _operator(self, name: str) -> Operator:
+        return OPERATORS[_PREFIXES.get(self.formula, "") + name]
+
+
+def _log_weights(p: GaussianMixture, like: Tensor) -> Tensor:
+    return reference.log_weights(components(p)).to(like.dtype)
+
+
+def _tensors(operator: Operator, p: Components, q: Components) -> list[Tensor | None]:
+    return [getattr(p, field) for field in operator.p] + [getattr(q, field) for field in operator.q]
 
 
 def route(p: GaussianMixture, q: GaussianMixture, backend: str) -> Route:
@@ -150,97 +205,36 @@ def route(p: GaussianMixture, q: GaussianMixture, backend: str) -> Route:
     """
     if backend != "auto" and not (isinstance(backend, str) and backend in backends.NAMES):
         backends.check_name(backend)
-    if backend == "reference":
-        return Route(REFERENCE, p, q, backend)
+    eager = backend == "reference" or (backend == "auto" and p.means.device.type not in backends.AUTO)
     if p.variances is not None and q.variances is not None:
-        return Route(DIAGONAL, p, q, backend)
+        return Route(DIAGONAL, p, q, backend, eager)
+    if can_be_whitened(p, q):
+        return Route(WHITENED, p, q, backend, eager)
+    return _by_component(p, q, backend, eager)
+
+
+def _by_component(p: GaussianMixture, q: GaussianMixture, backend: str, eager: bool) -> Route:
+    """The formula where a side has several covariances, or components too far apart for whitening."""
     dim, limit = p.dim, backends.MAX_FULL_DIM
-    if backend != "auto":
+    if backend not in ("auto", "reference"):
         has_any = backends.has_full(backend)
         if not has_any or dim > limit:
             have = f"full covariances up to D = {limit}, got D = {dim}" if has_any else "no full covariances"
             raise NotImplementedError(f'backend "{backend}" has {have}: take backend="auto" or "reference"')
-    elif p.device.type not in backends.AUTO or dim > limit:
-        return Route(REFERENCE, p, q, backend)
-    return Route(WHITENED if _can_be_whitened(p, q) else FULL, p, q, backend)
+    if eager or dim > limit:
+        if has_one_covariance(p):
+            return Route(FACTORED, p, q, backend, True)
+        transposed = has_one_covariance(q)
+        return Route(FACTORED if transposed else FULL, p, q, backend, True, transposed)
+    given = is_points(p) and has_factor(q) and backends.has("factored_overlap_lse", backend, p.device)
+    return Route(FACTORED if given else FULL, p, q, backend, False)
 
 
 def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V(p, q), (*batch,), in float64 where the backend has it."""
-    way = route(p, q, backend)
-    if way.formula != FULL:
-        return way.value("log_overlap")
-    if has_one_covariance(q):
-        way = way.swapped()  # rows of one covariance take one factor for each column
-    row_lse, _ = way.parts("overlap_lse")
-    log_weights = matrices(way.p).log_weights
-    assert log_weights is not None
-    return reference.logsumexp(reference.weighted(row_lse, log_weights), -1)
+    return route(p, q, backend).value("log_overlap")
 
 
 def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
     return route(p, p, backend).value("self_overlap")
-
-
-def components(p: GaussianMixture) -> Components:
-    covariances = p.covariance_matrix
-    if p.scale_tril is not None:
-        with torch.autocast(p.device.type, enabled=False):
-            covariances = p.scale_tril @ p.scale_tril.mT
-    return Components(p.means, p.variances, covariances, p.log_weights)
-
-
-def matrices(p: GaussianMixture) -> Components:
-    """p with covariance matrices and given log weights in float64, as the operators for full covariances take them."""
-    wide = components(p.map(torch.Tensor.double))
-    return Components(wide.means, None, reference.matrices(wide), reference.log_weights(wide))
-
-
-def has_one_covariance(p: GaussianMixture) -> bool:
-    """Whether all components have the same, as points have."""
-    return _spread(p).shape[-3 if p.variances is None else -2] == 1
-
-
-def _spread(p: GaussianMixture) -> Tensor:
-    """The variances, or the matrices, of p."""
-    (spread,) = (t for t in (p.variances, p.scale_tril, p.covariance_matrix) if t is not None)
-    return spread
-
-
-def _can_be_whitened(p: GaussianMixture, q: GaussianMixture) -> bool:
-    """Not if a side has several covariances, or if a batch of them shares means, which would be copied for each."""
-    if not (has_one_covariance(p) and has_one_covariance(q)):
-        return False
-    items = [_spread(side).shape[: -3 if side.variances is None else -2] for side in (p, q)]
-    if not any(items):
-        return True
-    batch = torch.broadcast_shapes(*items)
-    return all(torch.broadcast_shapes(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
-
-
-def whitened(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components, Tensor]:
-    """Both sides, each of one covariance, in float64 and in coordinates where S + T = L Lᵀ is the identity.
-
-    Equation (18): means become L⁻¹ (μ − centre), variances ½. The third result is log |L|, (*batch,).
-    """
-    same, p = p is q, p.map(torch.Tensor.double)
-    q = p if same else q.map(torch.Tensor.double)
-    total = (reference.matrices(components(p)) + reference.matrices(components(q))).squeeze(-3)
-    factor, info = torch.linalg.cholesky_ex(total)
-    factor = torch.where((info == 0)[..., None, None], factor, math.nan)
-    points = q.means.detach().reshape(-1, q.dim)
-    centre = points.sum(0) / max(1, points.shape[0])
-    centre = torch.where(centre.isfinite(), centre, 0.0)
-
-    def whiten(side: GaussianMixture) -> Components:
-        # A mean that is not finite stays so, and stays out of L's gradient.
-        finite = side.means.isfinite().all(-1, keepdim=True)
-        centred = torch.where(finite, side.means - centre, 0.0)
-        white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
-        means = torch.where(finite, white, side.means)
-        return Components(means, means.new_full((1, 1), 0.5), None, reference.log_weights(components(side)))
-
-    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    white = whiten(p)
-    return white, white if same else whiten(q), log_det

@@ -24,16 +24,20 @@ LOG_2PI = math.log(2.0 * math.pi)
 
 
 class Components(NamedTuple):
-    """One side of a pair; exactly one of ``variances`` and ``covariances`` is given."""
+    """One side of a pair; one of ``variances``, ``covariances`` and ``factors`` is given, or none: points against
+    factors."""
 
     means: Tensor  # (*batch, K, D)
     variances: Tensor | None = None  # (*batch, K or 1, D or 1)
     covariances: Tensor | None = None  # (*batch, K or 1, D, D)
     log_weights: Tensor | None = None  # (*batch, K), None: uniform
+    factors: Tensor | None = None  # (*batch, K or 1, D, D) lower triangular, of the sum of both sides' covariances
 
 
 def pairwise_log_overlap(p: Components, q: Components) -> Tensor:
-    """log N(μ_i; ν_j, S_i + T_j), shape (*batch, N, M); equations (4) and (7)."""
+    """log N(μ_i; ν_j, S_i + T_j), shape (*batch, N, M); equations (4), (7) and (17)."""
+    if q.factors is not None:
+        return _log_normal_factored(p.means, q.means, q.factors)
     delta = p.means.unsqueeze(-2) - q.means.unsqueeze(-3)  # (*batch, N, M, D)
     if p.variances is not None and q.variances is not None:
         s, t = nan_if_negative(p.variances), nan_if_negative(q.variances)
@@ -68,9 +72,9 @@ def channel_overlap(p: Components, q: Components) -> Tensor:
 
 def _for_channels(p: Components) -> Components:
     """The channels of p as a batch of mixtures."""
-    covariances = None if p.covariances is None else p.covariances.unsqueeze(-4)
+    covariances, factors = (None if t is None else t.unsqueeze(-4) for t in (p.covariances, p.factors))
     variances = None if p.variances is None else p.variances.unsqueeze(-3)
-    return Components(p.means.unsqueeze(-3), variances, covariances, p.log_weights)
+    return Components(p.means.unsqueeze(-3), variances, covariances, p.log_weights, factors)
 
 
 def channel_lse(channels: Tensor, row_lse: Tensor) -> Tensor:
@@ -153,6 +157,18 @@ def _log_normal_full(delta: Tensor, c: Tensor) -> Tensor:
     return torch.where(info == 0, value, math.nan)
 
 
+def _log_normal_factored(x: Tensor, means: Tensor, factors: Tensor) -> Tensor:
+    """Equation (17): (*batch, N, M) for points (*batch, N, D), each factor solved for all of them at once."""
+    delta = x.unsqueeze(-3) - means.unsqueeze(-2)  # (*batch, M, N, D)
+    if factors.shape[-3] == 1:
+        z = torch.linalg.solve_triangular(factors.squeeze(-3), delta.flatten(-3, -2).mT, upper=False)
+        squares = z.square().sum(-2).unflatten(-1, delta.shape[-3:-1])
+    else:
+        squares = torch.linalg.solve_triangular(factors, delta.mT, upper=False).square().sum(-2)
+    log_det = factors.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1, keepdim=True)
+    return (-0.5 * (squares + x.shape[-1] * LOG_2PI) - log_det).mT
+
+
 def nan_if_negative(variances: Tensor) -> Tensor:
     """So that adding something positive does not hide the sign."""
     return torch.where(variances < 0, math.nan, variances)
@@ -172,13 +188,26 @@ def neutralise(p: Components) -> Components:
     if p.log_weights is None:
         return p
     absent = (p.log_weights == -math.inf).unsqueeze(-1)
-    variances, covariances = p.variances, p.covariances
+    variances, covariances, factors = p.variances, p.covariances, p.factors
     if variances is not None:
         variances = torch.where(absent, 1.0, variances)
     if covariances is not None:
-        eye = torch.eye(covariances.shape[-1], dtype=covariances.dtype, device=covariances.device)
-        covariances = torch.where(absent.unsqueeze(-1), eye, covariances)
-    return p._replace(means=torch.where(absent, 0.0, p.means), variances=variances, covariances=covariances)
+        covariances = torch.where(absent.unsqueeze(-1), _eye_like(covariances), covariances)
+    if factors is not None:
+        factors = torch.where(absent.unsqueeze(-1), _eye_like(factors), factors)
+    means = torch.where(absent, 0.0, p.means)
+    return p._replace(means=means, variances=variances, covariances=covariances, factors=factors)
+
+
+def _eye_like(matrices: Tensor) -> Tensor:
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+
+
+def somewhere(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Whether ``mask`` holds anywhere in what ``shape`` leaves out of the batch."""
+    if mask.shape == shape:
+        return mask
+    return mask.expand(torch.broadcast_shapes(mask.shape, shape)).double().sum_to_size(shape) > 0.0
 
 
 def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Components) -> Tensor:
@@ -193,7 +222,7 @@ def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Compone
         return function(p)
     pieces = []
     for start in range(0, n, rows):
-        chunk = Components._make(_slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1), strict=True))
+        chunk = Components._make(_slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1, -3), strict=True))
         pieces.append(_recomputed(lambda *c: function(Components(*c)), *chunk))
     return torch.cat(pieces, -1)
 

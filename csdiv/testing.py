@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,14 @@ def random_mixture(
         return GaussianMixture(means.to(dtype), scale_tril=factor.to(dtype), log_weights=log_weights)
     if structure == "points":
         variances = torch.zeros(1, 1)
-    return GaussianMixture(means.to(dtype), variances.to(dtype), log_weights)
+    return GaussianMixture(means.to(dtype), variances.to(dtype), log_weights=log_weights)
+
+
+def mixture_of(
+    means: Tensor, variances: Tensor | None = None, log_weights: Tensor | None = None, **options: Any
+) -> GaussianMixture:
+    """The mixture of tensors in this order, as lists of leaves have them; ``options`` as for the mixture."""
+    return GaussianMixture(means, variances, log_weights=log_weights, **options)
 
 
 def eager(entry: str, p: GaussianMixture, q: GaussianMixture) -> Tensor:
@@ -355,14 +362,16 @@ def _covariances(p: GaussianMixture) -> Tensor:
     """(*batch, K, D, D)."""
     if p.variances is not None:
         return _variances(p).diag_embed()
-    covariance = p.covariance_matrix if p.scale_tril is None else p.scale_tril @ p.scale_tril.mT
+    factor = p.factor if p.scale_tril is None else p.scale_tril.tril()
+    covariance = p.covariance_matrix if factor is None else factor @ factor.mT
     assert covariance is not None
     return covariance.expand(*covariance.shape[:-3], p.num_components, p.dim, p.dim)
 
 
 def _absolute_covariances(p: GaussianMixture) -> Tensor:
     """Covariances whose gradients are sums of absolute values, up to their signs."""
-    return _covariances(p if p.scale_tril is None else p.map(torch.abs))
+    has_factor = p.scale_tril is not None or p.factor is not None
+    return _covariances(p.map(torch.abs) if has_factor else p)
 
 
 def _log_weights(p: GaussianMixture) -> Tensor:

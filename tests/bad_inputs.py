@@ -69,5 +69,7 @@ def with_absent_component(p: GaussianMixture, index: int, **values: float) -> Ga
 
     means, variances, log_weights = tensors(p)
     return GaussianMixture(
-        insert(means, values["means"]), insert(variances, values["variances"]), insert(log_weights, -math.inf)
+        insert(means, values["means"]),
+        insert(variances, values["variances"]),
+        log_weights=insert(log_weights, -math.inf),
     )

@@ -262,7 +262,7 @@ def mixture(means: Tensor, spreads: Tensor, log_weights: Tensor) -> GaussianMixt
     """Of variances, or of factors, which are square matrices."""
     if spreads.ndim > 2 and spreads.shape[-2:] == 2 * means.shape[-1:]:
         return GaussianMixture(means, scale_tril=spreads.tril(), log_weights=log_weights)
-    return GaussianMixture(means, spreads, log_weights)
+    return GaussianMixture(means, spreads, log_weights=log_weights)
 
 
 @functools.cache

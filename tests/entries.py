@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, backends, pairs
+from csdiv import GaussianMixture, backends, pairs, testing
 
 Entry = Callable[..., Tensor]
 
@@ -19,11 +19,11 @@ WITH_FULL = tuple(name for name in BACKENDS if backends.has_full(name))
 
 
 def sides(*t: Tensor) -> tuple[GaussianMixture, GaussianMixture]:
-    return GaussianMixture(*t[:3]), GaussianMixture(*t[3:])
+    return testing.mixture_of(*t[:3]), testing.mixture_of(*t[3:])
 
 
 def _regularizer(m: Tensor, v: Tensor, *q: Tensor, backend: str = "auto") -> Tensor:
-    return csdiv.cs_regularizer(m, v, GaussianMixture(*q), backend=backend)
+    return csdiv.cs_regularizer(m, v, testing.mixture_of(*q), backend=backend)
 
 
 def _channels(*t: Tensor, backend: str = "auto") -> Tensor:
@@ -43,7 +43,7 @@ def _channels_at_once(*t: Tensor, backend: str = "auto") -> Tensor:
 ENTRIES: dict[str, tuple[int, Entry]] = {
     "cs_divergence": (6, lambda *t, backend="auto": csdiv.cs_divergence(*sides(*t), backend=backend)),
     "log_overlap": (6, lambda *t, backend="auto": csdiv.log_overlap(*sides(*t), backend=backend)),
-    "self_overlap": (3, lambda *t, backend="auto": csdiv.log_overlap(GaussianMixture(*t), backend=backend)),
+    "self_overlap": (3, lambda *t, backend="auto": csdiv.log_overlap(testing.mixture_of(*t), backend=backend)),
     "component_log_overlap": (
         5,
         lambda *t, backend="auto": csdiv.component_log_overlap(*sides(t[0], t[1], None, *t[2:]), backend=backend),

@@ -27,7 +27,7 @@ def covariances(p: GaussianMixture) -> Tensor:
     """(K, D, D)."""
     if p.variances is not None:
         return p.variances.expand(p.num_components, p.dim).diag_embed()
-    s = p.scale_tril @ p.scale_tril.mT if p.covariance_matrix is None else p.covariance_matrix
+    s = p.scale_tril.tril() @ p.scale_tril.tril().mT if p.covariance_matrix is None else p.covariance_matrix
     return s.expand(p.num_components, p.dim, p.dim)
 
 

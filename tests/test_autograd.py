@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import csdiv
-from csdiv import GaussianMixture
+from csdiv import testing
 
 NATIVE = tuple(name for name in BACKENDS if name != "reference")
 on_every_entry = pytest.mark.parametrize("entry", sorted(ENTRIES))
@@ -118,7 +118,8 @@ def test_nested_vmap_over_batches(backend: str) -> None:
     f = function("cs_divergence", backend)
     mapped = vmap(vmap(lambda m: f(m, *inputs[1:])))(means)
     close(
-        mapped, csdiv.cs_divergence(GaussianMixture(means, *inputs[1:3]), GaussianMixture(*inputs[3:]), backend=backend)
+        mapped,
+        csdiv.cs_divergence(testing.mixture_of(means, *inputs[1:3]), testing.mixture_of(*inputs[3:]), backend=backend),
     )
 
 

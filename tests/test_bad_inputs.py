@@ -150,7 +150,7 @@ def test_float32_with_float64_is_promoted(backend: str) -> None:
     assert torch.equal(value, csdiv.cs_divergence(p.to(torch.float64), q, backend=backend))
     value.backward()
     assert (p.means.grad.dtype, q.means.grad.dtype) == (torch.float32, torch.float64)
-    mixed = GaussianMixture(p.means, p.variances.double(), p.log_weights)
+    mixed = GaussianMixture(p.means, p.variances.double(), log_weights=p.log_weights)
     assert mixed.dtype == csdiv.log_overlap(mixed, backend=backend).dtype == torch.float64
 
 
@@ -170,7 +170,7 @@ def test_dtypes_that_are_not_floating_point(dtype: torch.dtype) -> None:
     for call in (
         lambda: GaussianMixture(wrong, ones(1, 1)),
         lambda: GaussianMixture(ones(3, 3), wrong),
-        lambda: GaussianMixture(ones(3, 3), ones(1, 1), wrong[0]),
+        lambda: GaussianMixture(ones(3, 3), ones(1, 1), log_weights=wrong[0]),
         lambda: GaussianMixture(ones(3, 3), ones(1, 1), logits=wrong[0]),
         lambda: mixture().log_prob(wrong),
         lambda: csdiv.cs_regularizer(wrong, wrong, mixture()),

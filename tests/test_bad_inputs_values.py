@@ -76,7 +76,7 @@ def test_component_without_weight_is_not_there(
 @on_every_dtype
 def test_a_side_without_any_weight(dtype: torch.dtype, backend: str) -> None:
     p, q = with_gradients(mixture(dtype=dtype)), mixture(5, dtype=dtype)
-    q = with_gradients(GaussianMixture(q.means, q.variances, torch.full_like(q.log_weights, -math.inf)))
+    q = with_gradients(GaussianMixture(q.means, q.variances, log_weights=torch.full_like(q.log_weights, -math.inf)))
     for value in (
         csdiv.log_overlap(p, q, backend=backend),
         csdiv.log_overlap(q, p, backend=backend),
@@ -89,7 +89,7 @@ def test_a_side_without_any_weight(dtype: torch.dtype, backend: str) -> None:
         assert not any(g.any() for g in grads)
     assert csdiv.cs_divergence(p, q, backend=backend).isnan()
     with pytest.raises(ValueError, match="log_weights: a component of positive weight expected, none in mixture"):
-        GaussianMixture(*tensors(q), validate=True)
+        testing.mixture_of(*tensors(q), validate=True)
 
 
 @on_every_backend
@@ -107,7 +107,7 @@ def test_infinite_or_undefined_weight(value: float, backend: str) -> None:
     ):
         assert result.isnan().all()
     with pytest.raises(ValueError, match=rf"log_weights: values below \+inf expected, got {value} at index \(1,\)"):
-        GaussianMixture(*tensors(q), validate=True)
+        testing.mixture_of(*tensors(q), validate=True)
 
 
 @on_every_backend
@@ -128,7 +128,7 @@ def test_negative_variance_gives_nan(dtype: torch.dtype, backend: str) -> None:
             assert function(q, p, backend=backend).isnan().all()
         assert csdiv.log_overlap(p, backend=backend).isnan()
     with pytest.raises(ValueError, match=r"variances: values >= 0 expected, got -1.0 at index \(0, 0\)"):
-        GaussianMixture(*tensors(p), validate=True)
+        testing.mixture_of(*tensors(p), validate=True)
 
 
 @on_every_backend
@@ -147,7 +147,7 @@ def test_gradients_of_the_pairs_of_a_negative_variance_are_nan(backend: str) -> 
     p, q = mixture(5, 3), mixture(7, 3)
     p.variances[2, 1] = -0.5
     leaves = [t.requires_grad_() for t in (p.means, p.variances)]
-    pairs = csdiv.pairwise_log_overlap(GaussianMixture(*leaves), q, backend=backend)
+    pairs = csdiv.pairwise_log_overlap(testing.mixture_of(*leaves), q, backend=backend)
     for grad in torch.autograd.grad(pairs.sum(), leaves, retain_graph=True):
         assert grad.isnan().any(-1).tolist() == [i == 2 for i in range(5)]
     for grad in torch.autograd.grad(pairs[3:].sum(), leaves):
@@ -223,7 +223,7 @@ def test_means_far_apart(dtype: torch.dtype, backend: str) -> None:
     """δ² overflows: no overlap, infinite divergence, and no NaN among the gradients."""
     distance = 1e20 if dtype == torch.float32 else 1e160
     p, q = mixture(dtype=dtype), mixture(dtype=dtype)
-    q = with_gradients(GaussianMixture(q.means + distance, q.variances, q.log_weights))
+    q = with_gradients(GaussianMixture(q.means + distance, q.variances, log_weights=q.log_weights))
     p = with_gradients(p)
     for value, expected in (
         (csdiv.log_overlap(p, q, backend=backend), -math.inf),
@@ -255,7 +255,7 @@ def test_one_component_far_away_changes_nothing(backend: str) -> None:
 @on_every_dtype
 def test_duplicated_components_are_one_with_the_merged_weight(dtype: torch.dtype, backend: str) -> None:
     p, q = mixture(dtype=dtype), mixture(6, dtype=dtype)
-    double = GaussianMixture(*(t.repeat(2, 1) for t in tensors(p)[:2]), p.log_weights.repeat(2) - math.log(2.0))
+    double = testing.mixture_of(*(t.repeat(2, 1) for t in tensors(p)[:2]), p.log_weights.repeat(2) - math.log(2.0))
     band = testing.band("cs_divergence", double.to(torch.float64), q.to(torch.float64), dtype=dtype, scaled=False)
     difference = csdiv.cs_divergence(double, q, backend=backend) - csdiv.cs_divergence(p, q, backend=backend)
     assert difference.abs() <= 2.0 * band

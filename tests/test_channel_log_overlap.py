@@ -31,7 +31,7 @@ def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def value_and_gradients(p: GaussianMixture, q: GaussianMixture, a: Tensor, b: Tensor, **options: str) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in (p.means, p.variances, q.means, q.variances, a, b)]
-    sides = GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:4])
+    sides = testing.mixture_of(*leaves[:2]), testing.mixture_of(*leaves[2:4])
     value = csdiv.channel_log_overlap(*sides, *leaves[4:], **options)
     upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype).view_as(value)
     return [value, *torch.autograd.grad(value, leaves, upstream)]
@@ -52,8 +52,8 @@ def test_channels_are_a_batch_of_mixtures(channels: tuple[int, int], structure: 
 
     def one(c: int, e: int) -> Tensor:
         weighted = (
-            GaussianMixture(p.means, p.variances, a[c], scale_tril=p.scale_tril),
-            GaussianMixture(q.means, q.variances, b[..., e, :]),
+            GaussianMixture(p.means, p.variances, log_weights=a[c], scale_tril=p.scale_tril),
+            GaussianMixture(q.means, q.variances, log_weights=b[..., e, :]),
         )
         return csdiv.log_overlap(*weighted, backend="reference")
 
@@ -111,7 +111,9 @@ def test_channels_of_single_components_far_apart(distance: float, backend: str) 
     one_hot = torch.eye(6, dtype=torch.float64).log()
     found = value_and_gradients(p, q, one_hot, one_hot[:5], backend=backend)
     leaves = [t.detach().clone().requires_grad_() for t in (p.means, p.variances, q.means, q.variances)]
-    pairs = csdiv.pairwise_log_overlap(GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:]), backend="reference")
+    pairs = csdiv.pairwise_log_overlap(
+        testing.mixture_of(*leaves[:2]), testing.mixture_of(*leaves[2:]), backend="reference"
+    )
     upstream = torch.linspace(-1.0, 2.0, 30, dtype=torch.float64).view(6, 5)
     close(found[0], pairs[:, :5])
     close(found[1:5], list(torch.autograd.grad(pairs[:, :5], leaves, upstream)))
@@ -145,7 +147,7 @@ def test_channels_stay_within_the_budget(scale: float, backend: str) -> None:
     leaves = [t.double().requires_grad_() for t in (p.means, p.variances, q.means, q.variances, a, b)]
     upstream, exact, bands, limits = torch.linspace(-1.0, 2.0, 6).view(3, 2), [], [], [0.0] * 6
     for c, e in itertools.product(range(3), range(2)):
-        sides = GaussianMixture(*leaves[:2], leaves[4][c]), GaussianMixture(*leaves[2:4], leaves[5][e])
+        sides = testing.mixture_of(*leaves[:2], leaves[4][c]), testing.mixture_of(*leaves[2:4], leaves[5][e])
         exact.append(csdiv.log_overlap(*sides, backend="reference"))
         bands.append(testing.band("log_overlap", *sides))
         own = testing.gradient_bands("log_overlap", *sides, upstream[c, e], leaves)

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import csdiv
-from csdiv import GaussianMixture
+from csdiv import testing
 
 on_every_entry = pytest.mark.parametrize("entry", sorted(ENTRIES))
 close = torch.testing.assert_close
@@ -88,6 +88,6 @@ def test_gradients_of_fake_tensors() -> None:
     """They have no values, so whether all rows have one upstream gradient is not asked."""
     with torch._subclasses.FakeTensorMode():
         leaves = [torch.ones(5, 3, requires_grad=True) for _ in range(4)]
-        rows = csdiv.component_log_overlap(GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:]))
+        rows = csdiv.component_log_overlap(testing.mixture_of(*leaves[:2]), testing.mixture_of(*leaves[2:]))
         grads = torch.autograd.grad(rows.sum(), leaves)
     assert [g.shape for g in grads] == [t.shape for t in leaves]

@@ -113,7 +113,7 @@ def test_assign_takes_the_lowest_of_equal_ones(backend: str) -> None:
     assert q.assign(torch.zeros(9, 3), backend=backend).tolist() == [0] * 9
     heavier = torch.zeros(70)
     heavier[[40, 60]] = 1.0
-    q = GaussianMixture(torch.ones(70, 3), torch.ones(1, 1), heavier)
+    q = GaussianMixture(torch.ones(70, 3), torch.ones(1, 1), log_weights=heavier)
     assert q.assign(torch.zeros(9, 3), backend=backend).tolist() == [40] * 9
 
 

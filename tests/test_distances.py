@@ -28,7 +28,7 @@ def overlaps(p: GaussianMixture, q: GaussianMixture) -> tuple[Tensor, Tensor, Te
 def test_distances_are_their_formulas(structure: str, backend: str) -> None:
     backend = "auto" if structure.endswith("full") else backend
     p, q = mixture(structure=structure, batch_shape=(2, 1)), mixture(6, batch_shape=(3,))
-    q = GaussianMixture(q.means, q.variances, q.log_weights + 0.7)  # unnormalised
+    q = GaussianMixture(q.means, q.variances, log_weights=q.log_weights + 0.7)  # unnormalised
     pq, pp, qq = overlaps(p, q)
     ise = pp - 2.0 * pq + qq
     close(csdiv.ise(p, q, backend=backend), ise)
@@ -85,7 +85,7 @@ def test_mmd2_has_a_gradient_to_the_bandwidth() -> None:
 def test_poisson_processes_diverge_by_half_the_integrated_squared_error() -> None:
     """½ ∫ (u − v)² of two intensities by quadrature, D = 1."""
     u, v = mixture(3, 1), mixture(5, 1)
-    u = GaussianMixture(u.means, u.variances, u.log_weights + math.log(2.5))
+    u = GaussianMixture(u.means, u.variances, log_weights=u.log_weights + math.log(2.5))
     x = torch.linspace(-15.0, 15.0, 4001, dtype=torch.float64)[:, None]
     squares = (u.log_prob(x).exp() - v.log_prob(x).exp()) ** 2
     close(0.5 * csdiv.ise(u, v), 0.5 * torch.trapezoid(squares, x[:, 0]), rtol=1e-9, atol=0.0)
@@ -109,14 +109,17 @@ FORMULAS = {
 def test_values_and_gradients_stay_within_the_budget(entry: str, backend: str) -> None:
     """To first order errors δ_t of the overlaps L_t give Σ ∂F/∂L_t δ_t, in the gradient Σ ∂²F/∂L_t∂L_s δ_s ∂L_t."""
     p, q = (testing.random_mixture(k, 5) for k in (17, 31))
-    q = GaussianMixture(q.means, q.variances, q.log_weights + 0.7)
+    q = GaussianMixture(q.means, q.variances, log_weights=q.log_weights + 0.7)
     leaves = [t.requires_grad_() for t in inputs_of(p, q)]
     value = function(entry, backend)(*leaves)
     grads = torch.autograd.grad(value, leaves)
 
     wide = [t.detach().double().requires_grad_() for t in leaves]
     added = 0.5 * 0.7**2 if entry == "mmd2" else 0.0
-    a, b = GaussianMixture(wide[0], wide[1] + added, wide[2]), GaussianMixture(wide[3], wide[4] + added, wide[5])
+    a, b = (
+        GaussianMixture(wide[0], wide[1] + added, log_weights=wide[2]),
+        GaussianMixture(wide[3], wide[4] + added, log_weights=wide[5]),
+    )
     terms = {"log_overlap": (a, b), "self_overlap": (a, a), "self_overlap of q": (b, b)}
     logs = [csdiv.log_overlap(*pair, backend="reference") for pair in terms.values()]
     at = torch.stack(logs).detach()
@@ -211,7 +214,7 @@ def test_log_of_an_ise_that_leaves_the_range(backend: str) -> None:
     """exp of 64 dimensions at variances of 1e∓3 leaves float32; the logarithm does not, nor do its gradients."""
     for variance, expected in ((1e-3, math.inf), (1e3, 0.0)):
         p, q = (mixture(5, 64, dtype=torch.float32, decades=0.1) for _ in range(2))
-        p, q = (GaussianMixture(s.means, variance * s.variances, s.log_weights) for s in (p, q))
+        p, q = (GaussianMixture(s.means, variance * s.variances, log_weights=s.log_weights) for s in (p, q))
         assert csdiv.ise(p, q, backend=backend) == expected
         leaves = [side.map(lambda t: t.requires_grad_()) for side in (p, q)]
         value = csdiv.ise(*leaves, log=True, backend=backend)
@@ -228,7 +231,7 @@ def test_distances_of_a_side_without_weight(backend: str) -> None:
     """The zero function: ∫ p² is left of the integrated squared error, and there is no angle."""
     p = mixture().map(lambda t: t.requires_grad_())
     zero = mixture(5)
-    zero = GaussianMixture(zero.means, zero.variances, torch.full_like(zero.log_weights, -math.inf))
+    zero = GaussianMixture(zero.means, zero.variances, log_weights=torch.full_like(zero.log_weights, -math.inf))
     volume = csdiv.log_overlap(p, backend=backend)
     for pair in ((p, zero), (zero, p)):
         for log in (False, True):
@@ -246,7 +249,7 @@ def test_distances_of_a_side_without_weight(backend: str) -> None:
 @on_every_backend
 def test_distances_of_mixtures_far_apart(backend: str) -> None:
     p, q = mixture(dtype=torch.float32), mixture(5, dtype=torch.float32)
-    q = GaussianMixture(q.means + 1e20, q.variances, q.log_weights)
+    q = GaussianMixture(q.means + 1e20, q.variances, log_weights=q.log_weights)
     _, pp, qq = overlaps(p, q)
     leaves = [side.map(lambda t: t.requires_grad_()) for side in (p, q)]
     for value, expected in (

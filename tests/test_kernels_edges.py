@@ -49,7 +49,7 @@ def check(
 
     def evaluate(dtype: torch.dtype, function: object) -> tuple[list[GaussianMixture], list[Tensor], Tensor]:
         leaves = {name: t.to(dtype, copy=True).requires_grad_(name in wanted) for name, t in given.items()}
-        sides = [GaussianMixture(*(leaves[name] for name in names)) for names in (P, Q)]
+        sides = [testing.mixture_of(*(leaves[name] for name in names)) for names in (P, Q)]
         return sides, [leaves[name] for name in wanted], function(*sides)
 
     sides, leaves, exact = evaluate(torch.float64, call(entry, "reference"))
@@ -117,7 +117,7 @@ def test_slabs_in_the_square_cut() -> None:
         for last in (1.0, 1.0 + torch.finfo().eps):
             with gradients_later() if found else contextlib.nullcontext():
                 leaves = [t.clone().requires_grad_() for side in (p, q) for t in (side.means, side.variances)]
-                rows = call(entry, "cpu")(GaussianMixture(*leaves[:2]), GaussianMixture(*leaves[2:]))
+                rows = call(entry, "cpu")(testing.mixture_of(*leaves[:2]), testing.mixture_of(*leaves[2:]))
                 grad = torch.ones_like(rows)
                 grad.view(-1)[-1] = last
                 found.append(torch.autograd.grad(rows, leaves, grad))
@@ -133,7 +133,7 @@ def test_column_groups_share_no_sums_of_rows(backend: str) -> None:
     for threads in (1, *(2,) * 50):
         torch.set_num_threads(threads)
         means = p.means.clone().requires_grad_()
-        value = call("log_overlap", backend)(GaussianMixture(means, p.variances, p.log_weights), q)
+        value = call("log_overlap", backend)(GaussianMixture(means, p.variances, log_weights=p.log_weights), q)
         found.append(torch.autograd.grad(value, means)[0])
     assert all(torch.equal(found[0], grad) for grad in found)
 
@@ -185,7 +185,9 @@ def test_variances_around_the_limits_of_the_fast_form(entry: str, exponents: tup
     p, q = pair(18, 21, 7)
     scale = 2.0 ** torch.tensor([exponents[d % 2] for d in range(7)])
     check(
-        entry, backend, *(GaussianMixture(s.means * scale.sqrt(), s.variances * scale, s.log_weights) for s in (p, q))
+        entry,
+        backend,
+        *(GaussianMixture(s.means * scale.sqrt(), s.variances * scale, log_weights=s.log_weights) for s in (p, q)),
     )
 
 
@@ -194,7 +196,9 @@ def test_variances_around_the_limits_of_the_fast_form(entry: str, exponents: tup
 def test_float64_far_from_one(exponent: int, backend: str) -> None:
     """Variances of 2^±600: products of four of them are no number."""
     p, q = (
-        GaussianMixture(s.means.double() * 2.0 ** (exponent // 2), s.variances.double() * 2.0**exponent, s.log_weights)
+        GaussianMixture(
+            s.means.double() * 2.0 ** (exponent // 2), s.variances.double() * 2.0**exponent, log_weights=s.log_weights
+        )
         for s in pair(18, 21, 7)
     )
     for entry in PAIRS:
@@ -209,9 +213,9 @@ def test_means_around_the_limits_of_the_fast_form(variance: float, distance: flo
     """δ²c³ is largest where the difference is in one dimension of a group and the variances in the others."""
     p, q = pair(18, 21, 4)
     far = torch.tensor([1.0, 0.0, 0.0, 0.0]) * distance
-    q = GaussianMixture(q.means + far, q.variances * variance, q.log_weights)
-    p = GaussianMixture(p.means, p.variances * variance, p.log_weights)
-    half = tuple(GaussianMixture(side.means - far / 2, side.variances, side.log_weights) for side in (p, q))
+    q = GaussianMixture(q.means + far, q.variances * variance, log_weights=q.log_weights)
+    p = GaussianMixture(p.means, p.variances * variance, log_weights=p.log_weights)
+    half = tuple(GaussianMixture(side.means - far / 2, side.variances, log_weights=side.log_weights) for side in (p, q))
     for entry in ("component_log_overlap", "pairwise_log_overlap"):
         for sides in ((p, q), (q, p), half, half[::-1]):
             check(entry, backend, *sides, ())
@@ -224,7 +228,7 @@ def test_shares_down_to_the_smallest_numbers(entry: str, gap: float, backend: st
     """Column j has the share e^−(gap + j/4): a share below the normal numbers may be zero, nothing else."""
     p, q = pair(3, 40, 3, structure="tied spherical")
     log_weights = torch.cat([torch.zeros(1), -gap - 0.25 * torch.arange(39)])
-    check(entry, backend, p, GaussianMixture(q.means * 0.1, q.variances, log_weights))
+    check(entry, backend, p, GaussianMixture(q.means * 0.1, q.variances, log_weights=log_weights))
 
 
 @on_every_backend
@@ -234,7 +238,8 @@ def test_weights_that_rise_or_fall_from_tile_to_tile(entry: str, step: float, ba
     """Sums of the weights of the first tiles are scaled when those of later ones exceed them."""
     p, q = pair(150, 140, 2)
     p, q = (
-        GaussianMixture(s.means, s.variances, s.log_weights + step / 16 * torch.arange(len(s.means))) for s in (p, q)
+        GaussianMixture(s.means, s.variances, log_weights=s.log_weights + step / 16 * torch.arange(len(s.means)))
+        for s in (p, q)
     )
     check(entry, backend, p, q)
 
@@ -244,7 +249,7 @@ def test_weights_that_rise_or_fall_from_tile_to_tile(entry: str, step: float, ba
 def test_weights_that_rise_or_fall_over_merged_sums(step: float, backend: str) -> None:
     """So many rows that the sums of two stripes of columns are merged on the way, and the other way round."""
     p, q = pair(10000, 70, 2)
-    p = GaussianMixture(p.means, p.variances, p.log_weights + step / 1000 * torch.arange(10000))
+    p = GaussianMixture(p.means, p.variances, log_weights=p.log_weights + step / 1000 * torch.arange(10000))
     check("log_overlap", backend, p, q)
     check("log_overlap", backend, q, p)
 
@@ -260,11 +265,11 @@ def test_gradients_that_overflow_before_the_largest_weight_is_met(backend: str, 
     """δ²/c² of all rows but the last is beyond float32, and so are their sums where they are all there is of a slab."""
     p, q = pair(140, 1, 3)
     variances = torch.tensor([1e-25, 1.0, 1e20])
-    q = GaussianMixture(q.means, variances[None], q.log_weights)
+    q = GaussianMixture(q.means, variances[None], log_weights=q.log_weights)
     means = torch.cat([p.means[torch.arange(n - 1) % 139], q.means])
     log_weights = p.log_weights[torch.arange(n) % 140]
     for k in (0, -5):
-        p = GaussianMixture(means.roll(k, 0), variances.expand(n, 3), log_weights)
+        p = GaussianMixture(means.roll(k, 0), variances.expand(n, 3), log_weights=log_weights)
         check("log_overlap", backend, p, q, one_pass=one_pass)
         check("log_overlap", backend, q, p)
 
@@ -276,7 +281,7 @@ def test_rows_without_a_value_take_a_second_pass(backend: str) -> None:
     leaves = [t.clone().requires_grad_() for t in (p.means, q.means)]
     with passes() as returned:
         rows = call("component_log_overlap", backend)(
-            GaussianMixture(leaves[0], p.variances), GaussianMixture(leaves[1], q.variances, log_weights)
+            GaussianMixture(leaves[0], p.variances), GaussianMixture(leaves[1], q.variances, log_weights=log_weights)
         )
     assert returned == [False]
     assert rows.isnan().all()

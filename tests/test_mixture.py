@@ -52,7 +52,7 @@ def test_immutable() -> None:
 
 def test_tensors_stay_the_callers_own() -> None:
     means, variances, log_weights = torch.zeros(4, 3), torch.ones(1, 1), torch.zeros(4)
-    p = GaussianMixture(means, variances, log_weights)
+    p = GaussianMixture(means, variances, log_weights=log_weights)
     assert p.means is means
     assert p.variances is variances
     assert p.log_weights is log_weights
@@ -86,14 +86,14 @@ def test_to_and_detach() -> None:
 def test_weights_as_given_normalised_and_uniform() -> None:
     means, one = torch.randn(4, 3, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64).log()
-    given, logits = GaussianMixture(means, one, weights), GaussianMixture(means, one, logits=weights)
+    given, logits = GaussianMixture(means, one, log_weights=weights), GaussianMixture(means, one, logits=weights)
     assert torch.equal(given.log_weights, weights)
     close(logits.log_weights.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
     close(given.normalized().log_weights, logits.log_weights)
     close(csdiv.log_overlap(given) - csdiv.log_overlap(logits), torch.tensor(2.0 * math.log(10.0), dtype=torch.float64))
     uniform = GaussianMixture(means, one)
     assert uniform.normalized() is uniform
-    same_weights = GaussianMixture(means, one, torch.full((4,), -math.log(4.0), dtype=torch.float64))
+    same_weights = GaussianMixture(means, one, log_weights=torch.full((4,), -math.log(4.0), dtype=torch.float64))
     close(csdiv.log_overlap(uniform), csdiv.log_overlap(same_weights))
 
 
@@ -123,7 +123,7 @@ def test_sample_shapes_of_batches_and_weights() -> None:
     assert mixture(batch_shape=(2, 3)).sample(5).shape == (2, 3, 5, 3)
     assert GaussianMixture(torch.zeros(4, 3), torch.ones(1, 1)).sample(0).shape == (0, 3)
     lone = torch.tensor([-math.inf, 5.0, -math.inf])
-    p = GaussianMixture(torch.tensor([[0.0], [10.0], [20.0]]), torch.full((1, 1), 1e-6), lone)
+    p = GaussianMixture(torch.tensor([[0.0], [10.0], [20.0]]), torch.full((1, 1), 1e-6), log_weights=lone)
     close(p.sample(100), torch.full((100, 1), 10.0), atol=0.1, rtol=0.0)
 
 

@@ -158,7 +158,7 @@ def test_from_samples_of_weight_zero_and_gradients() -> None:
     assert p.log_weights[1] == -math.inf
     grads = torch.autograd.grad(csdiv.log_overlap(p), [x, weights, bandwidth])
     assert all(bool(g.isfinite().all()) for g in grads)
-    assert grads[1][1] == 0.0
+    assert grads[1].abs().min() > 0.0
     assert grads[2] < 0.0
 
 
@@ -179,7 +179,7 @@ def test_from_samples_refuses() -> None:
         GaussianMixture.from_samples(torch.ones(4, 3, dtype=torch.int64), 0.3)
     negative = GaussianMixture.from_samples(x, torch.tensor(-0.3), weights=torch.tensor([-1.0, 1.0, 1.0, 1.0]))
     assert negative.variances.isnan().all()
-    assert negative.log_weights.isnan().all()
+    assert negative.log_weights[0].isnan()
 
 
 def test_from_distribution_passes_gradients_to_the_scale() -> None:

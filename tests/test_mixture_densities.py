@@ -71,7 +71,7 @@ def test_responsibilities_and_assignment_are_those_of_sklearn(kind: str, backend
 def test_responsibilities_and_assignment_of_codes(backend: str) -> None:
     """A mixture in the place of points: each of its components, with its variance added."""
     p, codes = mixture(), mixture(k=9)
-    wider = [GaussianMixture(p.means, p.variances + v, p.log_weights) for v in codes.variances]
+    wider = [GaussianMixture(p.means, p.variances + v, log_weights=p.log_weights) for v in codes.variances]
     expected = torch.cat(
         [w.responsibilities(m[None], backend=backend) for w, m in zip(wider, codes.means, strict=True)]
     )

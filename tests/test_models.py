@@ -26,6 +26,7 @@ from csdiv.models.networks import perceptron
 
 pytest.importorskip("lightning")
 
+from csdiv import testing
 from csdiv.models import checkpoint, data, evaluation, modules, training
 from csdiv.models.config import TrainConfig
 
@@ -228,7 +229,7 @@ def test_merge_components_compares_groups_by_their_divergence() -> None:
     for groups in (6, 5, 4, 3):
         before, after = (evaluation.merge_components(mixture, n) for n in (groups, groups - 1))
         parts = [
-            csdiv.GaussianMixture(*(t[before == g] for t in (mixture.means, mixture.variances, mixture.log_weights)))
+            testing.mixture_of(*(t[before == g] for t in (mixture.means, mixture.variances, mixture.log_weights)))
             for g in range(groups)
         ]
         pairs = [(a, b) for a in range(groups) for b in range(a + 1, groups)]

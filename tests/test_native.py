@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import csdiv
-from csdiv import _C
+from csdiv import _C, testing
 from csdiv.testing import random_mixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def results(p, q):
     tensors = [
         t.clone().requires_grad_() for t in (p.means, p.variances, p.log_weights, q.means, q.variances, q.log_weights)
     ]
-    left, right = csdiv.GaussianMixture(*tensors[:3]), csdiv.GaussianMixture(*tensors[3:])
+    left, right = testing.mixture_of(*tensors[:3]), testing.mixture_of(*tensors[3:])
     values = [
         csdiv.cs_divergence(left, right, backend="cpu"),
         csdiv.component_log_overlap(left, right, backend="cpu"),
@@ -88,7 +88,7 @@ def test_exponentials_are_right_to_the_last_bits(isa, name, dtype):
     lowest = {torch.float32: -100, torch.float64: -720}[dtype]
     log_weights = torch.linspace(0, lowest, 20_000, dtype=torch.float64).to(dtype).requires_grad_()
     means, halves = torch.zeros(20_000, 1, dtype=dtype), torch.full((20_000, 1), 0.5, dtype=dtype)
-    q = csdiv.GaussianMixture(means, halves, log_weights)
+    q = csdiv.GaussianMixture(means, halves, log_weights=log_weights)
     rows = csdiv.component_log_overlap(csdiv.GaussianMixture(means[:1], halves[:1]), q, backend="cpu")
     (shares,) = torch.autograd.grad(rows.sum(), log_weights)
     exact = log_weights.detach().double().softmax(0)
@@ -146,7 +146,7 @@ def test_unknown_instruction_set_is_refused():
 def _work(seed):
     generator = torch.Generator().manual_seed(seed)
     p = random_mixture(600, 8, generator=generator)
-    p = csdiv.GaussianMixture(p.means.requires_grad_(), p.variances, p.log_weights)
+    p = csdiv.GaussianMixture(p.means.requires_grad_(), p.variances, log_weights=p.log_weights)
     q = random_mixture(700, 8, generator=generator)
     value = csdiv.cs_divergence(p, q, backend="cpu")
     return value.item(), torch.autograd.grad(value, p.means)[0].sum().item()
@@ -181,9 +181,7 @@ def test_sums_that_problems_or_blocks_share_are_the_same_bits_with_two_threads(n
 
     def gradients(threads):
         torch.set_num_threads(threads)
-        value = csdiv.log_overlap(
-            csdiv.GaussianMixture(*tensors[:3]), csdiv.GaussianMixture(*tensors[3:]), backend="cpu"
-        )
+        value = csdiv.log_overlap(testing.mixture_of(*tensors[:3]), testing.mixture_of(*tensors[3:]), backend="cpu")
         return torch.autograd.grad(value.sum(), tensors)
 
     expected = gradients(1)

@@ -19,7 +19,7 @@ def near_copies(
     g = torch.Generator().manual_seed(dim)
     p = testing.random_mixture(size, dim, structure=structure, generator=g)
     moved = [t + distance * torch.randn(t.shape, generator=g) for t in (p.means, p.variances.log(), p.log_weights)]
-    return p, GaussianMixture(moved[0], moved[1].exp(), moved[2])
+    return p, GaussianMixture(moved[0], moved[1].exp(), log_weights=moved[2])
 
 
 BOUND = defaultdict(lambda: 2e-6, gpu=6e-6, gpu_triton=6e-6)
@@ -77,7 +77,9 @@ def test_the_bound_near_zero_holds_at_every_scale(
     pair = [side.to(dtype) for side in near_copies(dim, size, 1e-3)]
     exact = csdiv.cs_divergence(*pair, backend="reference")
     for scale in (2.0**-exponent, 2.0**exponent):
-        scaled = [GaussianMixture(s.means * scale, s.variances * scale * scale, s.log_weights) for s in pair]
+        scaled = [
+            GaussianMixture(s.means * scale, s.variances * scale * scale, log_weights=s.log_weights) for s in pair
+        ]
         error = (csdiv.cs_divergence(*scaled, backend=backend) - exact).abs()
         assert error <= 16 * torch.finfo(dtype).eps
 
@@ -95,10 +97,10 @@ def test_cs_divergence_of_the_same_tensors_has_no_gradient(backend: str, dim: in
     tensors = [
         t.requires_grad_() for t in (lambda p: (p.means, p.variances, p.log_weights))(near_copies(dim, size, 0.0)[0])
     ]
-    p = GaussianMixture(*tensors)
+    p = testing.mixture_of(*tensors)
     grads = torch.autograd.grad(csdiv.cs_divergence(p, p, backend=backend), tensors)
     wide = [t.detach().double().requires_grad_() for t in tensors]
-    p = GaussianMixture(*wide)
+    p = testing.mixture_of(*wide)
     bands = testing.gradient_bands("cs_divergence", p, p, torch.ones(()), wide, scaled=backend != "reference")
     for grad, band in zip(grads, bands, strict=True):
         assert bool((grad.abs() <= band).all())

@@ -260,7 +260,7 @@ def far_apart(weights: Tensor) -> tuple[csdiv.GaussianMixture, csdiv.GaussianMix
     k = len(weights)
     means = 100.0 * torch.arange(k, dtype=torch.float64).unsqueeze(-1).expand(k, 2)
     variances = torch.tensor([[0.7, 1.3]], dtype=torch.float64).expand(k, 2)
-    prior = csdiv.GaussianMixture(means, variances, weights.log())
+    prior = csdiv.GaussianMixture(means, variances, log_weights=weights.log())
     return prior, csdiv.GaussianMixture(means.unsqueeze(1), variances.unsqueeze(1))
 
 

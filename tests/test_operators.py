@@ -36,11 +36,11 @@ e = torch.rand(5, 1, 2, dtype=torch.float64)
 
 def function(backend="auto"):
     def value(means, extra):
-        side = GaussianMixture(means, p.variances, p.log_weights)
+        side = GaussianMixture(means, p.variances, log_weights=p.log_weights)
         return pairs.route(side, q, backend).value("padded_overlap", extra)
     return value
 
-wide = GaussianMixture(p.means, p.variances + e, p.log_weights)
+wide = GaussianMixture(p.means, p.variances + e, log_weights=p.log_weights)
 expected = csdiv.log_overlap(wide, q)
 torch.testing.assert_close(function()(p.means, e), expected)
 torch.testing.assert_close(function("reference")(p.means, e), expected)

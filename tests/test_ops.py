@@ -11,22 +11,24 @@ from csdiv import backends, ops, testing
 from csdiv.operators import OPERATORS, Operator
 
 
-def side_tensors(names: tuple[str, ...], k: int, batched: bool) -> list[Tensor | None]:
+def side_tensors(names: tuple[str, ...], k: int, batched: bool, full: bool) -> list[Tensor | None]:
     """Tensors of k components; batched ones with a permuted view and uniform weights where these may be left out."""
     p = testing.random_mixture(k, 2, generator=torch.Generator().manual_seed(k))
     given = {"means": p.means, "variances": p.variances, "log_weights": p.log_weights}
     if batched:
         given = {name: t.expand(2, *t.shape).contiguous() for name, t in given.items()}
         given["means"] = given["means"].mT.contiguous().mT
-    if "covariances" in names:
+    if full:
         given = {name: t.double() for name, t in given.items()}
-        given["covariances"] = given.pop("variances").diag_embed()
+        given["covariances"] = given["factors"] = given["variances"].diag_embed()
     return [given[name] for name in names]
 
 
 def operator_tensors(operator: Operator, batched: bool) -> list[Tensor | None]:
     sizes, batch = {"1": 1, "N": 3, "M": 4, "D": 2}, (2,) * batched
-    tensors = side_tensors(operator.p, 3, batched) + side_tensors(operator.q, 4, batched)
+    tensors = [
+        t for names, k in ((operator.p, 3), (operator.q, 4)) for t in side_tensors(names, k, batched, operator.full)
+    ]
     tensors += [torch.rand(*batch, *(sizes[letter] for letter in other.sizes)) for other in operator.others]
     for k, name in enumerate(operator.names):
         if name.endswith("log_weights") and operator.channels:

@@ -39,7 +39,7 @@ def mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixt
     log_weights = (weights / weights.sum()).log()
     if covariances.ndim == 3:
         return GaussianMixture(means, covariance_matrix=covariances, log_weights=log_weights)
-    return GaussianMixture(means.view(len(weights), -1), covariances.view(len(weights), -1), log_weights)
+    return GaussianMixture(means.view(len(weights), -1), covariances.view(len(weights), -1), log_weights=log_weights)
 
 
 def vector(name: str) -> tuple[GaussianMixture, GaussianMixture, dict[str, float]]:
@@ -164,7 +164,9 @@ def test_shift_orthogonal_to_the_means(shift: float, backend: str) -> None:
     moved = means + torch.tensor([0.0, 0.0, shift], dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
     divergence = csdiv.cs_divergence(
-        GaussianMixture(means, one, weights), GaussianMixture(moved, one, weights), backend=backend
+        GaussianMixture(means, one, log_weights=weights),
+        GaussianMixture(moved, one, log_weights=weights),
+        backend=backend,
     )
     close(divergence, {5.0: 6.25, 20.0: 100.0}[shift])
 
@@ -194,7 +196,7 @@ def test_additive_over_independent_blocks(backend: str) -> None:
             torch.cat(
                 [a.variances.repeat_interleave(b.num_components, 0), b.variances.repeat(a.num_components, 1)], -1
             ),
-            (a.log_weights[:, None] + b.log_weights).flatten(),
+            log_weights=(a.log_weights[:, None] + b.log_weights).flatten(),
         )
         for a, b in ((p1, p2), (q1, q2))
     ]
@@ -206,7 +208,7 @@ def test_overlap_under_an_affine_map(backend: str) -> None:
     """V(Ap, Aq) = V/|det A| and D(Ap, Aq) = D, A diagonal."""
     p, q = random_pair()
     a = torch.tensor([0.5, -3.0, 10.0, 1e-3], dtype=torch.float64)
-    moved = [GaussianMixture(s.means * a + 2.0, s.variances * a**2, s.log_weights) for s in (p, q)]
+    moved = [GaussianMixture(s.means * a + 2.0, s.variances * a**2, log_weights=s.log_weights) for s in (p, q)]
     expected = csdiv.log_overlap(p, q, backend=backend) - a.abs().log().sum()
     close(csdiv.log_overlap(*moved, backend=backend), expected)
     close(csdiv.cs_divergence(*moved, backend=backend), csdiv.cs_divergence(p, q, backend=backend))
@@ -313,7 +315,7 @@ def test_hessian_is_positive_semidefinite_for_equal_mixtures() -> None:
 
     def divergence(x: Tensor) -> Tensor:
         means, log_variances = x.view(2, *p.means.shape)
-        return csdiv.cs_divergence(GaussianMixture(means, log_variances.exp(), p.log_weights), p)
+        return csdiv.cs_divergence(GaussianMixture(means, log_variances.exp(), log_weights=p.log_weights), p)
 
     values = torch.linalg.eigvalsh(torch.func.hessian(divergence)(flat))
     assert values.min() > -1e-12

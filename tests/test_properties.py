@@ -38,7 +38,7 @@ def pairs(draw: st.DrawFn) -> tuple[GaussianMixture, GaussianMixture]:
         log_weights = p.log_weights.clone()
         if draw(st.booleans()):
             log_weights[..., 1::2] = -math.inf
-        sides.append(GaussianMixture(p.means * scale, p.variances * min(scale * scale, 1e7), log_weights))
+        sides.append(GaussianMixture(p.means * scale, p.variances * min(scale * scale, 1e7), log_weights=log_weights))
     return sides[0], sides[1]
 
 
@@ -57,7 +57,7 @@ def assert_same(a: torch.Tensor, b: torch.Tensor, band: torch.Tensor) -> None:
 def permuted(p: GaussianMixture) -> GaussianMixture:
     order = torch.arange(p.num_components).flip(0)
     rows = order if p.variances.shape[-2] > 1 else slice(None)
-    return GaussianMixture(p.means[..., order, :], p.variances[..., rows, :], p.log_weights[..., order])
+    return GaussianMixture(p.means[..., order, :], p.variances[..., rows, :], log_weights=p.log_weights[..., order])
 
 
 def full_rows(p: GaussianMixture) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_not_negative_and_zero_for_equal_mixtures(pair: tuple[GaussianMixture, G
     p, q = pair
     assert bool((csdiv.cs_divergence(p, q, backend=backend) >= -allowed(backend, p, q)).all())
     assert bool((csdiv.cs_divergence(p, p, backend=backend).abs() <= allowed(backend, p, p)).all())
-    rescaled = GaussianMixture(p.means, p.variances, p.log_weights + 2.0)
+    rescaled = GaussianMixture(p.means, p.variances, log_weights=p.log_weights + 2.0)
     assert bool((csdiv.cs_divergence(p, rescaled, backend=backend).abs() <= allowed(backend, p, rescaled)).all())
 
 
@@ -102,7 +102,7 @@ def test_components_may_be_permuted_split_or_added_without_weight(
         longer = GaussianMixture(
             torch.cat([p.means, p.means[..., :1, :]], -2),
             torch.cat([full_rows(p), full_rows(p)[..., :1, :]], -2),
-            torch.cat([first, weights[..., 1:], extra], -1),
+            log_weights=torch.cat([first, weights[..., 1:], extra], -1),
         )
         band = torch.maximum(allowed(backend, p, q), allowed(backend, longer, q))
         assert_same(csdiv.cs_divergence(longer, q, backend=backend), value, band)
@@ -116,7 +116,7 @@ def test_common_affine_map(
     """Scales are powers of two, so that the mapped parameters are exact."""
     p, q = pair
     a = 2.0**exponent * (-1.0 if reflect else 1.0)
-    moved = [GaussianMixture(s.means.flip(-1) * a, full(s).flip(-1) * a * a, s.log_weights) for s in pair]
+    moved = [GaussianMixture(s.means.flip(-1) * a, full(s).flip(-1) * a * a, log_weights=s.log_weights) for s in pair]
     band = allowed(backend, p, q) + allowed(backend, *moved)
     assert_same(csdiv.cs_divergence(*moved, backend=backend), csdiv.cs_divergence(p, q, backend=backend), band)
 

@@ -37,17 +37,15 @@ def factors(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize(
     "wrong",
-    [("upper", (2, 0, 2), 0.5), ("zero", (2, 1, 1), 0.0), ("negative", (2, 1, 1), -1.0), ("nan", (2, 1, 1), math.nan)],
+    [("zero", (2, 1, 1), 0.0), ("negative", (2, 1, 1), -1.0), ("nan", (2, 1, 1), math.nan)],
     ids=lambda w: w[0],
 )
 def test_scale_tril_that_is_no_cholesky_factor(wrong: tuple[str, tuple[int, ...], float]) -> None:
     matrices = factors(4)
     matrices[wrong[1]] = wrong[2]
-    with pytest.raises(
-        ValueError, match=r"scale_tril: lower triangular with a positive diagonal expected, component \(2,\)"
-    ):
+    with pytest.raises(ValueError, match=r"scale_tril: a positive diagonal expected, component \(2,\) has none"):
         GaussianMixture(torch.zeros(4, 3), scale_tril=matrices)
-    with pytest.raises(ValueError, match=r"component \(1, 2\) is not"):
+    with pytest.raises(ValueError, match=r"component \(1, 2\) has none"):
         GaussianMixture(torch.zeros(2, 4, 3), scale_tril=torch.stack([factors(4), matrices]))
 
 
@@ -75,14 +73,16 @@ def test_covariance_symmetric_to_rounding_is_accepted(dtype: torch.dtype) -> Non
 
 def test_exactly_one_covariance_and_at_most_one_weight() -> None:
     means, one, eye = torch.zeros(4, 3), torch.ones(1, 1), factors(1)
-    with pytest.raises(ValueError, match="exactly one of variances, scale_tril, covariance_matrix expected, got none"):
+    with pytest.raises(ValueError, match="exactly one of variances, scale_tril, factor, covariance_matrix expected"):
         GaussianMixture(means)
     with pytest.raises(ValueError, match=r"exactly one of .* got variances and scale_tril"):
         GaussianMixture(means, one, scale_tril=eye)
     with pytest.raises(ValueError, match=r"exactly one of .* got scale_tril and covariance_matrix"):
         GaussianMixture(means, scale_tril=eye, covariance_matrix=eye)
-    with pytest.raises(ValueError, match="at most one of log_weights and logits"):
-        GaussianMixture(means, one, torch.zeros(4), logits=torch.zeros(4))
+    with pytest.raises(
+        ValueError, match="at most one of weights, log_weights, logits expected, got log_weights and logits"
+    ):
+        GaussianMixture(means, one, log_weights=torch.zeros(4), logits=torch.zeros(4))
 
 
 @pytest.mark.parametrize("name", ["means", "variances", "log_weights"])
@@ -182,7 +182,7 @@ def test_tensors_that_are_not_dense() -> None:
 def test_numpy_arrays_are_accepted() -> None:
     p = mixture(dtype=torch.float64)
     arrays = [t.numpy() for t in (p.means, p.variances, p.log_weights)]
-    q = GaussianMixture(*arrays)
+    q = testing.mixture_of(*arrays)
     assert torch.equal(csdiv.log_overlap(q), csdiv.log_overlap(p))
     assert torch.equal(q.log_prob(arrays[0]), p.log_prob(p.means))
     assert torch.equal(q.assign(arrays[0]), p.assign(p.means))

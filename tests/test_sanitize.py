@@ -15,7 +15,7 @@ import torch
 from test_native import supported_isas
 
 import csdiv
-from csdiv import GaussianMixture, testing
+from csdiv import testing
 
 source_tree = test_packaging.source_tree  # a fixture
 
@@ -74,7 +74,7 @@ def call_every_entry(
     for side, tensors in zip("pq", (p_tensors, q_tensors), strict=True):
         for t in tensors:
             t.requires_grad_(side in needs)
-    p, q = GaussianMixture(*p_tensors), GaussianMixture(*q_tensors)
+    p, q = testing.mixture_of(*p_tensors), testing.mixture_of(*q_tensors)
     log_variances = p_tensors[1].log().expand(p.means.shape)
     values = []
     for at_once in (mock.DEFAULT, False):  # gradients with the values, then by the backward pass

@@ -55,7 +55,7 @@ def test_near_pairs_far_from_their_center(entry: str, spread: float) -> None:
     """Products of centered means would cancel, so that these pairs take the sums of squares."""
     g = torch.Generator().manual_seed(int(spread))
     q = testing.random_mixture(40, 32, structure="spherical", spread=spread, generator=g)
-    check(entry, "cpu", GaussianMixture(q.means[:20] + 0.1, q.variances[:20], q.log_weights[:20]), q)
+    check(entry, "cpu", GaussianMixture(q.means[:20] + 0.1, q.variances[:20], log_weights=q.log_weights[:20]), q)
 
 
 def test_tiny_weights_take_no_longer() -> None:
@@ -66,15 +66,15 @@ def test_tiny_weights_take_no_longer() -> None:
         times = []
         for _ in range(3):
             start = time.thread_time()
-            value = log_overlap(GaussianMixture(*leaves[:3]), GaussianMixture(*leaves[3:]), backend="cpu")
+            value = log_overlap(testing.mixture_of(*leaves[:3]), testing.mixture_of(*leaves[3:]), backend="cpu")
             torch.autograd.grad(value, leaves)
             times.append(time.thread_time() - start)
         return min(times)
 
     torch.set_num_threads(1)
     p, q = pair(512, 512, 128, ("spherical", "spherical"))
-    points = GaussianMixture(p.means, torch.zeros(1, 1), p.log_weights)
-    assert seconds(points, q) < 5 * seconds(p, GaussianMixture(q.means, q.variances * 100, q.log_weights))
+    points = GaussianMixture(p.means, torch.zeros(1, 1), log_weights=p.log_weights)
+    assert seconds(points, q) < 5 * seconds(p, GaussianMixture(q.means, q.variances * 100, log_weights=q.log_weights))
 
 
 # Register tiles, their remainders, tiles, stripes; dimensions from 128 on in several accumulators.
@@ -102,7 +102,7 @@ def test_variances_around_the_limits_of_the_fast_forms(entry: str, exponent: int
     for side in pair(40, 300, 11, structures):
         variances = side.variances.clone()
         variances[len(variances) // 2 :] *= 2.0**exponent
-        sides.append(GaussianMixture(side.means, variances, side.log_weights))
+        sides.append(GaussianMixture(side.means, variances, log_weights=side.log_weights))
     check(entry, "cpu", *sides)
 
 
@@ -116,7 +116,7 @@ def test_batches_with_variances_of_their_own_and_without(
     sides = pair(18, 37, 10, structures, batches)
     for k in alone:
         p = sides[k]
-        sides[k] = GaussianMixture(p.means, p.variances[(0,) * len(batches[k])], p.log_weights)
+        sides[k] = GaussianMixture(p.means, p.variances[(0,) * len(batches[k])], log_weights=p.log_weights)
     for entry in ("cs_divergence", "component_log_overlap", "pairwise_log_overlap"):
         check(entry, "cpu", *sides)
 
@@ -125,7 +125,10 @@ def test_batches_with_variances_of_their_own_and_without(
 @on_shared
 def test_shared_variances_agree_with_full_arrays(dtype: torch.dtype, structures: tuple[str, str]) -> None:
     p, q = (side.to(dtype) for side in pair(33, 70, 24, structures))
-    full = [GaussianMixture(s.means, s.variances.expand(s.means.shape).contiguous(), s.log_weights) for s in (p, q)]
+    full = [
+        GaussianMixture(s.means, s.variances.expand(s.means.shape).contiguous(), log_weights=s.log_weights)
+        for s in (p, q)
+    ]
     eps = torch.finfo(dtype).eps
     for entry in ("cs_divergence", "component_log_overlap", "pairwise_log_overlap"):
         torch.testing.assert_close(call(entry, "cpu")(p, q), call(entry, "cpu")(*full), rtol=64 * eps, atol=64 * eps)
@@ -165,12 +168,12 @@ def test_weights_of_zero_and_negative_variances(structures: tuple[str, str]) -> 
     p, q = pair(20, 30, 10, structures)
     weights = q.log_weights.clone()
     weights[::2] = -math.inf
-    check("cs_divergence", "cpu", p, GaussianMixture(q.means, q.variances, weights))
+    check("cs_divergence", "cpu", p, GaussianMixture(q.means, q.variances, log_weights=weights))
     for k, j in itertools.product((0, 1), (0, -1)):
         sides = [p, q]
         variances = sides[k].variances.clone()
         variances.view(-1)[j] = -0.01
-        sides[k] = GaussianMixture(sides[k].means, variances, sides[k].log_weights)
+        sides[k] = GaussianMixture(sides[k].means, variances, log_weights=sides[k].log_weights)
         rows = call("pairwise_log_overlap", "cpu")(*sides)
         expected = call("pairwise_log_overlap", "reference")(*sides)
         assert torch.equal(rows.isnan(), expected.isnan())

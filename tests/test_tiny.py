@@ -22,7 +22,7 @@ def batch(size: tuple[int, int, int, int], seed: int = 0) -> tuple[GaussianMixtu
 def gradients(p: GaussianMixture, q: GaussianMixture) -> tuple[Tensor, list[Tensor]]:
     leaves = [t.detach().requires_grad_() for t in (p.means, p.variances, p.log_weights, q.means, q.variances)]
     value = csdiv.cs_divergence(
-        GaussianMixture(*leaves[:3]), GaussianMixture(*leaves[3:], q.log_weights), backend="cpu"
+        testing.mixture_of(*leaves[:3]), testing.mixture_of(*leaves[3:], q.log_weights), backend="cpu"
     )
     return value.detach(), list(torch.autograd.grad(value.sum(), leaves))
 
@@ -35,7 +35,7 @@ def test_tiny_batches_stay_within_the_budget(size: tuple[int, int, int, int]) ->
 @pytest.mark.parametrize("size", SIZES)
 def test_tiny_batches_near_zero_stay_within_the_stated_bound(size: tuple[int, int, int, int]) -> None:
     p, _ = batch(size)
-    q = GaussianMixture(p.means + 1e-4, p.variances, p.log_weights)
+    q = GaussianMixture(p.means + 1e-4, p.variances, log_weights=p.log_weights)
     exact = csdiv.cs_divergence(p.to(torch.float64), q.to(torch.float64), backend="reference")
     assert ((csdiv.cs_divergence(p, q, backend="cpu") - exact).abs() <= 2e-6).all()
 
@@ -70,7 +70,7 @@ def test_one_odd_problem_goes_another_way_and_spoils_no_other(what: str) -> None
         variances[20, 1, 1] = -0.1
     else:
         log_weights[20, 2] = torch.inf
-    odd = GaussianMixture(means, variances, log_weights)
+    odd = GaussianMixture(means, variances, log_weights=log_weights)
     values, grads = gradients(odd, q)
     expected, expected_grads = gradients(p, q)
     others = torch.arange(40) != 20
@@ -88,8 +88,8 @@ def test_components_without_weight_are_absent_from_tiny_batches() -> None:
     p, q = batch((24, 6, 5, 2))
     padded = p.log_weights.clone()
     padded[:, 4:] = -torch.inf
-    values, grads = gradients(GaussianMixture(p.means, p.variances, padded), q)
-    expected, _ = gradients(GaussianMixture(p.means[:, :4], p.variances[:, :4], p.log_weights[:, :4]), q)
+    values, grads = gradients(GaussianMixture(p.means, p.variances, log_weights=padded), q)
+    expected, _ = gradients(GaussianMixture(p.means[:, :4], p.variances[:, :4], log_weights=p.log_weights[:, :4]), q)
     torch.testing.assert_close(values, expected, rtol=0, atol=2e-6)
     assert all((grad[:, 4:] == 0).all() for grad in grads[:3])
 
@@ -113,7 +113,7 @@ def test_tiny_batches_take_one_pass_and_odd_ones_two() -> None:
     far[20] += 1e20
     with passes() as taken:
         gradients(p, q)
-        gradients(GaussianMixture(far, p.variances, p.log_weights), q)
+        gradients(GaussianMixture(far, p.variances, log_weights=p.log_weights), q)
     assert taken == [True, False]
 
 
@@ -123,6 +123,6 @@ def test_a_weight_that_is_not_a_number_shows_in_its_problem_alone(side: str, k: 
     p, q = batch((40, 3, 3, 1))
     log_weights = p.log_weights.clone()
     log_weights[11, k] = torch.nan
-    odd = GaussianMixture(p.means, p.variances, log_weights)
+    odd = GaussianMixture(p.means, p.variances, log_weights=log_weights)
     values = csdiv.cs_divergence(*((odd, q) if side == "p" else (q, odd)), backend="cpu")
     assert values.isnan().nonzero().tolist() == [[11]]

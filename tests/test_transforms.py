@@ -53,7 +53,9 @@ def test_without_the_list_of_transforms_all_take_the_reference(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torch._functorch.pyfunctorch", None)
     assert seen(transforms) == [(False, False), *[(True, True)] * 5]
     p, q = (testing.random_mixture(k, 2, dtype=torch.float64) for k in (3, 4))
-    found = grad(lambda m: csdiv.cs_divergence(csdiv.GaussianMixture(m, p.variances, p.log_weights), q))(p.means)
+    found = grad(lambda m: csdiv.cs_divergence(csdiv.GaussianMixture(m, p.variances, log_weights=p.log_weights), q))(
+        p.means
+    )
     p = p.map(lambda t: t.requires_grad_())
     (expected,) = torch.autograd.grad(csdiv.cs_divergence(p, q, backend="reference"), p.means)
     torch.testing.assert_close(found, expected)

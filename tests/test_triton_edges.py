@@ -52,7 +52,7 @@ def test_parts_do_not_change_the_assignment_of_equal_ones() -> None:
     assert q.assign(torch.zeros(2, 1), backend=NAME).tolist() == [0, 0]
     heavier = torch.zeros(520)
     heavier[[200, 400]] = 1.0
-    q = GaussianMixture(torch.ones(520, 1), torch.ones(1, 1), heavier)
+    q = GaussianMixture(torch.ones(520, 1), torch.ones(1, 1), log_weights=heavier)
     assert q.assign(torch.zeros(2, 1), backend=NAME).tolist() == [200, 200]
 
 
@@ -80,7 +80,7 @@ def test_some_dimensions_fast_and_others_exact() -> None:
     p, q = test_kernels_edges.pair(5, 6, 40)
     wild = torch.ones(40)
     wild[35] = 1e15
-    q = GaussianMixture(q.means, torch.cat([q.variances[:3] * wild, q.variances[3:] / wild]), q.log_weights)
+    q = GaussianMixture(q.means, torch.cat([q.variances[:3] * wild, q.variances[3:] / wild]), log_weights=q.log_weights)
     test_kernels_edges.check("log_overlap", NAME, p, q)
 
 
@@ -177,7 +177,7 @@ def test_cs_divergence_near_zero(distance: float) -> None:
 def test_cs_divergence_of_tied_variances_near_zero(dim: int, size: int, distance: float) -> None:
     """Both sides tied, and one of them: the three terms in up to three forms."""
     p, q = near_copies(dim, size, distance, "tied diagonal")
-    untied = GaussianMixture(q.means, q.variances * (1 + distance * torch.randn(size, dim)), q.log_weights)
+    untied = GaussianMixture(q.means, q.variances * (1 + distance * torch.randn(size, dim)), log_weights=q.log_weights)
     for other in (q, untied):
         exact = csdiv.cs_divergence(p.to(torch.float64), other.to(torch.float64), backend="reference")
         assert (csdiv.cs_divergence(p, other, backend=NAME).double() - exact).abs() <= 6e-6

@@ -36,7 +36,7 @@ def test_the_matrix_form_does_not_cancel(structure: str, spread: float, shift: f
     """It is taken where pairs are as far apart as from the tile's mean."""
     g = torch.Generator().manual_seed(int(spread + shift))
     p, q = (testing.random_mixture(k, 32, structure=structure, spread=spread, generator=g) for k in (4, 5))
-    p, q = (GaussianMixture(side.means + shift, side.variances, side.log_weights) for side in (p, q))
+    p, q = (GaussianMixture(side.means + shift, side.variances, log_weights=side.log_weights) for side in (p, q))
     test_kernels_edges.check("component_log_overlap", NAME, p, q)
     assert not direct_sums
 
@@ -47,7 +47,7 @@ def test_the_matrix_form_does_not_cancel(structure: str, spread: float, shift: f
 def test_near_pairs_take_the_direct_form(structure: str, spread: float, direct: bool, direct_sums: list[int]) -> None:
     """Unless all of the tile is near, against the variances."""
     q = testing.random_mixture(5, 32, structure=structure, spread=spread)
-    p = GaussianMixture(q.means[:4] + 0.1, q.variances[:4], q.log_weights[:4])
+    p = GaussianMixture(q.means[:4] + 0.1, q.variances[:4], log_weights=q.log_weights[:4])
     test_kernels_edges.check("component_log_overlap", NAME, p, q)
     assert bool(direct_sums) == direct
 
@@ -117,13 +117,15 @@ def test_equal_components_against_tied_variances_give_equal_bits(tied: bool, dim
 @pytest.mark.parametrize("exponent", [0, 30])
 def test_components_without_weight_do_not_spoil_a_tied_tile(dim: int, exponent: int, direct_sums: list[int]) -> None:
     p, q = (
-        GaussianMixture((side.means + 50) * 2.0 ** (exponent // 2), side.variances * 2.0**exponent, side.log_weights)
+        GaussianMixture(
+            (side.means + 50) * 2.0 ** (exponent // 2), side.variances * 2.0**exponent, log_weights=side.log_weights
+        )
         for side in (testing.random_mixture(k, dim, structure="tied diagonal", spread=3.0) for k in (4, 5))
     )
     silent = torch.tensor([0, 2])
     means, log_weights = (t.index_fill(0, silent, x) for t, x in ((q.means, torch.nan), (q.log_weights, -torch.inf)))
-    q = GaussianMixture(means, q.variances, log_weights)
-    fewer = GaussianMixture(means[[1, 3, 4]], q.variances, log_weights[[1, 3, 4]])
+    q = GaussianMixture(means, q.variances, log_weights=log_weights)
+    fewer = GaussianMixture(means[[1, 3, 4]], q.variances, log_weights=log_weights[[1, 3, 4]])
     tied = importlib.import_module("csdiv.kernels.tied")
     with mock.patch.object(tied, "tile_log2_densities", side_effect=AssertionError("an irregular tile")):
         for sides in ((p, q), (q, p)):
@@ -143,12 +145,12 @@ def test_bad_tied_variances_give_what_the_diagonal_form_gives(bad: float, dim: i
         found = []
         for own, other in ((3, 4), (1, 1), (3, 1), (1, 4)):
             leaves = [t.clone().requires_grad_() for t in (p.means, q.means)]
-            side = GaussianMixture(leaves[0], own_variances.expand(own, dim), p.log_weights)
-            spoilt = GaussianMixture(leaves[1], variances.expand(other, dim), q.log_weights)
+            side = GaussianMixture(leaves[0], own_variances.expand(own, dim), log_weights=p.log_weights)
+            spoilt = GaussianMixture(leaves[1], variances.expand(other, dim), log_weights=q.log_weights)
             total = csdiv.log_overlap(spoilt, side, backend=NAME)
             found.append([total, *torch.autograd.grad(total, leaves)])
         for values in found[1:]:
             torch.testing.assert_close(values, found[0], rtol=1e-5, atol=1e-6, equal_nan=True)
         assert bad >= 0 or bool(found[0][0].isnan())
-        silent = GaussianMixture(q.means, variances, torch.full((4,), -torch.inf))
+        silent = GaussianMixture(q.means, variances, log_weights=torch.full((4,), -torch.inf))
         assert csdiv.log_overlap(side, silent, backend=NAME) == -torch.inf

@@ -133,7 +133,7 @@ def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
         name = _first_able(device)
         if device.type == "cuda" and name == "reference":
             _warn_slow_cuda()
-        if operator.startswith("full_") and not has_full(name):
+        if operator.startswith(("full_", "factored_")) and not has_full(name):
             name = "reference"
     registered = _registered[name]
     status = registered.status()
@@ -152,6 +152,11 @@ def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
             return resolve("reference", device)
         raise NotImplementedError(f'backend "{name}" has no {operator}: take backend="auto" or "reference"')
     return backend
+
+
+def has(operator: str, name: str, device: torch.device) -> bool:
+    """Whether the backend of this name, or the one that "auto" takes on the device, computes an operator."""
+    return operator not in resolve(name, device).lacks
 
 
 def _first_able(device: torch.device) -> str:

@@ -53,6 +53,8 @@ def _run(function: str, call: Call, arrays: Sequence[Tensor]) -> None:
 
 
 class Cpu(Backend):
+    lacks = frozenset(("factored_overlap_lse", "factored_pairwise", "factored_assign"))
+
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
         call = _call(name, tensors, needs)
         outputs = call.outputs()

@@ -25,6 +25,7 @@ _FLAT = ("overlap_lse", "assign", "full_overlap_lse", "full_pairwise", "full_ass
 
 
 class Cuda(Backend):
+    lacks = frozenset(("factored_overlap_lse", "factored_pairwise", "factored_assign"))
     native: Any = _C
     """The module with the functions ``cuda_*``; tests put an emulation in its place."""
 

@@ -17,7 +17,7 @@ from csdiv.transforms import autograd_enabled
 
 def formula(name: str, tensors: Tensors) -> Tensor:
     """The value of an operator as a differentiable function of its tensors: gradients of any order."""
-    return reference.FORMULAS[name.removeprefix("full_")](*_operands(name, tensors))
+    return reference.FORMULAS[name.removeprefix("full_").removeprefix("factored_")](*_operands(name, tensors))
 
 
 def _operands(name: str, tensors: Tensors) -> list[Any]:
@@ -40,7 +40,7 @@ class Reference(Backend):
             value = formula(name, tensors)
         first, *rest = OPERATORS[name].outputs
         count = len(OPERATORS[name].others)
-        outputs = [value.to(first.dtype or value.dtype)]
+        outputs = [value.to(first.dtype or value.dtype).contiguous()]
         for output in rest:
             if output.name == "offset":
                 extra = value.new_zeros(*value.shape[:-1], 1) if output.sizes == "1" else torch.zeros_like(value)

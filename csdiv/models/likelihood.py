@@ -60,7 +60,9 @@ def importance_sampled_nlls(
         means, log_variances = model.encoder(image.unsqueeze(0))  # (1, D)
         scales = means.new_tensor(PROPOSAL_SCALES).unsqueeze(-1)
         proposal = GaussianMixture(
-            means.expand(len(scales), -1), log_variances.exp() * scales, means.new_tensor(PROPOSAL_WEIGHTS).log()
+            means.expand(len(scales), -1),
+            log_variances.exp() * scales,
+            log_weights=means.new_tensor(PROPOSAL_WEIGHTS).log(),
         )
         z = proposal.sample(num_samples)  # (S, D)
         log_likelihood = -torch.cat(

@@ -30,7 +30,7 @@ class Critic(nn.Module):
 def bellman(rewards: torch.Tensor, discount: float, following: csdiv.GaussianMixture) -> csdiv.GaussianMixture:
     """The distribution of r + γ Z', Z' ~ following."""
     means = rewards[:, None, None] + discount * following.means
-    return csdiv.GaussianMixture(means, discount**2 * following.variances, following.log_weights)
+    return csdiv.GaussianMixture(means, discount**2 * following.variances, log_weights=following.log_weights)
 
 
 def main() -> tuple[float, float]:

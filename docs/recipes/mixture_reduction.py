@@ -21,7 +21,7 @@ Reduction = tuple[csdiv.GaussianMixture, csdiv.GaussianMixture, csdiv.GaussianMi
 
 def reduce_mixture(keep: int = 6) -> Reduction:
     """The mixture, its ``keep`` heaviest components, and these after the descent."""
-    full = csdiv.GaussianMixture(MEANS[:, None], VARIANCES[:, None], WEIGHTS.log())
+    full = csdiv.GaussianMixture(MEANS[:, None], VARIANCES[:, None], log_weights=WEIGHTS.log())
     kept = WEIGHTS.topk(keep).indices
     selected = full.map(lambda t: t[kept]).normalized()
 

@@ -1,0 +1,158 @@
+"""Full covariances on their way to an operator: triangular factors, and coordinates in which one is the identity.
+
+All is float64. What a user gives as a factor is not multiplied out where one factor is needed alone, or two have one
+sum: a product has half the digits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from csdiv import reference
+from csdiv.reference import Components
+from csdiv.transforms import has_values
+
+if TYPE_CHECKING:
+    from csdiv.mixture import GaussianMixture
+
+FAR = 2.0**16
+"""Standard deviations from the centre up to which whitened means are used: differences of them err by 2⁻³⁶ at most."""
+SAMPLE = 512
+"""Components that a centre is the median of."""
+
+
+def lower_factor(p: GaussianMixture) -> Tensor:
+    """L with S = L Lᵀ, lower triangular, (*batch, K or 1, D, D); NaN where a covariance is not positive definite."""
+    if p.scale_tril is not None:
+        return p.scale_tril.tril()
+    if p.factor is not None:
+        return _triangular(p.factor)
+    return cholesky(reference.matrices(components(p)))
+
+
+def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
+    """L with S + T = L Lᵀ for sides of which one has one covariance, (*batch, K or 1, D, D)."""
+    if is_points(p) or is_points(q):
+        return lower_factor(q if is_points(p) else p)
+    if p is q and p.covariance_matrix is None:
+        return math.sqrt(2.0) * lower_factor(p)
+    if (has_factor(p) and q.variances is None) or (has_factor(q) and p.variances is None):
+        given = [lower_factor(side) for side in (p, q)]
+        shape = torch.broadcast_shapes(*(t.shape for t in given))
+        return _triangular(torch.cat([t.expand(shape) for t in given], -1))
+    return cholesky(reference.matrices(components(p)) + reference.matrices(components(q)))
+
+
+def _triangular(factor: Tensor) -> Tensor:
+    """L with R Rᵀ = L Lᵀ for R (..., D, n), n ≥ D, by a QR decomposition of Rᵀ; its diagonal is positive."""
+    upper = torch.linalg.qr(factor.mT).R
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0)
+    return (upper * signs.unsqueeze(-1)).mT
+
+
+def cholesky(covariances: Tensor) -> Tensor:
+    """The Cholesky factor, NaN where a covariance is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(covariances)
+    return torch.where((info == 0)[..., None, None], factor, math.nan)
+
+
+def is_points(p: GaussianMixture) -> bool:
+    """Whether p was made of points, which have no covariance."""
+    return p.structure == "points"
+
+
+def has_factor(p: GaussianMixture) -> bool:
+    """Whether the covariances of p were given by factors."""
+    return p.scale_tril is not None or p.factor is not None
+
+
+def components(p: GaussianMixture) -> Components:
+    """p as the reference takes it, factors multiplied out."""
+    covariances = p.covariance_matrix
+    factor = p.factor if p.scale_tril is None else p.scale_tril.tril()
+    if factor is not None:
+        with torch.autocast(p.device.type, enabled=False):
+            covariances = factor @ factor.mT
+    return Components(p.means, p.variances, covariances, p.log_weights)
+
+
+def matrices(p: GaussianMixture) -> Components:
+    """p with covariance matrices and given log weights, as the operators for full covariances take them."""
+    wide = components(p)
+    return Components(wide.means, None, reference.matrices(wide), reference.log_weights(wide))
+
+
+def factored(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components]:
+    """The rows of p, which have one covariance, as points; q with a factor of each sum S + T_j."""
+    weights = reference.log_weights(components(q))
+    return Components(p.means, log_weights=p.log_weights), Components(q.means, None, None, weights, sum_factor(p, q))
+
+
+def has_one_covariance(p: GaussianMixture) -> bool:
+    """Whether all components have the same, as points have."""
+    if p.variances is not None:
+        return p.variances.shape[-2] == 1
+    assert p.matrices is not None
+    return p.matrices.shape[-3] == 1
+
+
+def can_be_whitened(p: GaussianMixture, q: GaussianMixture) -> bool:
+    """Not if a side has several covariances, or if a batch of them shares means, which would be copied for each."""
+    if not (has_one_covariance(p) and has_one_covariance(q)):
+        return False
+    spreads = [(p.variances, p.matrices), (q.variances, q.matrices)]
+    items = [t.shape[:-event] for both in spreads for t, event in zip(both, (2, 3), strict=True) if t is not None]
+    if not any(items):
+        return True
+    batch = torch.broadcast_shapes(*items)
+    return all(torch.broadcast_shapes(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
+
+
+def whitened(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components, Tensor] | None:
+    """Both sides, each of one covariance, in coordinates where S + T = L Lᵀ is the identity.
+
+    Equation (18): means become L⁻¹ (μ − centre), variances ½. The third result is log |L|, (*batch,). None where a
+    component that counts is further from the centre than ``FAR``, as far as values may decide.
+    """
+    factor = sum_factor(p, q).squeeze(-3)
+    log_det = factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    centre = _centre(p, q)
+    white, far = _whiten(p, factor, centre)
+    other, other_far = (white, far) if p is q else _whiten(q, factor, centre)
+    if p.device.type == "cpu" and has_values(p.means) and bool(far | other_far):
+        return None
+    return white, other, log_det
+
+
+def _whiten(side: GaussianMixture, factor: Tensor, centre: Tensor) -> tuple[Components, Tensor]:
+    """``side`` in the coordinates, and whether any component that counts is far from the centre."""
+    # A mean that is not finite stays so, and stays out of L's gradient.
+    finite = side.means.isfinite().all(-1, keepdim=True)
+    centred = torch.where(finite, side.means - centre, 0.0)
+    white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+    far = ((white.detach().abs() > FAR).any(-1, keepdim=True) & _counts(side)).any()
+    means = torch.where(finite, white, side.means)
+    return Components(means, means.new_full((1, 1), 0.5), None, reference.log_weights(components(side))), far
+
+
+def _counts(p: GaussianMixture) -> Tensor:
+    """Which components have a weight in any mixture of the batch that has their means, (*batch, K, 1)."""
+    if p.log_weights is None:
+        return p.means.new_ones(1, 1, dtype=torch.bool)
+    return reference.somewhere(p.log_weights != -math.inf, p.means.shape[:-1]).unsqueeze(-1)
+
+
+def _centre(p: GaussianMixture, q: GaussianMixture) -> Tensor:
+    """The median of components that count, (*batch, 1, D): for each item of the side with fewer, if each of the other's
+    items has one; else of all. Neither side is copied for it."""
+    few, many = sorted((q, p), key=lambda side: side.means.shape[:-2].numel())
+    means, stride = few.means.detach(), -(-few.num_components // SAMPLE)
+    means = torch.where(_counts(few) & means.isfinite(), means, math.nan)[..., ::stride, :]
+    batch = many.means.shape[:-2]
+    if torch.broadcast_shapes(means.shape[:-2], batch) != batch:
+        means = means.reshape(-1, few.dim)
+    return means.nanmedian(-2, keepdim=True).values.nan_to_num(0.0)
