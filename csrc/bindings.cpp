@@ -126,18 +126,21 @@ void define(py::module_& module, const char* name, const Kinds& kinds, const F& 
   });
 }
 
-// The variances of both sides are covariances, see cpu.h; a p without them has points.
+// The variances of both sides are covariances, see cpu.h; a p without them has points. With `factors` it has, and those
+// of q are lower triangular factors.
 template <class F>
-void define_full(py::module_& module, const char* name, const Kinds& kinds, const F& run) {
-  module.def(name, [kinds, run](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays,
-                                const py::tuple& sides, const py::tuple& grads, int threads) {
+void define_full(py::module_& module, const char* name, const Kinds& kinds, const F& run, bool factors = false) {
+  module.def(name, [kinds, run, factors](int itemsize, int64_t batch, int64_t dim, const py::tuple& arrays,
+                                         const py::tuple& sides, const py::tuple& grads, int threads) {
     check(itemsize == sizeof(double), "full covariances are computed in double");
     check(dim <= cpu::kMaxFullDim, "dim must be at most 32 for full covariances");
-    const auto call = make_call<double>(batch, dim, kinds, arrays, sides, grads, threads, true);
+    auto call = make_call<double>(batch, dim, kinds, arrays, sides, grads, threads, true);
+    call.problem.q_factors = factors;
+    check(!factors || !call.problem.p.variances, "factors need points");
     for (const auto* side : {&call.problem.p, &call.problem.q}) check_sizes({side->batch, side->n, dim, dim});
     check(call.problem.p.variances || !call.grad_p.variances, "points have no gradients to variances");
     const py::gil_scoped_release unlocked;
-    run(call);
+    run(std::as_const(call));
   });
 }
 
@@ -188,23 +191,29 @@ void define_operators(py::module_& module) {
   define<PairScale>(module, "cpu_assign", {Per::kRow},
                     [](const auto& call) { cpu::assign(call.problem, call.template at<int64_t>(0), call.threads); });
 
-  define_full(module, "cpu_full_overlap_lse_forward", {Per::kRow},
-              [](const Call<double>& call) { cpu::full_overlap_lse_forward(call.problem, call.at(0), call.threads); });
-  define_full(module, "cpu_full_overlap_lse_backward", {Per::kRow, Per::kRow}, [](const Call<double>& call) {
-    cpu::full_overlap_lse_backward(call.problem, call.at(0), call.at(1), call.grad_p, call.grad_q, call.threads);
-  });
+  for (const bool factors : {false, true}) {
+    const std::string prefix = factors ? "cpu_factored_" : "cpu_full_";
+    const auto define = [&](const char* name, const Kinds& kinds, const auto& run) {
+      define_full(module, (prefix + name).c_str(), kinds, run, factors);
+    };
+    define("overlap_lse_forward", {Per::kRow},
+           [](const Call<double>& call) { cpu::full_overlap_lse_forward(call.problem, call.at(0), call.threads); });
+    define("overlap_lse_backward", {Per::kRow, Per::kRow}, [](const Call<double>& call) {
+      cpu::full_overlap_lse_backward(call.problem, call.at(0), call.at(1), call.grad_p, call.grad_q, call.threads);
+    });
+    define("pairwise_forward", {Per::kRow},
+           [](const Call<double>& call) { cpu::full_pairwise_forward(call.problem, call.at(0), call.threads); });
+    define("pairwise_backward", {Per::kRow}, [](const Call<double>& call) {
+      cpu::full_pairwise_backward(call.problem, call.at(0), call.grad_p, call.grad_q, call.threads);
+    });
+    define("assign", {Per::kRow},
+           [](const Call<double>& call) { cpu::full_assign(call.problem, call.at<int64_t>(0), call.threads); });
+  }
   define_full(module, "cpu_full_self_overlap_forward", {Per::kRow},
               [](const Call<double>& call) { cpu::full_self_overlap_forward(call.problem, call.at(0), call.threads); });
   define_full(module, "cpu_full_self_overlap_backward", {Per::kRow, Per::kRow}, [](const Call<double>& call) {
     cpu::full_self_overlap_backward(call.problem, call.at(0), call.at(1), call.grad_p, call.threads);
   });
-  define_full(module, "cpu_full_pairwise_forward", {Per::kRow},
-              [](const Call<double>& call) { cpu::full_pairwise_forward(call.problem, call.at(0), call.threads); });
-  define_full(module, "cpu_full_pairwise_backward", {Per::kRow}, [](const Call<double>& call) {
-    cpu::full_pairwise_backward(call.problem, call.at(0), call.grad_p, call.grad_q, call.threads);
-  });
-  define_full(module, "cpu_full_assign", {Per::kRow},
-              [](const Call<double>& call) { cpu::full_assign(call.problem, call.at<int64_t>(0), call.threads); });
 }
 
 }   // namespace

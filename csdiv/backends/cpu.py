@@ -39,6 +39,8 @@ class _PointsCall(Call):
 
 def _call(name: str, tensors: Tensors, needs: Sequence[bool]) -> Call:
     operator = OPERATORS[name]
+    if name.startswith("factored_"):
+        return Call(operator, tensors, needs, make_points(tensors[0]))
     if operator.full and operator.q and tensors[1].shape[-3] == 1:
         shapes = [t.shape[:-event] for t, event in zip(tensors[2:], operator.event_dims[2:], strict=True)]
         q_batch = torch.broadcast_shapes(*shapes)
@@ -53,8 +55,6 @@ def _run(function: str, call: Call, arrays: Sequence[Tensor]) -> None:
 
 
 class Cpu(Backend):
-    lacks = frozenset(("factored_overlap_lse", "factored_pairwise", "factored_assign"))
-
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
         call = _call(name, tensors, needs)
         outputs = call.outputs()

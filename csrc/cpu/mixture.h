@@ -56,6 +56,7 @@ struct Problem {
   int64_t dim;
   Mixture<T> p;
   Mixture<T> q;
+  bool q_factors = false;   // of full covariances: q's are lower triangular factors, and p has points
 
   int64_t rows() const { return batch * p.n; }
 };

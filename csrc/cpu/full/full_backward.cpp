@@ -115,8 +115,9 @@ class FullGradientSweep {
       double* const to = grad.variances + k * dim * dim;
       for (int64_t i = 0; i < dim; ++i)
         for (int64_t j = 0; j <= i; ++j) {
-          write(grad, to[i * dim + j], 0.5 * sums[(dim + triangle(i, j)) * step]);
-          to[j * dim + i] = to[i * dim + j];
+          const double sum = sums[(dim + triangle(i, j)) * step];
+          write(grad, to[i * dim + j], problem_.q_factors ? sum : 0.5 * sum);
+          if (i != j) to[j * dim + i] = problem_.q_factors ? 0.0 : to[i * dim + j];
         }
     }
     if (grad.log_weights) write(grad, grad.log_weights[k], sums[(record_ - 1) * step]);

@@ -43,6 +43,7 @@ PackedFullColumns::PackedFullColumns(const Problem<double>& problem, int threads
       lanes_(full_kernels().lanes),
       blocks_(ceil_div(n_, lanes_)),
       factored_(has_points(problem)),
+      factors_(problem.q_factors),
       records_(problem.q.batch * blocks_ * record_size(dim_) * lanes_) {
   parallel_for(problem.q.batch * blocks_, threads,
                [&](int64_t task) { pack(problem.q, task / blocks_, task % blocks_); });
@@ -54,7 +55,8 @@ void PackedFullColumns::pack(const Mixture<double>& q, int64_t item, int64_t blo
     const int64_t j = block * lanes_ + lane, k = std::min(j, n_ - 1);   // what fills the block is neutral
     pack_record(q, dim_, item * n_ + k, j < n_ ? q.log_weight(item, j) : -INFINITY, to + lane, lanes_);
   }
-  if (factored_) full_kernels().factor_columns(dim_, 1, to);
+  const FullKernels& kernels = full_kernels();
+  if (factored_) (factors_ ? kernels.invert_factors : kernels.factor_columns)(dim_, 1, to);
 }
 
 }   // namespace csdiv::cpu

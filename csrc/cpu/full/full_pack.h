@@ -35,10 +35,10 @@ class PackedFullColumns {
   int64_t chunks() const { return ceil_div(n_, kFullColumns); }   // of one item
   int64_t columns(int64_t chunk) const { return std::min(kFullColumns, n_ - chunk * kFullColumns); }
   FullColumns chunk(int64_t item, int64_t chunk) const {
-    return {records_.get() + offset(item, chunk), ceil_div(columns(chunk), lanes_), factored_};
+    return {records_.get() + offset(item, chunk), ceil_div(columns(chunk), lanes_), factored_, factors_};
   }
   FullColumns block(int64_t k) const {   // of all items
-    return {records_.get() + k * record_size(dim_) * lanes_, 1, factored_};
+    return {records_.get() + k * record_size(dim_) * lanes_, 1, factored_, factors_};
   }
 
   // Where a chunk starts in an array of records like this one, of all items.
@@ -52,7 +52,7 @@ class PackedFullColumns {
   void pack(const Mixture<double>& q, int64_t item, int64_t block);
 
   int64_t n_, dim_, lanes_, blocks_;
-  bool factored_;
+  bool factored_, factors_;
   AlignedArray<double> records_;
 };
 

@@ -1,6 +1,7 @@
 // The kernels for full covariances. CMake compiles this file once per instruction set.
 #include <type_traits>
 
+#include "full_factor.h"
 #include "full_pair.h"
 #include "full_points.h"
 #include "tile_kernels.h"
@@ -150,17 +151,22 @@ void any_factor_columns(int64_t dim, int64_t blocks, double* records) {
   with_dim(dim, [&](auto constant) { factor_columns<constant()>(dim, blocks, records); });
 }
 
+void any_invert_factors(int64_t dim, int64_t blocks, double* records) {
+  for (int64_t block = 0; block < blocks; ++block) invert_factors(int(dim), records + block * record_size(dim) * kStep);
+}
+
 void any_solve_sums(int64_t dim, const FullColumns& columns, double* sums) {
   for (int64_t block = 0; block < columns.blocks; ++block) {
     const int64_t offset = block * record_size(dim) * kStep;
-    solve_sums(columns.records + offset, int(dim), sums + offset);
+    const auto solve = columns.factors ? factor_sums : solve_sums;
+    solve(columns.records + offset, int(dim), sums + offset);
   }
 }
 
 }   // namespace
 
 FullKernels full_kernels() {
-  return {kStep, any_factor_columns, any_logits, any_gradients, any_solve_sums};
+  return {kStep, any_factor_columns, any_invert_factors, any_logits, any_gradients, any_solve_sums};
 }
 
 }   // namespace csdiv::cpu::CSDIV_ISA

@@ -32,7 +32,8 @@ struct FullRows {
 struct FullColumns {
   const double* records;   // (blocks, record_size, lanes)
   int64_t blocks;
-  bool factored;   // by factor_columns(): the rows are points, whose covariances are not read
+  bool factored;   // by factor_columns() or invert_factors(): the rows are points, whose covariances are not read
+  bool factors;    // by invert_factors()
 };
 
 // The weights of a tile's pairs: grad_ri exp(logit - log_normalizer_r), or, where there is no normalizer, given ones.
@@ -53,12 +54,15 @@ struct FullKernels {
   // In records of columns, C = L L' becomes L^-1 and log b becomes log b - log|2 pi C| / 2, NaN where C is not positive
   // definite.
   void (*factor_columns)(int64_t dim, int64_t blocks, double* records);
+  // In records that have L in place of C, L becomes L^-1 and log b as above, NaN where L is singular.
+  void (*invert_factors)(int64_t dim, int64_t blocks, double* records);
   // tile[r, j] = log b_j + log N(mu_r; nu_j, S_r + T_j), (count, blocks * lanes); NaN where the sum is not positive
   // definite.
   void (*logits)(const FullRows& rows, const FullColumns& columns, double* tile);
   void (*gradients)(const FullRows& rows, const FullColumns& columns, const FullWeights& weights,
                     const FullGradients& grads);
-  // Of factored columns gradients() adds up w z, w z z' and w, z = L^-1 delta: this makes of them the sums above.
+  // Of factored columns gradients() adds up w z, w z z' and w, z = L^-1 delta: this makes of them the sums above, and
+  // of given factors the lower triangle of w L^-T (z z' - I) in place of w (u u' - C^-1).
   void (*solve_sums)(int64_t dim, const FullColumns& columns, double* sums);
 };
 
