@@ -10,7 +10,7 @@ from torch import Tensor
 from csdiv import pairs, reference
 from csdiv.checks import as_bandwidth, as_float_tensor
 from csdiv.covariances import components
-from csdiv.functional import cs_divergence, log_overlap
+from csdiv.functional import cs_divergence, known_self_overlap, log_overlap
 from csdiv.mixture import MATRICES, GaussianMixture
 from csdiv.pairs import MixtureLike
 
@@ -35,7 +35,15 @@ def cosine_similarity(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") 
     return cs_divergence(p, q, backend=backend).neg().exp()
 
 
-def ise(p: MixtureLike, q: MixtureLike, *, log: bool = False, backend: str = "auto") -> Tensor:
+def ise(
+    p: MixtureLike,
+    q: MixtureLike,
+    *,
+    log: bool = False,
+    p_self_overlap: Tensor | None = None,
+    q_self_overlap: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Integrated squared error ∫ (p − q)² = V(p, p) − 2 V(p, q) + V(q, q), equation (12).
 
     Weights are used as given: for two intensities of Poisson processes, half of it is their Cauchy–Schwarz divergence.
@@ -47,6 +55,7 @@ def ise(p: MixtureLike, q: MixtureLike, *, log: bool = False, backend: str = "au
     Args:
         p, q: mixtures; batch shapes broadcast. A side without any weight is the zero function.
         log: whether to return log ISE, which stays finite where ISE leaves the dtype's range.
+        p_self_overlap, q_self_overlap: known self terms, see :func:`cs_divergence`.
         backend: see the module.
 
     Returns:
@@ -60,12 +69,21 @@ def ise(p: MixtureLike, q: MixtureLike, *, log: bool = False, backend: str = "au
     Vo, Vo, Mahler, "The Cauchy–Schwarz divergence for Poisson point processes", IEEE Trans. Inf. Theory 61, 2015.
     """
     p, q = pairs.as_pair(p, q)
-    scale, pq, pp, qq = _scaled_overlaps(p, q, backend)
+    scale, pq, pp, qq = _scaled_overlaps(p, q, backend, (p_self_overlap, q_self_overlap))
     return _unscaled(scale, (pp - pq) + (qq - pq), log).to(p.dtype)
 
 
-def nise(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
+def nise(
+    p: MixtureLike,
+    q: MixtureLike,
+    *,
+    p_self_overlap: Tensor | None = None,
+    q_self_overlap: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Normalised integrated squared error ∫ (p − q)² / (∫ p² + ∫ q²) = 1 − 2 V(p, q) / (V(p, p) + V(q, q)).
+
+    ``p_self_overlap`` and ``q_self_overlap`` are known self terms, see :func:`cs_divergence`.
 
     Returns:
         (*batch,) in [0, 1] up to rounding: 0 iff p = q, 1 iff nothing overlaps; NaN where neither side has any weight.
@@ -74,7 +92,7 @@ def nise(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
     Gradients: to every parameter. Memory O((N + M) D). Raises: as :func:`cs_divergence`. Source: equation (14).
     """
     p, q = pairs.as_pair(p, q)
-    _, pq, pp, qq = _scaled_overlaps(p, q, backend)
+    _, pq, pp, qq = _scaled_overlaps(p, q, backend, (p_self_overlap, q_self_overlap))
     return (((pp - pq) + (qq - pq)) / (pp + qq)).to(p.dtype)
 
 
@@ -146,14 +164,15 @@ def channel_log_overlap(
     return _overlap_of_channels(p, q, backend)
 
 
-def _scaled_overlaps(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scaled_overlaps(
+    p: GaussianMixture, q: GaussianMixture, backend: str, known: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The larger log self overlap, and V(p, q), V(p, p) and V(q, q) divided by its exponential; float64."""
-    overlaps = (
-        pairs.cross_overlap(p, q, backend),
-        pairs.self_overlap(p, backend),
-        pairs.self_overlap(q, backend),
+    pq = pairs.cross_overlap(p, q, backend).double()
+    pp, qq = (
+        known_self_overlap(given, side, name, backend)
+        for given, side, name in zip(known, (p, q), ("p", "q"), strict=True)
     )
-    pq, pp, qq = (value.double() for value in overlaps)
     scale = torch.maximum(pp, qq).detach()  # the result does not depend on it, and has no gradient through it
     scale = torch.where(scale.isinf(), 0.0, scale)
     return scale, (pq - scale).exp(), (pp - scale).exp(), (qq - scale).exp()
@@ -171,12 +190,16 @@ def _convolved(p: GaussianMixture, variance: Tensor) -> GaussianMixture:
     """p with ``variance`` (*batch,) added to every component."""
     if p.variances is not None:
         variances = reference.nan_if_negative(p.variances) + variance[..., None, None]
-        return GaussianMixture._unchecked(means=p.means, variances=variances, log_weights=p.log_weights)
-    covariance = components(p).covariances
+        return GaussianMixture._unchecked(
+            means=p.means, variances=variances, weights=p.weights, log_weights=p.log_weights
+        )
+    covariance = components(p.map(torch.Tensor.double)).covariances
     assert covariance is not None
     eye = torch.eye(p.dim, dtype=covariance.dtype, device=covariance.device)
     covariance = covariance + variance[..., None, None, None] * eye
-    return GaussianMixture._unchecked(means=p.means, covariance_matrix=covariance, log_weights=p.log_weights)
+    return GaussianMixture._unchecked(
+        means=p.means, covariance_matrix=covariance, weights=p.weights, log_weights=p.log_weights
+    )
 
 
 def _with_channels(p: GaussianMixture, log_weights: Tensor, name: str) -> tuple[GaussianMixture, torch.Size]:

@@ -29,17 +29,27 @@ from csdiv.pairs import (
     MixtureLike,
     as_mixture,
     as_pair,
+    check_batches,
     computing_dtype,
     cross_overlap,
     route,
+    row_overlap,
     self_overlap,
     widen,
+    with_weights_of_zero,
 )
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
 
-def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> Tensor:
+def cs_divergence(
+    p: MixtureLike,
+    q: MixtureLike,
+    *,
+    p_self_overlap: Tensor | None = None,
+    q_self_overlap: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     r"""Cauchy–Schwarz divergence of two Gaussian mixtures, in closed form.
 
     D_CS(p, q) = −log ∫pq + ½ log ∫p² + ½ log ∫q² = −log cos∠(p, q) in L2. It is ≥ 0 up to rounding, 0 exactly for
@@ -50,6 +60,9 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
 
     Args:
         p, q: mixtures with N and M components in D dimensions; batch shapes broadcast.
+        p_self_overlap, q_self_overlap: (*batch,) ``csdiv.log_overlap(p)`` and that of q, computed before: a side that
+            is fixed then costs its N² pairs once. Gradients of that term go to the tensor given; its rounding enters
+            the result, so give float64 where D_CS is near zero.
         backend: see the module.
 
     Returns:
@@ -69,12 +82,36 @@ def cs_divergence(p: MixtureLike, q: MixtureLike, *, backend: str = "auto") -> T
     IJCNN 2011, with the self terms corrected (docs/math.md, section 5).
     """
     p, q = as_pair(p, q)
-    way = route(p, q, backend)
-    if way.formula == DIAGONAL:
-        return way.value("cs_divergence")
-    wide_p, wide_q = (side.map(torch.Tensor.double) for side in (p, q))
-    own = self_overlap(wide_p, backend) + self_overlap(wide_q, backend)
-    return (0.5 * own - cross_overlap(wide_p, wide_q, backend)).to(p.means.dtype)
+    way, dtype = route(p, q, backend), p.means.dtype
+    if way.formula == DIAGONAL and p_self_overlap is None and q_self_overlap is None:
+        value = way.value("cs_divergence")
+        return value if p.weights is None and q.weights is None else _with_weights_of_zero(value, p, q, backend)
+    if way.formula != DIAGONAL:
+        p, q = (side.map(torch.Tensor.double) for side in (p, q))
+    own_p = known_self_overlap(p_self_overlap, p, "p", backend)
+    own_q = known_self_overlap(q_self_overlap, q, "q", backend)
+    return (0.5 * (own_p + own_q) - cross_overlap(p, q, backend)).to(dtype)
+
+
+def _with_weights_of_zero(value: Tensor, p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
+    """D_CS with the gradients to linear weights that are zero."""
+    with torch.no_grad():
+        cross, *own = cross_overlap(p, q, backend), self_overlap(p, backend), self_overlap(q, backend)
+    for side, other, self_term in ((p, q, own[0]), (q, p, own[1])):
+        value = with_weights_of_zero(value, side, other, backend, -1.0, cross)
+        value = with_weights_of_zero(value, side, side, backend, 1.0, self_term)
+    return value
+
+
+def known_self_overlap(given: Tensor | None, p: GaussianMixture, name: str, backend: str) -> Tensor:
+    """log V(p, p) in float64, (*batch,): the value that was given, if any was."""
+    if given is None:
+        return self_overlap(p, backend).double()
+    given = as_float_tensor(given, f"{name}_self_overlap")
+    if given.device != p.means.device:
+        raise ValueError(f"one device expected, got {name} on {p.means.device}, {name}_self_overlap on {given.device}")
+    check_batches(p.batch_shape, given.shape, name, f"{name}_self_overlap")
+    return given.double()
 
 
 def log_overlap(p: MixtureLike, q: MixtureLike | None = None, *, backend: str = "auto") -> Tensor:
@@ -109,7 +146,7 @@ def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "aut
         or a mean, else computed anew. Memory O((N + M) D). Raises: as :func:`cs_divergence`.
     """
     p, q = as_pair(p, q)
-    row_lse, offset = route(p, q, backend).parts("overlap_lse")
+    row_lse, offset = row_overlap(p, q, backend)
     return (row_lse if offset is None else row_lse + offset).to(p.means.dtype)
 
 
@@ -173,9 +210,8 @@ def cs_regularizer(
     capped = log_variances.clamp(max=85.0 if dtype == torch.float32 else 700.0)
     codes = GaussianMixture._unchecked(means=means, variances=capped.exp())  # B may be 0
     codes, prior = as_pair(codes, prior, "means", "prior")
-    if prior_self_overlap is None:
-        prior_self_overlap = self_overlap(prior, backend)
-    row_lse, offset = route(codes, prior, backend).parts("overlap_lse")
+    prior_self_overlap = known_self_overlap(prior_self_overlap, prior, "prior", backend)
+    row_lse, offset = row_overlap(codes, prior, backend)
     cross = row_lse.double() if offset is None else row_lse + offset
     # −log V(q, p) + ½ log V(q, q) + ½ log V(p, p) in float64, where the scales that cancel cost no accuracy;
     # log V(q, q) = −½ Σ log 4πs, and −log V(q, p) misses ½ Σ (log s − capped).

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csdiv import autograd, backends, ops, reference
+from csdiv import autograd, backends, ops, reference, weights
 from csdiv.covariances import (
     can_be_whitened,
     components,
@@ -232,9 +232,37 @@ def _by_component(p: GaussianMixture, q: GaussianMixture, backend: str, eager: b
 
 def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V(p, q), (*batch,), in float64 where the backend has it."""
-    return route(p, q, backend).value("log_overlap")
+    value = route(p, q, backend).value("log_overlap")
+    for side, other in ((p, q), (q, p)):
+        value = with_weights_of_zero(value, side, other, backend)
+    return value
 
 
 def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
-    return route(p, p, backend).value("self_overlap")
+    return with_weights_of_zero(route(p, p, backend).value("self_overlap"), p, p, backend, 2.0)
+
+
+def row_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor | None]:
+    """The log overlap of each component of p with q, (*batch, N): the value, and what is to be added in float64."""
+    row_lse, offset = route(p, q, backend).parts("overlap_lse")
+    if q.weights is not None:
+        total = row_lse if offset is None else row_lse + offset
+        missing = weights.correction(q, total, lambda absent: route(p, absent, backend).value("overlap_lse"))
+        row_lse = row_lse if missing is None else row_lse + missing.to(row_lse.dtype)
+    return row_lse, offset
+
+
+def with_weights_of_zero(
+    value: Tensor, p: GaussianMixture, q: GaussianMixture, backend: str, factor: float = 1.0, of: Tensor | None = None
+) -> Tensor:
+    """``value``, with the gradient of ``factor`` · log V(p, q) to those linear weights of p that are zero.
+
+    ``of`` is log V(p, q), by default ``value``.
+    """
+    if p.weights is None:
+        return value
+    q = q.detach()
+    log_v = value if of is None else of
+    missing = weights.correction(p, log_v, lambda absent: route(absent, q, backend).value("log_overlap"))
+    return value if missing is None else value + (factor * missing).to(value.dtype)

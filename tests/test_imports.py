@@ -22,7 +22,8 @@ LAYERS = {
     "nn": {"functional", "mixture"},
     "distances": {"functional", "pairs", "mixture", "checks", "covariances", "reference"},
     "functional": {"pairs", "mixture", "checks", "backends", "reference"},
-    "pairs": {"mixture", "autograd", "ops", "operators", "backends", "covariances", "reference"},
+    "pairs": {"mixture", "autograd", "ops", "operators", "backends", "covariances", "reference", "weights"},
+    "weights": {"mixture", "transforms"},
     "mixture": {"conversions", "checks", "transforms"},
     "conversions": {"covariances"},
     "covariances": {"reference", "transforms"},
@@ -48,9 +49,9 @@ FACE = {"models", "studies", "bench", "cli"}
 """Modules that may take names from csdiv itself, as a user does."""
 CORE = set(LAYERS) - FACE - {"__main__"}
 LOADED = {"autograd", "backends", "channels", "checks", "conversions", "functional", "kernels", "mixture", "nn"}
-LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "transforms"}
+LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "transforms", "weights"}
 """What csdiv.nn and csdiv.cs_divergence load of csdiv. csdiv._C is loaded when a backend needs it."""
-MOST_LOADED = 24
+MOST_LOADED = 25
 """Modules; there were 20 when this was written."""
 STANDARD = set(sys.stdlib_module_names)
 
