@@ -177,8 +177,9 @@ def cs_regularizer(
         means: (*batch, B, D) code means.
         log_variances: (*batch, B, D) log s; finite results for ±200 in float32, with prior variances up to 1e30.
         prior: a GaussianMixture, a :class:`csdiv.nn.GaussianMixturePrior` or a torch distribution; K components.
-        prior_self_overlap: (*batch,) ``csdiv.log_overlap(prior)`` computed before, which skips the K² self term; detach
-            it to freeze it, or refresh it every n steps. Nothing is cached otherwise.
+        prior_self_overlap: (*batch,) ``csdiv.log_overlap(prior)`` computed before, which skips the K² self term.
+            To compute it every n steps only, use :class:`csdiv.nn.SelfOverlapExpansion`. A detached one is for priors
+            that are not trained: half of a trained prior's gradient, what keeps components apart, comes from it.
         backend: see the module.
 
     Returns:

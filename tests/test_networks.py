@@ -10,7 +10,6 @@ from torch import Tensor
 
 import csdiv
 from csdiv.models import CSRAE, BernoulliDecoder, ConstraintMultiplier, Encoder, GaussianDecoder
-from csdiv.models.autoencoder import SelfOverlapExpansion
 from csdiv.models.multiplier import least_divergence
 from csdiv.models.networks import LIKELIHOODS, NOISE_FLOOR, build_networks, standardize_
 
@@ -302,42 +301,8 @@ def move(prior: torch.nn.Module, step: float) -> None:
         parameter.data += step * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
-@pytest.mark.parametrize("covariance", ["diag", "spherical", "tied", "tied_spherical"])
-def test_self_overlap_expansion_is_exact_at_its_origin(covariance: str) -> None:
-    prior = csrae(1, covariance).prior.double()
-    expected = csdiv.log_overlap(prior())
-    slopes = torch.autograd.grad(expected, list(prior.parameters()))
-    value = SelfOverlapExpansion(prior)()
-    torch.testing.assert_close(value, expected)
-    for slope, exact in zip(torch.autograd.grad(value, list(prior.parameters())), slopes, strict=True):
-        torch.testing.assert_close(slope, exact)
-        assert exact.abs().max() > 0
-
-
-def test_self_overlap_expansion_is_accurate_to_first_order() -> None:
-    """A change ten times as small gives an error a hundred times as small."""
-    errors = []
-    for step in (1e-2, 1e-3):
-        torch.manual_seed(0)
-        prior = csrae(1).prior.double()
-        expansion, before = SelfOverlapExpansion(prior), csdiv.log_overlap(prior()).item()
-        move(prior, step)
-        exact = csdiv.log_overlap(prior()).item()
-        errors.append(abs(expansion().item() - exact))
-        assert errors[-1] < 0.2 * abs(exact - before)
-    assert errors[0] / errors[1] == pytest.approx(100, rel=0.2)
-
-
-def test_self_overlap_expansion_of_a_frozen_prior_is_its_value() -> None:
-    prior = csrae(1).prior.requires_grad_(False)
-    torch.testing.assert_close(SelfOverlapExpansion(prior)(), csdiv.log_overlap(prior()))
-    prior.means.requires_grad_(True)
-    (slope,) = torch.autograd.grad(SelfOverlapExpansion(prior)(), prior.means)
-    torch.testing.assert_close(slope, torch.autograd.grad(csdiv.log_overlap(prior()), prior.means)[0])
-
-
 def counted() -> mock._patch:
-    return mock.patch("csdiv.models.autoencoder.log_overlap", wraps=csdiv.log_overlap)
+    return mock.patch("csdiv.functional.log_overlap", wraps=csdiv.log_overlap)
 
 
 def test_csrae_computes_the_self_overlap_every_n_calls_in_training() -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from csdiv import GaussianMixture, cs_regularizer, log_overlap
+from csdiv import GaussianMixture, cs_regularizer
 from csdiv.models.networks import Decoder, Encoder
-from csdiv.nn import GaussianMixturePrior
+from csdiv.nn import GaussianMixturePrior, SelfOverlapExpansion
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class CSRAE(Autoencoder):
         encoder, decoder, divergence_weight: see :class:`Autoencoder`.
         prior: the mixture p(z), trained along with the networks.
         self_overlap_interval: n ≥ 1. The prior's log V(p, p) costs K² pairs a step; in training it is computed every n
-            calls and expanded to first order in the prior's parameters between, at O(K D). 1 is exact.
+            calls and expanded to first order between, see :class:`csdiv.nn.SelfOverlapExpansion`. 1 is exact.
 
     Source: Tran, Pantic, Deisenroth, "Cauchy–Schwarz Regularized Autoencoder", JMLR 23(115), 2022.
     """
@@ -191,40 +191,17 @@ class CSRAE(Autoencoder):
         super().__init__(encoder, decoder, divergence_weight)
         if self_overlap_interval < 1:
             raise ValueError(f"self_overlap_interval: at least 1 expected, got {self_overlap_interval}")
-        self.prior, self.self_overlap_interval = prior, self_overlap_interval
-        self._expansion: SelfOverlapExpansion | None = None
+        self.prior, self._self_overlap = prior, SelfOverlapExpansion(self_overlap_interval)
 
     def prior_mixture(self) -> GaussianMixture:
         return self.prior()
 
     def divergence(self, means: Tensor, log_variances: Tensor) -> Tensor:
-        if self.self_overlap_interval == 1 or not (self.training and torch.is_grad_enabled()):
-            return cs_regularizer(means, log_variances, self.prior)
-        if self._expansion is None or self._expansion.uses == self.self_overlap_interval:
-            self._expansion = SelfOverlapExpansion(self.prior)
-        return cs_regularizer(means, log_variances, self.prior, prior_self_overlap=self._expansion())
+        prior, own = self.prior(), None
+        if self._self_overlap.interval > 1 and self.training and torch.is_grad_enabled():
+            own = self._self_overlap(prior)
+        return cs_regularizer(means, log_variances, prior, prior_self_overlap=own)
 
     def refresh_self_overlap(self) -> None:
         """The next call of ``divergence`` computes log V(p, p), whatever the interval."""
-        self._expansion = None
-
-
-class SelfOverlapExpansion:
-    """log V(p, p) to first order in the parameters of a prior, around those that it has now.
-
-    log V(θ) ≈ log V(θ₀) + ∇log V(θ₀) · (θ − θ₀); value and gradient are exact while θ = θ₀.
-    """
-
-    def __init__(self, prior: GaussianMixturePrior) -> None:
-        self.parameters = [p for p in prior.parameters() if p.requires_grad]
-        self.origin = [p.detach().clone() for p in self.parameters]
-        self.value = log_overlap(prior())
-        self.slopes = torch.autograd.grad(self.value, self.parameters) if self.parameters else ()
-        self.value = self.value.detach()
-        self.uses = 0
-
-    def __call__(self) -> Tensor:
-        """() nats, with gradients to the prior's parameters."""
-        self.uses += 1
-        terms = zip(self.slopes, self.parameters, self.origin, strict=True)
-        return self.value + sum((slope * (p - origin)).sum() for slope, p, origin in terms)
+        self._self_overlap.refresh()
