@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +41,13 @@ MATRICES = _FIELDS[4:]
 _WEIGHTS = ("weights", "log_weights", "logits")
 
 
+@dataclass(init=False, eq=False, repr=False, frozen=True)  # torch.distributed looks through dataclasses for tensors
 class GaussianMixture:
     """A Gaussian mixture Σ_k w_k N(μ_k, S_k), or a batch of them: a light immutable value.
 
     The tensors stay the caller's own, and gradients flow to them. Batch dimensions of the parameters broadcast.
-    The shape of the covariance *is* its structure, and picks the kernel.
+    The shape of the covariance *is* its structure, and picks the kernel. ``torch.save`` writes it, and ``torch.load``
+    reads it, with ``weights_only=True`` as well once this class has been imported.
 
     ``GaussianMixture(means)`` with means (B, D) is *one* mixture of B components, not B posteriors: for the
     divergence of each of B Gaussians from a prior see :func:`csdiv.cs_regularizer`.
@@ -148,14 +151,8 @@ class GaussianMixture:
         self._set(dict.fromkeys(_FIELDS) | values)
         return self
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"GaussianMixture is immutable: {name} cannot be set")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"GaussianMixture is immutable: {name} cannot be deleted")
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unflatten, ([getattr(self, name) for name in _FIELDS], None)
+        return _restore, ({name: t for name in _FIELDS if (t := getattr(self, name)) is not None},)
 
     def __repr__(self) -> str:
         batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
@@ -396,10 +393,11 @@ class Points(GaussianMixture):
 
 def _checked_weights(given: list[tuple[str, Tensor]], means: Tensor) -> dict[str, Tensor]:
     """The fields of the weights; half precision ends here."""
-    if len(given) > 1:
-        names = ", ".join(_WEIGHTS)
-        raise ValueError(f"at most one of {names} expected, got {' and '.join(name for name, _ in given)}")
-    ((name, weights),) = given
+    names = [name for name, _ in given]
+    both = names == ["weights", "log_weights"] and _are_logarithms(*(t for _, t in given))
+    if len(given) > 1 and not both:
+        raise ValueError(f"at most one of {', '.join(_WEIGHTS)} expected, got {' and '.join(names)}")
+    name, weights = given[0]
     weights = as_float_tensor(weights, name)
     if weights.ndim < 1 or weights.shape[-1] != means.shape[-2]:
         raise ValueError(
@@ -414,10 +412,24 @@ def _checked_weights(given: list[tuple[str, Tensor]], means: Tensor) -> dict[str
     return {"weights": wide, "log_weights": log_of_weights(wide)}
 
 
+def _are_logarithms(weights: Any, log_weights: Any) -> bool:
+    """Whether both are the fields of one mixture, as dataclasses.replace passes them, maybe rounded by a cast."""
+    tensors = (weights, log_weights)
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors) or weights.shape != log_weights.shape:
+        return False
+    rounding = 4.0 * max(torch.finfo(t.dtype).eps for t in tensors)
+    logarithms, found = weights.detach().double().log(), log_weights.detach().double()
+    return not has_values(weights) or torch.allclose(logarithms, found, rounding, rounding, equal_nan=True)
+
+
 def log_of_weights(weights: Tensor) -> Tensor:
     """log w, −inf at zero, whose gradient there is zero: csdiv.weights adds what is missing."""
     absent = weights == 0.0
     return torch.where(absent, -math.inf, torch.where(absent, 1.0, weights).log())
+
+
+def _restore(values: dict[str, Tensor]) -> GaussianMixture:
+    return GaussianMixture._unchecked(**values)
 
 
 def _flatten(mixture: GaussianMixture) -> tuple[list[Any], None]:
@@ -428,4 +440,15 @@ def _unflatten(values: Any, context: None) -> GaussianMixture:
     return GaussianMixture._unchecked(**dict(zip(_FIELDS, values, strict=True)))
 
 
-pytree.register_pytree_node(GaussianMixture, _flatten, _unflatten, serialized_type_name="csdiv.GaussianMixture")
+def _flatten_with_keys(mixture: GaussianMixture) -> tuple[list[tuple[Any, Any]], None]:
+    return [(pytree.GetAttrKey(name), getattr(mixture, name)) for name in _FIELDS], None
+
+
+pytree.register_pytree_node(
+    GaussianMixture,
+    _flatten,
+    _unflatten,
+    serialized_type_name="csdiv.GaussianMixture",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([_restore])  # torch.load's weights_only=True

@@ -165,7 +165,7 @@ class SelfOverlapExpansion:
         leaves = p.map(lambda t: t.detach().clone().requires_grad_())
         with torch.enable_grad():
             value = functional.log_overlap(leaves)
-        slopes, origin = torch.autograd.grad(value, leaves._tensors()), leaves.detach()
+        slopes, origin = torch.autograd.grad(value, leaves._tensors(), materialize_grads=True), leaves.detach()
         self._value, self._origin = value.detach(), _coordinates(origin)
         self._slopes = [s * t if t is origin.variances else s for s, t in zip(slopes, origin._tensors(), strict=True)]
 

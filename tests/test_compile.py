@@ -1,5 +1,7 @@
 """torch.compile, export and tracing: one opaque operator, no graph break, right values and gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 from entries import ENTRIES, function, summed, tensors
@@ -54,6 +56,21 @@ class _Call(torch.nn.Module):
 
     def forward(self, *t: Tensor) -> Tensor:
         return function(self.entry)(*t)
+
+
+def test_export_and_compile_take_and_give_mixtures() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, p: csdiv.GaussianMixture) -> tuple[csdiv.GaussianMixture, Tensor]:
+            return dataclasses.replace(p, means=2.0 * p.means), csdiv.cs_divergence(p, p.to(torch.float64))
+
+    p = csdiv.GaussianMixture(torch.randn(5, 2), torch.ones(1, 2), log_weights=torch.zeros(5))
+    torch._dynamo.reset()
+    compiled = torch.compile(Doubled(), fullgraph=True, backend="aot_eager")
+    for call in (torch.export.export(Doubled(), (p,)).module(), compiled):
+        doubled, value = call(p)
+        assert isinstance(doubled, csdiv.GaussianMixture)
+        close(doubled.means, 2.0 * p.means)
+        close(value, torch.zeros((), dtype=torch.float64))
 
 
 @on_every_entry

@@ -1,8 +1,12 @@
 """GaussianMixture: a value; its draws, and its covariances as matrices."""
 
 import copy
+import dataclasses
+import inspect
+import io
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor
 from torch.distributions import (
     MultivariateNormal,
 )
+from torch.nn.parallel.scatter_gather import gather
 from torch.utils import _pytree as pytree
 
 import csdiv
@@ -42,11 +47,11 @@ def test_structure_of_one_component_or_dimension_is_plain() -> None:
 
 def test_immutable() -> None:
     p = mixture()
-    with pytest.raises(AttributeError, match="immutable: means cannot be set"):
+    with pytest.raises(AttributeError, match="cannot assign to field 'means'"):
         p.means = torch.zeros(4, 3)
-    with pytest.raises(AttributeError, match="immutable: means cannot be deleted"):
+    with pytest.raises(AttributeError, match="cannot delete field 'means'"):
         del p.means
-    with pytest.raises(AttributeError, match="immutable: label cannot be set"):
+    with pytest.raises(AttributeError, match="cannot assign to field 'label'"):
         p.label = "a"
 
 
@@ -58,18 +63,82 @@ def test_tensors_stay_the_callers_own() -> None:
     assert p.log_weights is log_weights
 
 
+def saved_and_loaded(value: object) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 @on_every_structure
 def test_pytree_pickle_and_copies(structure: str) -> None:
     p = mixture(structure)
     leaves, spec = pytree.tree_flatten({"p": p})
     assert all(isinstance(t, Tensor) or t is None for t in leaves)
+    paths = [pytree.keystr(path) for path, t in pytree.tree_flatten_with_path({"p": p})[0] if t is not None]
+    assert paths[0] == "['p'].means"
     doubled = pytree.tree_unflatten([None if t is None else 2.0 * t for t in leaves], spec)["p"]
     assert torch.equal(doubled.means, 2.0 * p.means)
-    for q in (pickle.loads(pickle.dumps(p)), copy.deepcopy(p), copy.copy(p), pytree.tree_map(lambda t: t, p)):
+    copies = [copy.deepcopy(p), copy.copy(p), pytree.tree_map(lambda t: t, p), dataclasses.replace(p)]
+    copies += [pickle.loads(pickle.dumps(p, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for q in (*copies, saved_and_loaded({"p": [p]})["p"][0]):
         assert isinstance(q, GaussianMixture)
         assert same(p, q)
         assert q.structure == structure
     assert copy.deepcopy(p).means.data_ptr() != p.means.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"covariance_matrix": torch.eye(3)[None]},
+        {"variances": torch.ones(2, 4, 1)},
+        {"factor": torch.randn(3, 3)[None], "weights": torch.arange(4.0)},
+    ],
+)
+def test_saved_with_the_tensors_that_it_has(given: dict[str, Tensor]) -> None:
+    """Without weights, in batches, on the meta device, and with gradients wanted."""
+    p = GaussianMixture(torch.randn(2, 4, 3, requires_grad=True), **given)
+    q = saved_and_loaded(p)
+    assert same(p, q)
+    assert q.means.requires_grad
+    assert saved_and_loaded(p.detach().to("meta")).means.shape == (2, 4, 3)
+
+
+def test_is_a_dataclass_of_what_its_constructor_takes() -> None:
+    """torch.distributed walks through the fields of dataclasses, and makes new ones by name."""
+    p = mixture()
+    names = {field.name for field in dataclasses.fields(p)}
+    assert names <= set(inspect.signature(GaussianMixture).parameters)
+    assert names == set(GaussianMixture.__slots__) - {"__weakref__"}
+    q = dataclasses.replace(p, means=2.0 * p.means)
+    assert torch.equal(q.means, 2.0 * p.means)
+    assert q.log_weights is p.log_weights
+    assert len({p, q}) == 2  # by identity
+    assert p != dataclasses.replace(p)
+    with pytest.raises(ValueError, match="variances"):
+        dataclasses.replace(p, variances=torch.ones(7))
+
+
+def test_replaced_with_linear_weights() -> None:
+    """Which come with their logarithms, as they are or in a dtype of fewer digits."""
+    weights = torch.tensor([0.0, 0.5, 1e-30, 7.0], requires_grad=True)
+    p = GaussianMixture(torch.zeros(4, 3), torch.ones(1, 1), weights=weights)
+    assert same(p, dataclasses.replace(p))
+    assert dataclasses.replace(p).weights is weights
+    low = {field.name: t.bfloat16() for field in dataclasses.fields(p) if (t := getattr(p, field.name)) is not None}
+    close(dataclasses.replace(p, **low).weights, weights, rtol=2.0**-8, atol=0.0)
+    other = torch.ones(4)
+    assert torch.equal(dataclasses.replace(p, weights=other, log_weights=None).log_weights, torch.zeros(4))
+    for changed in ({"weights": other}, {"log_weights": other}, {"weights": torch.ones(3)}):
+        with pytest.raises(ValueError, match=r"at most one of .* got weights and log_weights"):
+            dataclasses.replace(p, **changed)
+
+
+def test_data_parallel_refuses_to_gather_mixtures() -> None:
+    """It takes tensors, dictionaries and sequences only."""
+    with pytest.raises(TypeError, match="not iterable"):
+        gather([mixture(), mixture()], "cpu")
 
 
 def test_to_and_detach() -> None:

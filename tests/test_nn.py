@@ -1,7 +1,10 @@
 """The modules, and cs_regularizer as the one-line swap inside a variational autoencoder."""
 
 import copy
+import io
 import math
+import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +79,29 @@ def test_prior_is_a_mixture_with_parameters(covariance: str) -> None:
     loaded = GaussianMixturePrior(5, 3, covariance)
     loaded.load_state_dict(prior.state_dict())
     assert torch.equal(csdiv.log_overlap(loaded), csdiv.log_overlap(copy.deepcopy(prior)))
+
+
+def reloaded(value: object, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_modules_are_saved_and_copied(covariance: str) -> None:
+    prior, loss = GaussianMixturePrior(5, 3, covariance), CSDivergenceLoss("none", "reference")
+    torch.nn.init.normal_(prior.logits)
+    state = reloaded({"prior": prior.state_dict(), "loss": loss.state_dict(), "mixture": prior()}, weights_only=True)
+    loaded = GaussianMixturePrior(5, 3, covariance)
+    loaded.load_state_dict(state["prior"])
+    loss.load_state_dict(state["loss"])
+    priors = [loaded, *(make(prior) for make in (copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))]
+    for other in (state["mixture"], reloaded(prior, weights_only=False), *priors):
+        assert torch.equal(csdiv.log_overlap(other), csdiv.log_overlap(prior))
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), reloaded(loss, weights_only=False)):
+        assert repr(other) == repr(loss)
+        assert torch.equal(other(prior, loaded), loss(prior, loaded))
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
