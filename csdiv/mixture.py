@@ -393,10 +393,10 @@ class Points(GaussianMixture):
 
 def _checked_weights(given: list[tuple[str, Tensor]], means: Tensor) -> dict[str, Tensor]:
     """The fields of the weights; half precision ends here."""
-    names = [name for name, _ in given]
-    both = names == ["weights", "log_weights"] and _are_logarithms(*(t for _, t in given))
-    if len(given) > 1 and not both:
-        raise ValueError(f"at most one of {', '.join(_WEIGHTS)} expected, got {' and '.join(names)}")
+    if len(given) > 1:
+        names = [name for name, _ in given]
+        if names != ["weights", "log_weights"] or not _are_logarithms(*(t for _, t in given)):
+            raise ValueError(f"at most one of {', '.join(_WEIGHTS)} expected, got {' and '.join(names)}")
     name, weights = given[0]
     weights = as_float_tensor(weights, name)
     if weights.ndim < 1 or weights.shape[-1] != means.shape[-2]:

@@ -36,16 +36,15 @@ class Encoder(nn.Module):
 
 
 class FactorEncoder(nn.Module):
-    """The same with Cholesky factors and weights."""
+    """The same with factors and linear weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.means, self.factors, self.logits = nn.Linear(4, 6), nn.Linear(4, 12), nn.Linear(4, 3)
+        self.means, self.factors, self.log_weights = nn.Linear(4, 6), nn.Linear(4, 12), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> GaussianMixture:
-        factors = 0.1 * self.factors(x).view(len(x), 3, 2, 2)
-        factors = factors.tril(-1) + factors.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
-        return GaussianMixture(self.means(x).view(len(x), 3, 2), scale_tril=factors, logits=self.logits(x))
+        factors, weights = torch.eye(2) + 0.1 * self.factors(x).view(len(x), 3, 2, 2), self.log_weights(x).exp()
+        return GaussianMixture(self.means(x).view(len(x), 3, 2), factor=factors, weights=weights)
 
 
 class Unused(nn.Module):
