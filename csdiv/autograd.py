@@ -16,6 +16,7 @@ A backend named explicitly is never replaced: on path 3 it raises NotImplemented
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,11 +136,16 @@ def _first_gradients(
 ) -> list[Tensor]:
     """From what _Value saves: tensors, outputs, and the gradients that came with them."""
     tensors, outputs = list(saved[: len(needs)]), list(saved[len(needs) :])
-    if at_once:
-        if OPERATORS[name].at_once == "scalars":
+    if at_once and OPERATORS[name].at_once == "scalars":
+        if _can_be_scaled(outputs, grad):
             return _scaled(outputs, grad)
+        found, _ = ops.run_forward(name, tensors, [False] * len(needs), backend)
+        outputs = [found[k] for k in OPERATORS[name].saved]
+        grads = ops.BACKWARD[name](grad, outputs, tensors, needs, backend)
+        return [torch.where(_unsqueezed(grad, g) == 0.0, 0.0, g) for g in grads]
+    elif at_once:
         outputs, grads = outputs[: -sum(needs)], outputs[-sum(needs) :]
-        if (common := _common_value(grad)) is not None:
+        if (common := _common_value(grad)) is not None and _can_be_scaled(grads, common):
             return _scaled(grads, common)
     return ops.BACKWARD[name](grad, outputs, tensors, needs, backend)
 
@@ -147,8 +153,22 @@ def _first_gradients(
 def _scaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
     """Gradients of the values, (*batch, ...), times the gradients with respect to the values, (*batch)."""
     if grad.ndim == 0:
-        return list(torch._foreach_mul(grads, grad))  # one call, where each costs more than what it computes
-    return [grad.to(g.dtype).reshape(grad.shape + (1,) * (g.ndim - grad.ndim)) * g for g in grads]
+        scaled = list(torch._foreach_mul(grads, grad))  # one call, where each costs more than what it computes
+        return scaled if grad.device.type == "cpu" else [torch.where(grad == 0.0, 0.0, g) for g in scaled]
+    upstream = [_unsqueezed(grad, g) for g in grads]
+    return [torch.where(u == 0.0, 0.0, u * g) for u, g in zip(upstream, grads, strict=True)]
+
+
+def _unsqueezed(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.to(like.dtype).reshape(grad.shape + (1,) * (like.ndim - grad.ndim))
+
+
+def _can_be_scaled(grads: list[Tensor], grad: Tensor) -> bool:
+    """Whether the gradients times ``grad`` are right: not where one overflowed whose product with something below 1 may
+    not, or is 0. Known on CPUs alone: elsewhere one would have to wait for it."""
+    if grad.device.type != "cpu" or not transforms.has_values(grad) or bool((grad.abs() >= 1.0).all()):
+        return True
+    return bool(torch.stack(torch._foreach_norm(grads, math.inf)).isfinite().all()) if grads else True
 
 
 def _common_value(grad: Tensor) -> Tensor | None:

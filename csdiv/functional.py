@@ -38,8 +38,10 @@ from csdiv.pairs import (
     widen,
     with_weights_of_zero,
 )
+from csdiv.transforms import has_values
 
 _LOG_4PI = math.log(4.0 * math.pi)
+_STEEP = -20.0
 
 
 def cs_divergence(
@@ -207,11 +209,13 @@ def cs_regularizer(
     prior = as_mixture(prior, "prior")
     dtype = computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
     log_variances = log_variances.to(dtype)
+    prior_self_overlap = known_self_overlap(prior_self_overlap, widen(prior), "prior", backend)
     # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
     capped = log_variances.clamp(max=85.0 if dtype == torch.float32 else 700.0)
+    if _has_steep_codes(capped):
+        capped = capped.double()  # the gradient to s may overflow where that to log s, s times it, does not
     codes = GaussianMixture._unchecked(means=means, variances=capped.exp())  # B may be 0
     codes, prior = as_pair(codes, prior, "means", "prior")
-    prior_self_overlap = known_self_overlap(prior_self_overlap, prior, "prior", backend)
     row_lse, offset = row_overlap(codes, prior, backend)
     cross = row_lse.double() if offset is None else row_lse + offset
     # −log V(q, p) + ½ log V(q, q) + ½ log V(p, p) in float64, where the scales that cancel cost no accuracy;
@@ -219,6 +223,14 @@ def cs_regularizer(
     own = 0.25 * log_variances.sum(-1, dtype=torch.float64) - 0.5 * capped.sum(-1, dtype=torch.float64)
     constant = 0.5 * prior_self_overlap.unsqueeze(-1) - 0.25 * means.shape[-1] * _LOG_4PI
     return (own + constant - cross).to(dtype)
+
+
+def _has_steep_codes(log_variances: Tensor) -> bool:
+    """Whether codes are so narrow that float32 gradients to their variances may overflow; known on CPUs alone."""
+    if log_variances.dtype != torch.float32 or not log_variances.requires_grad or not torch.is_grad_enabled():
+        return False
+    known = log_variances.device.type == "cpu" and has_values(log_variances) and log_variances.numel() > 0
+    return known and bool(log_variances.detach().min() < _STEEP)
 
 
 def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:

@@ -60,7 +60,8 @@ def log_overlap(p: Components, q: Components) -> Tensor:
 
 def cs_divergence(p: Components, q: Components) -> Tensor:
     """D_CS(p, q) = −log V(p, q) + ½ log V(p, p) + ½ log V(q, q), shape (*batch,); equation (2)."""
-    return 0.5 * (log_overlap(p, p) + log_overlap(q, q)) - log_overlap(p, q)
+    # Not times 0.5: torch gives that number times a scalar under jacfwd a float64 derivative.
+    return torch.stack(torch.broadcast_tensors(log_overlap(p, p), log_overlap(q, q))).mean(0) - log_overlap(p, q)
 
 
 def channel_overlap(p: Components, q: Components) -> Tensor:

@@ -21,7 +21,7 @@ LAYERS = {
     "testing": {"functional", "mixture", "reference"},
     "nn": {"functional", "mixture"},
     "distances": {"functional", "pairs", "mixture", "checks", "covariances", "reference"},
-    "functional": {"pairs", "mixture", "checks", "backends", "reference"},
+    "functional": {"pairs", "mixture", "checks", "backends", "reference", "transforms"},
     "pairs": {"mixture", "autograd", "ops", "operators", "backends", "covariances", "reference", "weights"},
     "weights": {"mixture", "transforms"},
     "mixture": {"conversions", "checks", "transforms"},
