@@ -72,6 +72,13 @@ def _full_gradients(grads: Sequence[Tensor], needs: list[bool]) -> tuple[Tensor 
     return tuple(next(remaining) if need else None for need in needs)
 
 
+def assign(name: str, backend: str, *tensors: Tensor | None) -> Tensor:
+    """The indices of "assign" or of its forms, also under vmap."""
+    if not torch.compiler.is_compiling() and transforms.transforms_active():
+        return _TransformableIndex.apply(name, backend, *tensors)
+    return ops.ASSIGN[name](*tensors, backend)
+
+
 # Path 1
 
 
@@ -208,11 +215,22 @@ class _TransformableValue(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, name: str, backend: str, *tensors: Tensor | None) -> Any:
-        dims, event_dims = in_dims[2:], OPERATORS[name].event_dims
-        rank = _batch_rank(tensors, dims, event_dims)
-        moved = [_move(t, d, e, rank) for t, d, e in zip(tensors, dims, event_dims, strict=True)]
-        outputs = _TransformableValue.apply(name, backend, *moved)
+        outputs = _TransformableValue.apply(name, backend, *_moved(name, tensors, in_dims[2:]))
         return outputs, (0,) * len(outputs)
+
+
+class _TransformableIndex(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, backend: str, *tensors: Tensor | None) -> Tensor:
+        return ops.ASSIGN[name](*tensors, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, name: str, backend: str, *tensors: Tensor | None) -> Any:
+        return _TransformableIndex.apply(name, backend, *_moved(name, tensors, in_dims[2:])), 0
 
 
 class _TransformableGradients(torch.autograd.Function):
@@ -245,6 +263,13 @@ class _TransformableGradients(torch.autograd.Function):
         wanted = (t for t, need in zip(zip(tensors, dims, strict=True), needs, strict=True) if need)
         shapes = [_mapped_shape(t, dim, size) for t, dim in wanted]
         return tuple(g.reshape(s) for g, s in zip(grads, shapes, strict=True)), (0,) * len(grads)
+
+
+def _moved(name: str, tensors: _Tensors, dims: Sequence[int | None]) -> list[Tensor | None]:
+    """The tensors of an operator with the mapped dimension as the first of the batch."""
+    event_dims = OPERATORS[name].event_dims
+    rank = _batch_rank(tensors, dims, event_dims)
+    return [_move(t, d, e, rank) for t, d, e in zip(tensors, dims, event_dims, strict=True)]
 
 
 def _batch_rank(tensors: _Tensors, dims: Sequence[int | None], event_dims: tuple[int, ...]) -> int:

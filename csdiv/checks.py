@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csdiv.transforms import full_like_device
+
 if TYPE_CHECKING:
     from csdiv.mixture import GaussianMixture
 
@@ -44,7 +46,7 @@ def as_bandwidth(bandwidth: float | Tensor, like: Tensor) -> Tensor:
         return as_float_tensor(bandwidth, "bandwidth")
     if not bandwidth > 0.0:
         raise ValueError(f"bandwidth: a number > 0 expected, got {bandwidth}")
-    return like.new_full((), bandwidth)
+    return full_like_device(like, (), bandwidth)
 
 
 def exactly_one(**values: Any) -> tuple[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from csdiv import reference
 from csdiv.reference import Components
-from csdiv.transforms import has_values
+from csdiv.transforms import full_like_device, has_values
 
 if TYPE_CHECKING:
     from csdiv.mixture import GaussianMixture
@@ -136,13 +136,13 @@ def _whiten(side: GaussianMixture, factor: Tensor, centre: Tensor) -> tuple[Comp
     white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
     far = ((white.detach().abs() > FAR).any(-1, keepdim=True) & _counts(side)).any()
     means = torch.where(finite, white, side.means)
-    return Components(means, means.new_full((1, 1), 0.5), None, reference.log_weights(components(side))), far
+    return Components(means, full_like_device(means, (1, 1), 0.5), None, reference.log_weights(components(side))), far
 
 
 def _counts(p: GaussianMixture) -> Tensor:
     """Which components have a weight in any mixture of the batch that has their means, (*batch, K, 1)."""
     if p.log_weights is None:
-        return p.means.new_ones(1, 1, dtype=torch.bool)
+        return torch.ones(1, 1, dtype=torch.bool, device=p.means.device)
     return reference.somewhere(p.log_weights != -math.inf, p.means.shape[:-1]).unsqueeze(-1)
 
 

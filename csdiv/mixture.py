@@ -21,7 +21,7 @@ from csdiv.checks import (
     check_values,
     exactly_one,
 )
-from csdiv.transforms import has_values
+from csdiv.transforms import full_like_device, has_values
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution, MixtureSameFamily
@@ -384,7 +384,7 @@ class Points(GaussianMixture):
     __slots__ = ()
 
     def __init__(self, x: Tensor) -> None:
-        self._set(dict.fromkeys(_FIELDS) | {"means": x, "variances": x.new_zeros(1, 1)})
+        self._set(dict.fromkeys(_FIELDS) | {"means": x, "variances": full_like_device(x, (1, 1), 0.0)})
 
     @property
     def structure(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csdiv import autograd, backends, ops, reference, weights
+from csdiv import autograd, backends, reference, weights
 from csdiv.covariances import (
     can_be_whitened,
     components,
@@ -130,7 +130,7 @@ class Route(NamedTuple):
             return reference.assign(p, q)
         operator = self._operator("assign")
         with torch.no_grad():
-            return ops.ASSIGN[operator.name](*_tensors(operator, p, q), self.backend)
+            return autograd.assign(operator.name, self.backend, *_tensors(operator, p, q))
 
     def swapped(self) -> Route:
         return self._replace(p=self.q, q=self.p, transposed=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from csdiv.transforms import forward_level, transforms_active
+from csdiv.transforms import forward_level, full_like_device, transforms_active
 
 CHUNK_ELEMENTS = 2**22
 """Numbers in the largest temporary of one chunk of rows."""
@@ -117,7 +117,7 @@ def log_weights(p: Components) -> Tensor:
     """The log weights of p, −log K each if none were given, NaN for +inf; shape (*batch, K)."""
     if p.log_weights is not None:
         return torch.where(p.log_weights == math.inf, math.nan, p.log_weights)
-    return p.means.new_full(p.means.shape[-2:-1], -math.log(max(1, p.means.shape[-2])))
+    return full_like_device(p.means, p.means.shape[-2:-1], -math.log(max(1, p.means.shape[-2])))
 
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {

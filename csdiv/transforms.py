@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.autograd import forward_ad
@@ -44,6 +44,11 @@ def autograd_enabled() -> Iterator[None]:
             stack.enter_context(include(key.AutogradFunctionality, False))
             stack.enter_context(include(key.ADInplaceOrView, False))
         yield
+
+
+def full_like_device(like: torch.Tensor, shape: Sequence[int], value: float) -> torch.Tensor:
+    """``value`` in the dtype and on the device of ``like``, without its batch: new_full would have that under vmap."""
+    return torch.full(shape, value, dtype=like.dtype, device=like.device)
 
 
 def has_values(t: torch.Tensor) -> bool:

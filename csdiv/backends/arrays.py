@@ -31,6 +31,8 @@ class Side(NamedTuple):
 
 def make_side(full: bool, means: Tensor, spread: Tensor, log_weights: Tensor | None = None) -> Side:
     """``spread`` is variances, or covariances of a full side."""
+    if spread.ndim > 2 and 0 in spread.stride():
+        spread = _as_shared(spread)
     own, items = means.shape[:-2], spread.shape[: -3 if full else -2]
     if items != own or (log_weights is not None and log_weights.shape[:-1] != own):
         own = torch.broadcast_shapes(own, items, *([] if log_weights is None else [log_weights.shape[:-1]]))
@@ -42,6 +44,14 @@ def make_side(full: bool, means: Tensor, spread: Tensor, log_weights: Tensor | N
         return Side(means, _filled(spread, shape + shape[-1:]), log_weights, own)
     same = (spread.shape[-1] == 1, spread.shape[:-1].numel() == 1, spread.shape[-2] == 1)
     return Side(means, _filled(spread, shape), log_weights, own, *same)
+
+
+def _as_shared(t: Tensor) -> Tensor:
+    """``t`` with one item in place of those that an expanded dimension repeats."""
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            t = t.narrow(dim, 0, 1)
+    return t
 
 
 def make_points(means: Tensor) -> Side:
