@@ -14,7 +14,7 @@ import torch
 from data_splits import sizes, splits
 
 from csdiv.models import load_data
-from csdiv.models.data import read_idx
+from csdiv.models.readers import read_idx
 
 # IDX folders
 
@@ -70,7 +70,7 @@ def test_read_idx_of_every_number_of_dimensions(tmp_path: Path) -> None:
         (lambda content: content[:9], "not an IDX file"),
         (lambda content: b"\x00\x00\x0d" + content[3:], "not an IDX file of unsigned bytes"),
         (lambda content: content[:-1], "has 399 values instead of 400: truncated"),
-        (lambda content: content + b"\x00", "has 401 values instead of 400"),
+        (lambda content: content + b"\x00", "has more values than the 400 of its header"),
         (lambda content: struct.pack(">4I", 0x803, 0, 4, 5), "no samples"),
     ],
 )
