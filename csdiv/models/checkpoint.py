@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import csdiv
 from csdiv.models import folder
 from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder, MixtureVAE, VampPriorVAE
-from csdiv.models.config import CHOICES, TrainConfig, check_value, read_toml, to_toml
+from csdiv.models.config import CHOICES, TrainConfig, check_path, check_value, read_toml, to_toml
 from csdiv.models.data import Dataset
 from csdiv.models.folder import CONFIG, OPTIONS, WEIGHTS
 from csdiv.models.networks import build_networks
@@ -161,13 +161,13 @@ def load_model(directory: str | Path) -> Autoencoder:
         FileNotFoundError: a file is missing.
         ValueError: a file is truncated, damaged or malformed; the weights belong to another model or are not finite.
     """
-    directory = Path(directory)
-    model = _without_memory(read_model_options(directory), directory / CONFIG)
+    directory = Path(check_path("directory", str(directory)))  # safetensors opens no others
+    model = build_without_memory(read_model_options(directory), directory / CONFIG)
     load_weights(directory / WEIGHTS, model)
     return model.eval()
 
 
-def _without_memory(options: dict[str, Any], source: Path | str) -> Autoencoder:
+def build_without_memory(options: dict[str, Any], source: Path | str) -> Autoencoder:
     """The model on the device "meta". Raises: ValueError: no such model, or sizes beyond 64 bits."""
     try:
         with torch.device("meta"):
@@ -178,7 +178,7 @@ def _without_memory(options: dict[str, Any], source: Path | str) -> Autoencoder:
 
 def check_size(options: dict[str, Any]) -> None:
     """Raises a ValueError if a model, with gradients and Adam's moments, has no room in this machine's memory."""
-    weights = sum(t.numel() * t.element_size() for t in _without_memory(options, "options").state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in build_without_memory(options, "options").state_dict().values())
     check_memory(weights * (1 if torch.cuda.is_available() else 4), "training this model")
 
 

@@ -145,7 +145,7 @@ def _checked(name: str, value: Any, kind: type, option: Option) -> Any:
     if type(value) is int and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: an integer of 64 bits expected")
     if name in ("data", "output_dir") and isinstance(value, str | Path):
-        value = _path(name, str(value))
+        value = check_path(name, str(value))
     if kind is float and type(value) is int:
         value = float(value)
     elif kind is Path and isinstance(value, str):
@@ -165,8 +165,8 @@ def _checked(name: str, value: Any, kind: type, option: Option) -> Any:
     return value
 
 
-def _path(name: str, value: str) -> str:
-    """A path as Python gives those of the command line in this locale. Raises: ValueError: TOML cannot hold it."""
+def check_path(name: str, value: str) -> str:
+    """A path as Python gives those of the command line in this locale. Raises: ValueError: its bytes are no text."""
     try:
         content = os.fsencode(value)
     except UnicodeEncodeError:  # from a TOML file, in the locale C

@@ -156,7 +156,8 @@ class _LatentSpace:
 
     def __init__(self, model: Autoencoder, data: Dataset, evaluation: Evaluation, size: int = 2000) -> None:
         prior = model.prior_mixture().detach()
-        self.labels, self.names = data.test.labels, list(data.class_names)
+        self.labels = data.test.labels
+        self.names = [name.replace("$", r"\$") for name in data.class_names]  # no formulas
         self.components = evaluation.clustering.components[:size]
         self.codes, self.means = embed(model.encode(evaluation.test_x[:size]).means, prior)
         self.colours = component_colours(prior)

@@ -170,12 +170,19 @@ def read_images(folder: Path, paths: Sequence[Path]) -> np.ndarray:
     reduced = 0
     for path in paths:
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
+            with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                check_memory(4.0 * len(paths) * math.prod(image.size), f"{len(paths)} images")
-                was_reduced = ";16" in str(image.tile) and not image.mode.startswith("I")
-                images.append(_pixels(image))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+                with Image.open(path) as image:
+                    check_memory(4.0 * len(paths) * math.prod(image.size), f"{len(paths)} images")
+                    was_reduced = ";16" in str(image.tile) and not image.mode.startswith("I")
+                    images.append(_pixels(image))
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+            Image.DecompressionBombWarning,
+        ) as error:
             raise ValueError(f"{_shown(path, folder)} is not a readable image: {error}") from error
         if was_reduced:
             reduced = max(reduced, int(images[-1].max(initial=0)), 1)

@@ -197,12 +197,12 @@ def train(
     if config.model != "vae" and len(x) < config.num_components:
         raise ValueError(f"num_components: at most {len(x)}, one per sample, expected, got {config.num_components}")
     options = checkpoint.model_options(config, data)
-    checkpoint.check_size(options)
     if config.tensorboard and not any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise ValueError("tensorboard: not installed: pip install 'csdiv[track]'")
     folder.check_output_dir(directory, config.data, overwrite=overwrite, resume=resume)
     if resume:
         _check_checkpoint(config, data)
+    checkpoint.check_size(options)
     with folder.held(directory) if RANK == 0 else nullcontext():
         if RANK == 0:  # again: another run may have ended meanwhile
             folder.check_output_dir(directory, config.data, overwrite=overwrite, resume=resume, ours=True)
@@ -225,8 +225,8 @@ def _check_checkpoint(config: TrainConfig, data: Dataset) -> None:
     path = config.output_dir / folder.RESUME
     state = checkpoint.load_resume_state(path)
     checkpoint.check_data(config.output_dir, config, data)
+    model = checkpoint.build_without_memory(checkpoint.model_options(config, data), config.output_dir)
     with torch.device("meta"):
-        model = checkpoint.build_model(**checkpoint.model_options(config, data))
         module = module_of(model, data, config)
     checkpoint.check_resume_state(path, state, module, config.epochs)
 
