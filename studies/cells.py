@@ -67,7 +67,7 @@ def training_cell(config: TrainConfig, data: Dataset, output_dir: Path) -> Cell:
 
     def compute() -> dict[str, Any]:
         directory = config.output_dir
-        clock, start, stopped = directory / "seconds.json", time.perf_counter(), ""
+        clock, start, stopped = directory / folder.CLOCK, time.perf_counter(), ""
         before = folder.read_json(clock) if clock.exists() else 0.0
         if not isinstance(before, float):
             raise ValueError(f"{clock}: a number of seconds expected")

@@ -108,7 +108,7 @@ def test_overwrite_removes_what_csdiv_wrote_and_nothing_else(tmp_path: Path, mon
     assert names == {folder.LOCK, folder.MANIFEST} | set(
         (config.output_dir / folder.MANIFEST).read_text().split("\n")[1:-1]
     )
-    mine = ("notes.txt", "figures/samples.png", "figures/own/a.png", "tensorboard/events.out.tfevents.other", ".hidden")
+    mine = ("notes.txt", "figures/mine.png", "figures/own/a.png", "tensorboard/events.out.tfevents.other", ".hidden")
     for name in mine:
         (config.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (config.output_dir / name).write_text("mine")
@@ -117,6 +117,21 @@ def test_overwrite_removes_what_csdiv_wrote_and_nothing_else(tmp_path: Path, mon
     after = files_of(config.output_dir)
     assert all(after.pop(name) == b"mine" for name in mine)
     assert after.keys() == {name for name in names if not name.startswith("tensorboard")}
+
+
+@pytest.mark.parametrize("name", ["report.html", "figures/samples.png"])
+@pytest.mark.parametrize("mode", ["overwrite", "resume"])
+def test_files_of_others_in_a_run_are_not_replaced(name: str, mode: str, tmp_path: Path) -> None:
+    training.train(replace(TINY, output_dir=tmp_path), tiny_data())
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = files_of(tmp_path)
+    with pytest.raises(FileExistsError, match=f"{name} was not written by csdiv"):
+        training.train(replace(TINY, output_dir=tmp_path), tiny_data(), **{mode: True})
+    assert files_of(tmp_path) == before
+    (tmp_path / "scores.json").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"scores\.json was not written by csdiv"):
+        run.evaluate_run(tmp_path)
 
 
 def test_overwrite_of_a_run_from_before_there_was_a_manifest(tmp_path: Path) -> None:
@@ -186,6 +201,18 @@ def test_data_inside_the_output_directory_are_refused(
     with pytest.raises(ValueError, match="is inside the output directory"):
         training.train(replace(TINY, data=source, output_dir=tmp_path / "run"), tiny_data(), overwrite=overwrite)
     assert files_of(tmp_path) == before
+
+
+def test_an_output_directory_inside_the_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures would be images of the data from then on."""
+    monkeypatch.chdir(tmp_path)
+    for source in (".", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"output_dir: runs/a is inside the images"):
+            run.train_and_report(replace(TINY, data=source, output_dir="runs/a"))
+    (tmp_path / "train-images-idx3-ubyte").touch()
+    with pytest.raises(ValueError, match="not an IDX file"):
+        run.train_and_report(replace(TINY, data=".", output_dir="runs/a"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_drawn_samples_do_not_replace_the_data_of_the_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Paths beyond ASCII, and bytes that are no text: a run with them works, or is refused before it trains."""
 
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("lightning")
 pytest.importorskip("typer")
 
+from csdiv.cli import main
 from csdiv.models import checkpoint, folder, load_data, run
 from csdiv.models.config import TrainConfig, read_toml, to_toml
 from csdiv.models.training import train
@@ -63,13 +65,18 @@ def test_models_in_folders_whose_names_are_no_text_are_refused(tmp_path: Path) -
             call(directory)
 
 
-def test_samples_go_to_files_of_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = write_data(tmp_path / "own.npz")
-    train(replace(TINY, output_dir=tmp_path / "run"), load_data(own))
-    with capsys.disabled():  # sys.stdout of a command shows any name, see csdiv.cli.main
-        sys.stdout.reconfigure(errors="backslashreplace")
-        run.sample_run(tmp_path / "run", 3, tmp_path / f"{NOT_TEXT}.npz", 0)
-    assert np.load(tmp_path / f"{NOT_TEXT}.npz")["x"].shape == (3, 5)
+def test_samples_go_to_files_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(replace(TINY, output_dir=tmp_path / "run"), load_data(write_data(tmp_path / "own.npz")))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    output = tmp_path / f"{NOT_TEXT}.npz"
+    monkeypatch.setattr(sys, "argv", ["csdiv", "sample", str(tmp_path / "run"), "--n", "3", "--output", str(output)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert np.load(output)["x"].shape == (3, 5)
+    stdout.seek(0)
+    assert r"caf\udce9.npz" in stdout.read()
 
 
 def test_every_string_survives_toml(tmp_path: Path) -> None:

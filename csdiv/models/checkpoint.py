@@ -162,23 +162,27 @@ def load_model(directory: str | Path) -> Autoencoder:
         ValueError: a file is truncated, damaged or malformed; the weights belong to another model or are not finite.
     """
     directory = Path(check_path("directory", str(directory)))  # safetensors opens no others
-    model = build_without_memory(read_model_options(directory), directory / CONFIG)
+    options = read_model_options(directory)
+    try:
+        model = build_without_memory(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory / CONFIG}: not a csdiv configuration ({error})") from error
     load_weights(directory / WEIGHTS, model)
     return model.eval()
 
 
-def build_without_memory(options: dict[str, Any], source: Path | str) -> Autoencoder:
-    """The model on the device "meta". Raises: ValueError: no such model, or sizes beyond 64 bits."""
+def build_without_memory(options: dict[str, Any]) -> Autoencoder:
+    """The model of :func:`build_model` on the device "meta". Raises: ValueError: no such model; beyond 64 bits."""
     try:
         with torch.device("meta"):
             return build_model(**options)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{source}: not a csdiv configuration ({error})") from error
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"a model of such sizes cannot be: {error}") from error
 
 
 def check_size(options: dict[str, Any]) -> None:
     """Raises a ValueError if a model, with gradients and Adam's moments, has no room in this machine's memory."""
-    weights = sum(t.numel() * t.element_size() for t in build_without_memory(options, "options").state_dict().values())
+    weights = sum(t.numel() * t.element_size() for t in build_without_memory(options).state_dict().values())
     check_memory(weights * (1 if torch.cuda.is_available() else 4), "training this model")
 
 

@@ -10,7 +10,7 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ FIGURES, TENSORBOARD = "figures", "tensorboard"
 LOCK, MANIFEST = "run.lock", "files.txt"
 FILES = (WEIGHTS, CONFIG, OPTIONS, RESUME, METRICS, REPORT, SCORES)
 FOLDERS = (FIGURES, TENSORBOARD)
-FIGURE_NAMES = ("overview", "samples", "reconstructions", "interpolations", "prototypes", "latent", "curves")
+FIGURE_FILES = tuple(
+    f"{FIGURES}/{name}.png"
+    for name in ("overview", "samples", "reconstructions", "interpolations", "prototypes", "latent", "curves")
+)
+CLOCK = "seconds.json"  # how long a study has trained a model
 _HEADER = "# written by csdiv: train --overwrite removes these files and no others"
 
 
@@ -89,27 +93,45 @@ def check_output_dir(directory: Path, data: str, *, overwrite: bool, resume: boo
         ours: this process holds the directory.
 
     Raises:
-        FileExistsError: not empty and neither ``overwrite`` nor ``resume``; or ``overwrite`` of what is no run.
+        FileExistsError: not empty and neither ``overwrite`` nor ``resume``; ``overwrite`` of what is no run; files of
+            others where the run's would be.
         FolderInUse: another process works there.
         OSError: a file where a folder is needed, or a folder where a file is.
-        ValueError: the data are inside.
+        ValueError: the data are inside, or it is inside the data, a folder of images.
     """
     check_files_and_folders(directory, (*FILES, LOCK, MANIFEST), FOLDERS)
-    source = Path(data).resolve()
-    if data != "digits" and source.is_relative_to(directory.resolve()) and source.exists():
-        inside = source.relative_to(directory.resolve()).parts
-        if not resume or not inside or inside[0] in (*FILES, *FOLDERS, LOCK, MANIFEST):
-            raise ValueError(f"data: {data} is inside the output directory {directory}: choose another output_dir")
-    if resume or not directory.is_dir() or {path.name for path in directory.iterdir()} <= {LOCK}:
+    if data != "digits":
+        _check_data_place(directory, Path(data), resume)
+    if not directory.is_dir() or {path.name for path in directory.iterdir()} <= {LOCK, CLOCK}:
         return
     if not ours and (holder := _holder(directory)):
         raise FolderInUse(f"{directory} is in use by {holder}")
-    if not overwrite:
+    if not overwrite and not resume:
         raise FileExistsError(f"{directory} is not empty: pass --overwrite to replace its results, --resume to go on")
-    if not is_run(directory):
+    if not resume and not is_run(directory):
         raise FileExistsError(
             f"{directory} is not a run of csdiv, and --overwrite replaces nothing else: choose an empty or new folder"
         )
+    check_replaced(directory, (*FILES, *FIGURE_FILES))
+
+
+def _check_data_place(directory: Path, data: Path, resume: bool) -> None:
+    """Raises a ValueError if a run could replace its data, or add to them."""
+    source, place = data.resolve(), directory.resolve()
+    if source.is_relative_to(place) and source.exists():
+        inside = source.relative_to(place).parts
+        if not resume or not inside or inside[0] in (*FILES, *FOLDERS, LOCK, MANIFEST):
+            raise ValueError(f"data: {data} is inside the output directory {directory}: choose another output_dir")
+    if place.is_relative_to(source) and source.is_dir() and not any(source.glob("train-images*")):
+        raise ValueError(f"output_dir: {directory} is inside the images {data}, of which its figures would become some")
+
+
+def check_replaced(directory: Path, names: Sequence[str]) -> None:
+    """Raises a FileExistsError if one of the files that a run writes is there and not csdiv's, by the manifest."""
+    written = _manifest(directory)
+    for name in names:
+        if written is not None and name not in written and (directory / name).exists():
+            raise FileExistsError(f"{directory / name} was not written by csdiv and would be replaced: move it first")
 
 
 def is_run(directory: Path) -> bool:
@@ -140,7 +162,7 @@ def clear(directory: Path) -> None:
     """Removes the files that csdiv wrote, and no others, and begins a manifest."""
     names = _manifest(directory)
     if names is None and _is_older_run(directory):
-        names = [*FILES, *(f"{FIGURES}/{name}.png" for name in FIGURE_NAMES), *tensorboard_files(directory)]
+        names = [*FILES, *FIGURE_FILES, *tensorboard_files(directory)]
     for name in names or ():
         path = directory / name
         known = name in FILES or (path.parent.name in FOLDERS and path.parent.parent == directory)

@@ -19,10 +19,18 @@ from csdiv.models.config import TrainConfig
 from csdiv.models.data import Dataset, binarize, load_data
 from csdiv.models.evaluation import TEST_SEED, evaluate
 from csdiv.models.figures import save_figures, save_image_grid
-from csdiv.models.folder import REPORT, SCORES, check_files_and_folders, check_output_dir, write, write_atomically
+from csdiv.models.folder import (
+    REPORT,
+    SCORES,
+    check_files_and_folders,
+    check_output_dir,
+    check_replaced,
+    write,
+    write_atomically,
+)
 from csdiv.models.networks import BernoulliDecoder
 from csdiv.models.readers import check_memory
-from csdiv.models.training import TrainResult, train
+from csdiv.models.training import RANK, TrainResult, train
 
 
 def train_and_report(config: TrainConfig, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -30,7 +38,8 @@ def train_and_report(config: TrainConfig, *, overwrite: bool = False, resume: bo
 
     Raises: see :func:`csdiv.models.data.load_data` and :func:`csdiv.models.training.train`.
     """
-    check_output_dir(config.output_dir, config.data, overwrite=overwrite, resume=resume)
+    if RANK == 0:
+        check_output_dir(config.output_dir, config.data, overwrite=overwrite, resume=resume)
     data = load_data(
         config.data, validation_fraction=config.validation_fraction, validation_split=config.validation_split
     )
@@ -62,6 +71,7 @@ def evaluate_run(directory: Path, **options: Any) -> None:
     """
     config = replace(checkpoint.load_config(directory), **{k: v for k, v in options.items() if v is not None})
     check_files_and_folders(directory, files=(SCORES,))
+    check_replaced(directory, (SCORES,))
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     model, data = _load(directory, config)

@@ -199,7 +199,8 @@ def train(
     options = checkpoint.model_options(config, data)
     if config.tensorboard and not any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
         raise ValueError("tensorboard: not installed: pip install 'csdiv[track]'")
-    folder.check_output_dir(directory, config.data, overwrite=overwrite, resume=resume)
+    if RANK == 0:
+        folder.check_output_dir(directory, config.data, overwrite=overwrite, resume=resume)
     if resume:
         _check_checkpoint(config, data)
     checkpoint.check_size(options)
@@ -225,7 +226,7 @@ def _check_checkpoint(config: TrainConfig, data: Dataset) -> None:
     path = config.output_dir / folder.RESUME
     state = checkpoint.load_resume_state(path)
     checkpoint.check_data(config.output_dir, config, data)
-    model = checkpoint.build_without_memory(checkpoint.model_options(config, data), config.output_dir)
+    model = checkpoint.build_without_memory(checkpoint.model_options(config, data))
     with torch.device("meta"):
         module = module_of(model, data, config)
     checkpoint.check_resume_state(path, state, module, config.epochs)
