@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ INTERRUPTED = 130  # the shell's own status after SIGINT
 
 def main() -> None:
     """Entry point of the command; exits with status 2 where the extra ``train`` is not installed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or λ that the terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         command = app()
     except ModuleNotFoundError as error:
@@ -55,8 +59,8 @@ def _errors() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, TypeError, OSError, ArithmeticError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:
+        typer.echo(f"error: {error or 'not enough memory'}", err=True)
         raise typer.Exit(1) from error
 
 

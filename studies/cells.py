@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from csdiv.models import checkpoint
+from csdiv.models import checkpoint, folder
 from csdiv.models.config import TrainConfig
 from csdiv.models.data import Dataset
 from csdiv.models.modules import PosteriorCollapse, TrainingDiverged
-from csdiv.models.training import METRICS, read_metrics, train
+from csdiv.models.training import METRICS, Interrupted, read_metrics, train
 
 Results = Mapping[str, dict[str, Any]]
 """What finished cells gave, by their names."""
@@ -67,17 +67,26 @@ def training_cell(config: TrainConfig, data: Dataset, output_dir: Path) -> Cell:
 
     def compute() -> dict[str, Any]:
         directory = config.output_dir
-        directory.mkdir(parents=True, exist_ok=True)
-        clock, start, stopped = directory / "seconds.json", time.perf_counter(), ""
-        before = json.loads(clock.read_text()) if clock.exists() else 0.0
-        resume = (directory / checkpoint.RESUME).exists()
+        clock, start, stopped = directory / folder.CLOCK, time.perf_counter(), ""
+        before = folder.read_json(clock) if clock.exists() else 0.0
+        if not isinstance(before, float):
+            raise ValueError(f"{clock}: a number of seconds expected")
+        resume = (directory / folder.RESUME).exists()
+
+        def take_time() -> float:
+            seconds = before + time.perf_counter() - start
+            if directory.is_dir():
+                folder.write_atomically(clock, json.dumps(seconds))
+            return seconds
+
         try:
             train(config, data, resume=resume, overwrite=not resume)
         except (PosteriorCollapse, TrainingDiverged) as error:
             stopped = str(error)
-        finally:
-            seconds = before + time.perf_counter() - start
-            checkpoint.write_atomically(clock, json.dumps(seconds))
+        except (Interrupted, KeyboardInterrupt):
+            take_time()
+            raise
+        seconds = take_time()
         records = read_metrics(directory / METRICS)
         result = {"seconds": seconds, "versions": checkpoint.versions(), "threads": torch.get_num_threads()}
         result |= {"options": json.loads(json.dumps(asdict(config), default=str)), **(records[-1] if records else {})}
@@ -95,7 +104,10 @@ def read_results(cells: CellList, output_dir: Path) -> dict[str, dict[str, Any]]
     results: dict[str, dict[str, Any]] = {}
     while True:
         paths = {cell.name: output_dir / f"{cell.name}.json" for cell in cells(results) if cell.name not in results}
-        new = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+        new = {name: folder.read_json(path) for name, path in paths.items() if path.exists()}
+        for name, result in new.items():
+            if not isinstance(result, dict):
+                raise ValueError(f"{paths[name]}: not the result of a cell")
         if not new:
             return results
         results |= new
@@ -118,7 +130,7 @@ def run_cells(cells: CellList, output_dir: Path) -> dict[str, dict[str, Any]]:
         spent, worked = spent + seconds, worked + cell.work
         path = output_dir / f"{cell.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(path, json.dumps({"seconds": seconds} | result) + "\n")
+        folder.write_atomically(path, json.dumps({"seconds": seconds} | result) + "\n")
         if "stopped" in result:
             print(f"stopped: {result['stopped']}", flush=True)
         results = read_results(cells, output_dir)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from matplotlib import rc_context
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder
-from csdiv.models.checkpoint import write_atomically
+from csdiv.models.checkpoint import load_weights, save_weights
 from csdiv.models.config import Option
 from csdiv.models.data import Dataset, mix_seed
 from csdiv.models.figures import STYLE, draw_images
@@ -166,8 +165,7 @@ class FacesStudy:
             trained = fit(build(c, model, faces).to(device), faces.train_x.to(device), c, seed).cpu()
             path = c.output_dir / f"{name}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            state = {key: value.contiguous() for key, value in trained.state_dict().items()}
-            write_atomically(path, safetensors.torch.save(state))
+            save_weights(path.parent, trained, path.name)
             return self._scores(trained, faces)
 
         return Cell(name, compute, work)
@@ -266,7 +264,7 @@ class FacesStudy:
             return {}
         faces = split_identities(self.data, self.config.train_per_identity, 0, self.config.shrink)
         model = build(self.config, "csrae", faces)
-        model.load_state_dict(safetensors.torch.load(path.read_bytes()))
+        load_weights(path, model)
         directory.mkdir(parents=True, exist_ok=True)
         model.eval()
         captions = {}

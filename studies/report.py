@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from csdiv.models.checkpoint import versions, write_atomically
+from csdiv.models.checkpoint import versions
+from csdiv.models.folder import write_atomically
 from csdiv.models.report import document, figure_html
 
 Value = str | float | int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from csdiv.models.folder import LOCK, check_files_and_folders, held
 from csdiv.studies.cells import read_results, run_cells
 from csdiv.studies.config import STUDIES, read_study
 from csdiv.studies.report import write_study
@@ -25,18 +27,23 @@ def run_study(name: str, protocol: str, given: dict[str, Any], *, publish: Path 
         only_report: of what is finished; computes no cell.
 
     Raises:
-        ValueError: an unknown study, or options that do not fit. OSError: no such protocol or data.
+        ValueError: an unknown study, or options that do not fit. OSError: no such protocol or data, or a file where a
+            folder is needed. FolderInUse: another process runs the study there.
     """
     kind, study_class = _study(name)
     config = read_study(kind, name, protocol, given)
+    directory = config.output_dir / name
+    check_files_and_folders(config.output_dir, folders=("models", name))
+    check_files_and_folders(directory, files=("report.md", "report.html", LOCK), folders=("figures",))
+    if publish is not None:
+        check_files_and_folders(publish, files=("report.md",), folders=("figures",))
     threads = config.train.get("num_threads", 0)
     if threads:
         torch.set_num_threads(threads)
     data = config.load()
     study = study_class(config, data)
-    with threadpool_limits(threads or None):  # scikit-learn's too
+    with threadpool_limits(threads or None), nullcontext() if only_report else held(directory):  # scikit-learn's too
         results = (read_results if only_report else run_cells)(study.cells, config.output_dir)
-    directory = config.output_dir / name
     report = study.report(results, directory / "figures")
     options = {key: value for key, value in asdict(config).items() if key not in ("data", "output_dir")}
     options["run time of all cells (s)"] = round(sum(result.get("seconds", 0.0) for result in results.values()))

@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import re
+import struct
+import tracemalloc
 import zipfile
 from itertools import chain
 from pathlib import Path
@@ -194,3 +196,111 @@ def test_load_data_refuses_places(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"data\.csv: 'digits', a folder, an \.npz or a \.pt file expected"):
         load_data(tmp_path / "data.csv")
+
+
+# headers that claim too much
+
+
+def npy(shape: tuple[int, ...], dtype: str = "<f4", content: bytes = b"", version: int = 1) -> bytes:
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    size = struct.pack("<H" if version == 1 else "<I", len(text))
+    return b"\x93NUMPY" + bytes([version, 0]) + size + text + content
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("name", ["x", "labels", "test_x"])
+@pytest.mark.parametrize(
+    "member",
+    [
+        npy((10**13,)),
+        npy((10**13, 3), version=2),
+        npy((5, 10**7), content=bytes(400)),
+        npy((2**62, 2**62)),
+        npy((-1, 3), content=bytes(12)),
+        npy((5,), "<U200000000", content=bytes(40)),
+        npy((5, 3), content=bytes(61)),
+        npy((5, 3), content=bytes(59)),
+        npy((5, 3), content=bytes(60), version=3),
+        npy((5, 3), "[" * 5000),
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff",
+    ],
+    ids=lambda member: str(member[8:90]),
+)
+def test_load_data_refuses_npz_headers_that_claim_too_much(
+    member: bytes, name: str, compression: int, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "own.npz", **{n: numbered(5) for n in ("x", "test_x") if n != name})
+    with zipfile.ZipFile(tmp_path / "own.npz", "a", compression) as archive:
+        archive.writestr(f"{name}.npy", member)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"own\.npz: {name}: an array expected: "):
+        load_data(tmp_path / "own.npz")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+def test_load_data_refuses_archives_whose_directory_claims_too_much(suffix: str, tmp_path: Path) -> None:
+    path = save(tmp_path / f"own{suffix}", x=numbered(50))
+    good = path.read_bytes()
+    place, entries = good.find(b"PK\x01\x02"), 0
+    while place >= 0:
+        for offset in (20, 24):  # sizes in the archive and outside
+            changed = good[: place + offset] + struct.pack("<I", 2**32 - 2) + good[place + offset + 4 :]
+            path.write_bytes(changed)
+            name = good[place + 46 : place + 46 + good[place + 28]].decode()
+            if suffix == ".pt" or name == "x.npy":
+                with pytest.raises(ValueError, match=r"cannot have the|not a file of plain tensors|an array expected"):
+                    load_data(path)
+        place, entries = good.find(b"PK\x01\x02", place + 1), entries + 1
+    assert entries > 0
+
+
+@pytest.mark.parametrize("kind", ["npz", "npz compressed", "pt"])
+def test_load_data_refuses_arrays_of_which_a_bit_has_changed(kind: str, tmp_path: Path) -> None:
+    path, generator = tmp_path / f"own.{kind.split()[0]}", np.random.default_rng(0)
+    x = torch.as_tensor(generator.random((60, 5)), dtype=torch.float32)
+    if kind == "pt":
+        torch.save({"x": x}, path)
+    else:
+        (np.savez_compressed if "compressed" in kind else np.savez)(path, x=x)
+    good, expected, refused = path.read_bytes(), load_data(path), 0
+    for place in generator.choice(len(good), 150, replace=False):
+        changed = bytearray(good)
+        changed[place] ^= 1 << generator.integers(8)
+        path.write_bytes(changed)
+        try:
+            loaded = load_data(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert loaded.train.x.equal(expected.train.x)
+    assert refused > 50
+
+
+def test_load_data_refuses_tensors_larger_than_memory(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1).expand(10**13, 3)}, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=r"own\.pt: x: .* would take 1\.2e\+05 GB"):
+        load_data(tmp_path / "own.pt")
+    torch.save({"x": numbered(5), "y": torch.zeros(1).expand(10**13)}, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=r"own\.pt: labels: one for each sample"):
+        load_data(tmp_path / "own.pt")
+    torch.save({"x": torch.zeros(2, 10**13, device="meta")}, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=r"own\.pt: "):
+        load_data(tmp_path / "own.pt")
+
+
+def test_load_data_refuses_an_older_pt_file_that_claims_too_much(tmp_path: Path) -> None:
+    path = tmp_path / "own.pt"
+    torch.save({"x": torch.zeros(7, 3)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for size in (0x7FFFFFFF, 0x70000000):  # the number of values, as the pickle has it
+        assert content.count(b"K\x15") >= 1
+        path.write_bytes(content.replace(b"K\x15", b"J" + struct.pack("<i", size)))
+        with pytest.raises(ValueError, match="not a file of plain tensors"):
+            load_data(path)
+
+
+def test_labels_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", x=numbered(6), labels=np.array(["a", "\udcff", "😀"] * 2))
+    assert load_data(tmp_path / "own.npz").class_names == ("a", "\\udcff", "😀")

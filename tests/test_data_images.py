@@ -2,8 +2,11 @@
 
 import gzip
 import math
+import os
 import re
 import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from data_splits import sizes, splits
 
 from csdiv.models import load_data
-from csdiv.models.data import read_idx
+from csdiv.models.readers import read_idx
 
 # IDX folders
 
@@ -70,7 +73,7 @@ def test_read_idx_of_every_number_of_dimensions(tmp_path: Path) -> None:
         (lambda content: content[:9], "not an IDX file"),
         (lambda content: b"\x00\x00\x0d" + content[3:], "not an IDX file of unsigned bytes"),
         (lambda content: content[:-1], "has 399 values instead of 400: truncated"),
-        (lambda content: content + b"\x00", "has 401 values instead of 400"),
+        (lambda content: content + b"\x00", "has more values than the 400 of its header"),
         (lambda content: struct.pack(">4I", 0x803, 0, 4, 5), "no samples"),
     ],
 )
@@ -108,6 +111,30 @@ def test_load_data_refuses_idx_parts_that_do_not_fit(tmp_path: Path) -> None:
     write_idx(tmp_path / "t10k-images-idx3-ubyte", IMAGES[:, :3])
     with pytest.raises(ValueError, match=r"test samples of shape \(1, 4, 5\) expected, got \(1, 3, 5\)"):
         load_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "content", "message"),
+    [
+        ((2**32 - 1,) * 4, b"", "cannot have the"),
+        ((2**32 - 1,) * 255, b"", "cannot have the"),
+        ((10**9, 10**4), bytes(1 << 20), "cannot have the"),
+        ((100, 10**6), bytes(1 << 20), "has 1048576 values instead of 100000000: truncated"),
+        ((20, 4, 5), bytes(1 << 26), "has more values than the 400 of its header"),
+    ],
+)
+def test_read_idx_takes_no_memory_for_a_header_that_disagrees(
+    shape: tuple[int, ...], content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + content, 9))
+    if message.endswith("truncated"):  # a real archive of zeros that large is a thousandth of it
+        path.write_bytes(path.read_bytes() + gzip.compress(b"", 0) * 6000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 48 << 20
+    tracemalloc.stop()
 
 
 # image folders
@@ -158,11 +185,73 @@ def test_load_data_image_modes(tmp_path: Path) -> None:
         assert data.train.x.unique().tolist() == [1.0], mode
 
 
-def test_load_data_keeps_the_range_of_16_bit_images(tmp_path: Path) -> None:
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+@pytest.mark.parametrize(("top", "bits"), [(1, 8), (255, 8), (256, 10), (4095, 12), (9999, 14), (65535, 16)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_load_data_keeps_the_range_of_16_bit_images(top: int, bits: int, suffix: str, tmp_path: Path) -> None:
+    """Exactly, and none of them dark because it uses fewer bits than the file has room for."""
+    levels = (np.arange(256).reshape(16, 16) * top // 255).astype(np.uint16)
     for i in range(3):
-        write_image(tmp_path / f"{i}.png", levels)
-    torch.testing.assert_close(load_data(tmp_path).train.x[0], torch.arange(256) / 255)
+        write_image(tmp_path / f"{i}.{suffix}", levels if i else np.minimum(levels, top // 2))
+    expected = torch.as_tensor(levels.reshape(-1) / (2**bits - 1), dtype=torch.float32)
+    data = load_data(tmp_path)
+    assert data.likelihood == "bernoulli"
+    brightest = max((x for part in splits(data) for x in part.x), key=lambda x: x.sum().item())
+    assert brightest.equal(expected)
+
+
+def test_load_data_mixes_images_of_8_and_16_bits(tmp_path: Path) -> None:
+    for i in range(3):
+        write_image(tmp_path / f"{i}.png", np.full((4, 4), *((51, np.uint8), (13107, np.uint16))[i % 2]))
+    write_image(tmp_path / "3.png", np.full((4, 4), 65535, np.uint16))
+    levels = torch.cat([part.x for part in splits(load_data(tmp_path))]).unique()
+    torch.testing.assert_close(levels, torch.tensor([0.2, 1.0]))
+
+
+def write_deep_png(path: Path, values: np.ndarray) -> None:
+    """A PNG file of (H, W, C) levels of 16 bits, which Pillow does not write: gray with alpha, colour, with alpha."""
+    height, width, channels = values.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\x00" + row.astype(">u2").tobytes() for row in values)
+    content = b"\x89PNG\r\n\x1a\n"
+    head = struct.pack(">2I5B", width, height, 16, kind, 0, 0, 0)
+    for name, chunk in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(chunk)) + name + chunk + struct.pack(">I", zlib.crc32(name + chunk))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_load_data_refuses_colours_of_16_bits_that_would_be_black(channels: int, tmp_path: Path) -> None:
+    for top, message in ((4095, "use 14 or fewer"), (255, "use 14 or fewer"), (65535, None)):
+        for i in range(3):
+            write_deep_png(tmp_path / f"{i}.png", np.full((4, 4, channels), top, np.uint16))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                load_data(tmp_path)
+        else:
+            assert load_data(tmp_path).train.x.unique().tolist() == [1.0]
+
+
+def test_load_data_refuses_an_image_that_claims_to_be_huge(tmp_path: Path) -> None:
+    for i in range(3):
+        write_deep_png(tmp_path / f"{i}.png", np.zeros((4, 4, 1), np.uint16))
+    path = tmp_path / "0.png"
+    content = path.read_bytes()
+    for size in ((2**31 - 1, 2**31 - 1), (100_000, 10_000), (10_000, 10_000)):
+        head = b"IHDR" + struct.pack(">2I", *size) + content[24:29]
+        path.write_bytes(content[:12] + head + struct.pack(">I", zlib.crc32(head)) + content[33:])
+        with pytest.raises(ValueError, match=r"0\.png is not a readable image"):
+            load_data(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["😀", "caf\u00e9", os.fsdecode(b"caf\xe9"), "a\nb"])
+def test_load_data_images_in_folders_of_any_name(name: str, tmp_path: Path) -> None:
+    for i in range(6):
+        write_image(tmp_path / "data" / (name, "other")[i % 2] / f"{name}{i}.png", np.full((4, 4), i, np.uint8))
+    expected = {"other", name.replace("\udce9", "\\xe9")}
+    assert set(load_data(tmp_path / "data").class_names) == expected
+    write_image(tmp_path / "data" / name / "0.png", np.zeros((4, 5), np.uint8))
+    with pytest.raises(ValueError, match="images of one size"):
+        load_data(tmp_path / "data")
 
 
 def test_load_data_refuses_32_bit_images(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("lightning")
 
+from csdiv.models import folder
 from csdiv.studies import cells, run
 from csdiv.studies.clustering import ClusteringConfig, ClusteringStudy
 from csdiv.studies.config import read_study
@@ -198,3 +199,36 @@ def test_table_shows_what_is_missing() -> None:
         "| b | – |",
     ]
     assert table.to_csv() == "model,NLL (nats)\na,1.234\nb,\n"
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/models", "runs/density", "runs/density/figures", "published"])
+def test_a_file_in_the_place_of_a_folder_is_refused_before_a_study(
+    place: str, protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DensityConfig, "load", lambda config: pytest.fail("too late"))
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("mine")
+    with pytest.raises(NotADirectoryError, match=f"{place} is a file"):
+        run.run_study("density", str(protocol), {"output_dir": tmp_path / "runs"}, publish=tmp_path / "published",
+                      only_report=False)  # fmt: skip
+
+
+def test_a_second_process_is_told_who_runs_a_study(
+    protocol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_cells", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(run, "write_study", lambda *_: None)
+    given = {"output_dir": tmp_path}
+    with folder.held(tmp_path / "density"):
+        with pytest.raises(folder.FolderInUse, match="density is in use by process"):
+            run.run_study("density", str(protocol), given, publish=None, only_report=False)
+        run.run_study("density", str(protocol), given, publish=None, only_report=True)
+
+
+def test_a_model_that_another_process_trains_is_left_to_it(protocol: Path, tmp_path: Path) -> None:
+    config = read_study(DensityConfig, "density", str(protocol), {"output_dir": tmp_path})
+    cell = cells.training_cell(config.training("csrae", 1.0, 12, 0), config.load(), tmp_path)
+    directory = (tmp_path / cell.name).parent
+    with folder.held(directory), pytest.raises(folder.FolderInUse, match="is in use by process"):
+        cell.compute()
+    assert {path.name for path in directory.iterdir()} == {folder.LOCK}

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("lightning")
 
-from csdiv.models import CSRAE, checkpoint, data, modules, training
+from csdiv.models import CSRAE, checkpoint, data, folder, modules, training
 from csdiv.models.config import TrainConfig
 
 CONFIG = TrainConfig(
@@ -157,7 +157,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_resume_executes_nothing(stopped: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = stopped.output_dir / checkpoint.RESUME
+    path = stopped.output_dir / folder.RESUME
     good, metrics = path.read_bytes(), (stopped.output_dir / training.METRICS).read_bytes()
     torch.save({"state_dict": {}, "payload": Malicious()}, tmp_path / "malicious")
     for bad in ((tmp_path / "malicious").read_bytes(), pickle.dumps(Malicious()), good[: len(good) // 2], b""):
@@ -179,7 +179,7 @@ def test_resume_refuses_another_model_or_other_data(stopped: TrainConfig) -> Non
         training.train(stopped, fewer, resume=True)
     other = replace(stopped, output_dir=stopped.output_dir.parent / "other", num_components=13)
     training.train(replace(other, epochs=3), digits)
-    (stopped.output_dir / checkpoint.RESUME).write_bytes((other.output_dir / checkpoint.RESUME).read_bytes())
+    (stopped.output_dir / folder.RESUME).write_bytes((other.output_dir / folder.RESUME).read_bytes())
     with pytest.raises(ValueError, match=r"another model .*prior\.means"):
         training.train(stopped, digits, resume=True)
     assert (stopped.output_dir / training.METRICS).read_bytes() == metrics
@@ -200,7 +200,7 @@ def test_diverged_run_keeps_its_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(modules.CSRAETraining, "_step", poisoned)
     with pytest.raises(modules.TrainingDiverged, match=r"step 25 \(csrae\): the divergence is not finite; smallest"):
         training.train(config, data.load_digits())
-    state = checkpoint.load_resume_state(tmp_path / checkpoint.RESUME)
+    state = checkpoint.load_resume_state(tmp_path / folder.RESUME)
     assert state["epoch"] == 4
     assert all(t.isfinite().all() for t in checkpoint.load_model(tmp_path).parameters())
 
@@ -280,6 +280,6 @@ def test_interrupted_write_leaves_one_whole_file(
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(path, "after")
+        folder.write_atomically(path, "after")
     assert path.read_text() == ("after" if renamed else "before")
     assert list(tmp_path.iterdir()) == [path]

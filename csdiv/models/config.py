@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,8 @@ class TrainConfig:
     checkpoint_interval: Annotated[int, Option("Epochs between checkpoints to resume from.", at_least=1)] = 1
     importance_samples: Annotated[int, Option("Samples of z for each test likelihood.", at_least=1)] = 1000
     likelihood_samples: Annotated[int, Option("Test samples whose likelihood is estimated.", at_least=1)] = 1000
-    seed: Annotated[int, Option("Of weights, batches and noise.", at_least=0)] = 0
-    num_threads: Annotated[int, Option("CPU threads; 0: as many as PyTorch takes.", at_least=0)] = 0
+    seed: Annotated[int, Option("Of weights, batches and noise.", at_least=0, below=2**32)] = 0
+    num_threads: Annotated[int, Option("CPU threads; 0: as many as PyTorch takes.", at_least=0, below=4096)] = 0
     tensorboard: Annotated[bool, Option("Write TensorBoard files as well.")] = False
 
     def __post_init__(self) -> None:
@@ -134,8 +135,17 @@ def check_options(config: Any) -> None:
         object.__setattr__(config, name, value)
 
 
+def check_value(name: str, value: Any) -> Any:
+    """A value of an option of training, converted to its type. Raises: see :func:`check_options`."""
+    return _checked(name, value, get_type_hints(TrainConfig)[name], options()[name])
+
+
 def _checked(name: str, value: Any, kind: type, option: Option) -> Any:
     """The value, converted if that loses nothing."""
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: an integer of 64 bits expected")
+    if name in ("data", "output_dir") and isinstance(value, str | Path):
+        value = check_path(name, str(value))
     if kind is float and type(value) is int:
         value = float(value)
     elif kind is Path and isinstance(value, str):
@@ -155,11 +165,26 @@ def _checked(name: str, value: Any, kind: type, option: Option) -> Any:
     return value
 
 
+def check_path(name: str, value: str) -> str:
+    """A path as Python gives those of the command line in this locale. Raises: ValueError: its bytes are no text."""
+    try:
+        content = os.fsencode(value)
+    except UnicodeEncodeError:  # from a TOML file, in the locale C
+        content = value.encode("utf-8", "surrogatepass")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: a path in UTF-8 expected, got {content!r}") from error
+    if "\0" in text:
+        raise ValueError(f"{name}: a path without zero bytes expected, got {text!r}")
+    return os.fsdecode(content)
+
+
 def parse_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises: OSError: no such file. ValueError: not TOML."""
     try:
-        return tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from error
 
 
@@ -181,5 +206,7 @@ def to_toml(config: TrainConfig, comments: dict[str, str]) -> str:
     lines = [f"# {name} {value}" for name, value in comments.items()]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        lines.append(f"{field.name} = {json.dumps(str(value) if isinstance(value, Path) else value)}")
+        if isinstance(value, str | Path):  # JSON's escapes above U+FFFF are not TOML's, nor is its bare U+007F
+            value = os.fsencode(value).decode("utf-8")
+        lines.append(f"{field.name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import math
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL import Image
+from csdiv.models.readers import NpzArrays, check_memory, printable, read_idx, read_images, read_tensors
 
 SAMPLE_KEYS = ("x", "images", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "targets", "identity")
@@ -152,7 +149,7 @@ def load_data(source: str | Path, *, validation_fraction: float = 0.1, validatio
     if not path.exists():
         raise FileNotFoundError(f"data: 'digits', a folder, an .npz or a .pt file expected; there is no {path}")
     options = {
-        "name": path.stem or path.resolve().stem,
+        "name": printable(path.stem or path.resolve().stem),
         "validation_fraction": validation_fraction,
         "validation_split": validation_split,
     }
@@ -164,8 +161,7 @@ def load_data(source: str | Path, *, validation_fraction: float = 0.1, validatio
         if path.suffix == ".npz":
             if not zipfile.is_zipfile(path):
                 raise ValueError("not an .npz archive: truncated?")
-            with np.load(path, allow_pickle=False) as archive:
-                return _load_arrays(archive, options)
+            return _load_arrays(NpzArrays(path), options)
         if path.suffix == ".pt":
             return _load_arrays(read_tensors(path), options)
     except (ValueError, EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile, KeyError) as error:
@@ -258,6 +254,7 @@ def _samples(x: Any, name: str) -> tuple[Tensor, tuple[int, ...]]:
     shape = tuple(x.shape[1:]) if x.ndim != 3 else (1, *x.shape[1:])
     if 0 in x.shape:
         raise ValueError(f"{name}: no samples or no features, got {tuple(x.shape)}")
+    check_memory(4.0 * x.numel(), f"{name}: {tuple(x.shape)} in float32")
     x = x.reshape(len(x), -1).to(torch.float32)
     finite = x.isfinite().all(-1)
     if not finite.all():
@@ -280,21 +277,8 @@ def _labels(labels: list[Any], sizes: list[int]) -> tuple[list[Tensor], tuple[st
         names, codes = np.unique(np.concatenate(arrays), return_inverse=True)
     except TypeError as error:
         raise ValueError(f"labels: values that can be sorted expected: {error}") from error
-    return list(torch.as_tensor(codes, dtype=torch.int64).split(sizes)), tuple(str(name) for name in names)
-
-
-def read_tensors(path: Path, map_location: Any = "cpu") -> Any:
-    """What ``torch.save`` wrote of tensors, numbers, names and containers of them; nothing in the file is executed.
-
-    Raises:
-        ValueError: a damaged file, or with anything else in it.
-    """
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # of a damaged file, torch's unpickler raises whatever it stumbles over
-        raise ValueError("truncated, or not a file of plain tensors") from error
+    texts = tuple(str(name).encode("utf-8", "backslashreplace").decode() for name in names)
+    return list(torch.as_tensor(codes, dtype=torch.int64).split(sizes)), texts
 
 
 def _load_arrays(arrays: Any, options: Mapping[str, Any]) -> Dataset:
@@ -321,27 +305,6 @@ def _idx_file(folder: Path, stem: str) -> Path | None:
     return next(iter(sorted(folder.glob(f"{stem}[-.]idx?-ubyte*"))), None)
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes.
-
-    Raises:
-        ValueError: another format, or truncated.
-    """
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path.name} is not a complete gzip file: {error}") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"{path.name} is not an IDX file of unsigned bytes")
-    shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if values.size != math.prod(shape):
-        raise ValueError(f"{path.name} has {values.size} values instead of {math.prod(shape)}: truncated?")
-    return values.reshape(shape).copy()
-
-
 def _load_idx(folder: Path, options: Mapping[str, Any]) -> Dataset:
     def read(part: str) -> tuple[Any, Any] | None:
         images, labels = _idx_file(folder, f"{part}-images"), _idx_file(folder, f"{part}-labels")
@@ -352,36 +315,13 @@ def _load_idx(folder: Path, options: Mapping[str, Any]) -> Dataset:
 
 
 def _load_image_folder(folder: Path, options: Mapping[str, Any]) -> Dataset:
-    from PIL import Image
-
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ValueError("no IDX files (train-images-idx3-ubyte) and no images in it")
     parents = {path.parent for path in paths}
     if len(parents) > 1 and folder in parents:
         raise ValueError("images in subfolders, one for each class, or all in the folder itself expected, got both")
-    images: list[np.ndarray] = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(_pixels(image))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path.relative_to(folder)} is not a readable image: {error}") from error
-        if images[-1].shape != images[0].shape:
-            first, this = ((a.shape[1], a.shape[0], *a.shape[2:]) for a in (images[0], images[-1]))
-            raise ValueError(
-                f"images of one size and mode expected, got {first} in {paths[0].relative_to(folder)} "
-                f"and {this} in {path.relative_to(folder)}"
-            )
-    classes = [path.parent.relative_to(folder).as_posix() for path in paths] if len(parents) > 1 else None
-    x = np.stack(images)
+    x = read_images(folder, paths)
+    names = [printable(path.parent.relative_to(folder).as_posix()) for path in paths]
+    classes = names if len(parents) > 1 else None
     return Dataset.from_tensors(np.moveaxis(x, -1, 1) if x.ndim == 4 else x, classes, **options)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8, transparency left out."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return (np.asarray(image) >> 8).astype(np.uint8)  # 16 bits, of which convert would clip all above 255 to white
-    if image.mode in ("I", "F"):
-        raise ValueError(f"8 or 16 bits for a pixel and channel expected, got {image.format} of 32")
-    return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from csdiv import GaussianMixture
 from csdiv.models.autoencoder import CSRAE, Autoencoder
 from csdiv.models.data import Dataset
 from csdiv.models.evaluation import Evaluation, merge_components
+from csdiv.models.folder import FIGURES, write
 
 STYLE: Any = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -51,12 +53,12 @@ def draw_prototypes(ax: Axes, model: Autoencoder, shape: Sequence[int], columns:
     draw_images(ax, model.prototypes()[order], shape, columns, [f"{100 * w:.1f} %" for w in weights[order].tolist()])
 
 
-def save_image_grid(path: Path, images: Tensor, shape: Sequence[int], columns: int) -> None:
-    """Images as one file, in rows of ``columns``."""
+def save_image_grid(file: IO[bytes], images: Tensor, shape: Sequence[int], columns: int) -> None:
+    """Images as one PNG file, in rows of ``columns``."""
     rows, aspect = -(-len(images) // columns), shape[1] / shape[2]
     figure = Figure((0.6 * columns, 0.65 * rows * aspect + 0.1), layout="constrained")
     draw_images(figure.subplots(), images, shape, columns)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150, format="png")
 
 
 def embed(codes: Tensor, prior: GaussianMixture) -> tuple[np.ndarray, np.ndarray]:
@@ -100,9 +102,9 @@ def draw_curve(ax: Axes, history: list[dict[str, Any]], term: str) -> None:
     """A term of the loss, training and validation, against the epoch; the warm-up is shaded."""
     epochs = [record["epoch"] + 1 for record in history]
     for split, style in (("train", "-"), ("validation", "--")):
-        if f"{split}_{term}" not in history[0]:
-            continue
-        ax.plot(epochs, [record[f"{split}_{term}"] for record in history], style, linewidth=1.2, label=split)
+        values = [record.get(f"{split}_{term}", np.nan) for record in history]  # a record may be damaged
+        if not np.isnan(values).all():
+            ax.plot(epochs, values, style, linewidth=1.2, label=split)
     if warmup := sum(record["stage"] == "warm-up" for record in history):
         ax.axvspan(0.5, warmup + 0.5, color="0.92", label="warm-up (VAE)")
     ax.set_xlabel("epoch")
@@ -113,16 +115,18 @@ def draw_curve(ax: Axes, history: list[dict[str, Any]], term: str) -> None:
 def save_figures(
     directory: Path, model: Autoencoder, data: Dataset, evaluation: Evaluation, history: list[dict[str, Any]]
 ) -> dict[str, str]:
-    """Writes the PNG files of a run and returns {file name: caption}, overview.png aside, which repeats the others.
+    """Writes the PNG files of a run's directory; returns {file name: caption} of all but overview.png, which repeats.
 
     Samples are drawn from the prior with torch's generator seeded, so the figures of one model are the same. The latent
     space is mapped for the first 2000 test codes; data that are no images have that map and the curves only.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FIGURES).mkdir(exist_ok=True)
     captions: dict[str, str] = {}
 
     def save(name: str, figure: Figure, caption: str = "") -> None:
-        figure.savefig(directory / name, dpi=150)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=150)
+        write(directory, f"{FIGURES}/{name}", content.getvalue())
         if caption:
             captions[name] = caption
 
@@ -152,7 +156,8 @@ class _LatentSpace:
 
     def __init__(self, model: Autoencoder, data: Dataset, evaluation: Evaluation, size: int = 2000) -> None:
         prior = model.prior_mixture().detach()
-        self.labels, self.names = data.test.labels, list(data.class_names)
+        self.labels = data.test.labels
+        self.names = [name.replace("$", r"\$") for name in data.class_names]  # no formulas
         self.components = evaluation.clustering.components[:size]
         self.codes, self.means = embed(model.encode(evaluation.test_x[:size]).means, prior)
         self.colours = component_colours(prior)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from csdiv import GaussianMixture
-from csdiv.models import checkpoint
+from csdiv.models import checkpoint, folder
 from csdiv.models.autoencoder import CSRAE, VAE, Autoencoder, AutoencoderOutput, VampPriorVAE
 from csdiv.models.config import TrainConfig
 from csdiv.models.data import Batches, Dataset, binarize, mix_seed
@@ -123,7 +123,7 @@ class AutoencoderTraining(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
-        checkpoint.check_weights(checkpoint.RESUME, state["state_dict"], self.state_dict())
+        checkpoint.check_resume_state(folder.RESUME, state, self, self.config.epochs)
 
 
 class VAETraining(AutoencoderTraining):

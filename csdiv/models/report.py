@@ -12,13 +12,15 @@ from string import Template
 import torch
 
 import csdiv
+from csdiv.models import folder
 from csdiv.models.autoencoder import Autoencoder
-from csdiv.models.checkpoint import versions, write_atomically
+from csdiv.models.checkpoint import versions
 from csdiv.models.config import TrainConfig
 from csdiv.models.data import Dataset
 from csdiv.models.evaluation import Evaluation
+from csdiv.models.folder import FIGURES, REPORT
 from csdiv.models.networks import BernoulliDecoder
-from csdiv.models.training import FIGURES, REPORT
+from csdiv.models.readers import printable
 
 Rows = list[tuple[str, str]]
 
@@ -148,7 +150,7 @@ def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, 
             clustering=CLUSTERING if labelled else "",
         ),
         figures="\n".join(figure_html(directory / FIGURES / name, caption) for name, caption in captions.items()),
-        options=_table([(f.name, str(getattr(config, f.name))) for f in fields(config)]),
+        options=_table([(f.name, printable(str(getattr(config, f.name)))) for f in fields(config)]),
         versions=_table(
             [
                 *versions().items(),
@@ -158,7 +160,7 @@ def write(config: TrainConfig, data: Dataset, model: Autoencoder, scores: Rows, 
             ]
         ),
     )
-    write_atomically(directory / REPORT, document(f"{config.model.upper()} on {data.name}", body))
+    folder.write(directory, REPORT, document(f"{config.model.upper()} on {data.name}", body))
 
 
 def _table(rows: Rows) -> str:

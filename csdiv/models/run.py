@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,18 @@ from csdiv.models.config import TrainConfig
 from csdiv.models.data import Dataset, binarize, load_data
 from csdiv.models.evaluation import TEST_SEED, evaluate
 from csdiv.models.figures import save_figures, save_image_grid
+from csdiv.models.folder import (
+    REPORT,
+    SCORES,
+    check_files_and_folders,
+    check_output_dir,
+    check_replaced,
+    write,
+    write_atomically,
+)
 from csdiv.models.networks import BernoulliDecoder
-from csdiv.models.training import FIGURES, RANK, REPORT, SCORES, train
+from csdiv.models.readers import check_memory
+from csdiv.models.training import RANK, TrainResult, train
 
 
 def train_and_report(config: TrainConfig, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -26,25 +38,28 @@ def train_and_report(config: TrainConfig, *, overwrite: bool = False, resume: bo
 
     Raises: see :func:`csdiv.models.data.load_data` and :func:`csdiv.models.training.train`.
     """
+    if RANK == 0:
+        check_output_dir(config.output_dir, config.data, overwrite=overwrite, resume=resume)
     data = load_data(
         config.data, validation_fraction=config.validation_fraction, validation_split=config.validation_split
     )
-    result = train(config, data, overwrite=overwrite, resume=resume)
-    if RANK > 0:
-        return
-    evaluation = evaluate(
-        result.model,
-        data,
-        importance_samples=config.importance_samples,
-        likelihood_samples=config.likelihood_samples,
-        batch_size=config.batch_size,
-    )
-    captions = save_figures(config.output_dir / FIGURES, result.model, data, evaluation, result.history)
-    scores = report.score_rows(evaluation, result.seconds)
-    _write_scores(config.output_dir, scores)
-    report.write(config, data, result.model, scores, captions)
-    _print(scores)
-    print(f"report: {config.output_dir / REPORT}")
+
+    def finish(result: TrainResult) -> None:
+        evaluation = evaluate(
+            result.model,
+            data,
+            importance_samples=config.importance_samples,
+            likelihood_samples=config.likelihood_samples,
+            batch_size=config.batch_size,
+        )
+        captions = save_figures(config.output_dir, result.model, data, evaluation, result.history)
+        scores = report.score_rows(evaluation, result.seconds)
+        _write_scores(config.output_dir, scores)
+        report.write(config, data, result.model, scores, captions)
+        _print(scores)
+        print(f"report: {config.output_dir / REPORT}")
+
+    train(config, data, overwrite=overwrite, resume=resume, finish=finish)
 
 
 def evaluate_run(directory: Path, **options: Any) -> None:
@@ -55,6 +70,8 @@ def evaluate_run(directory: Path, **options: Any) -> None:
         options: data, importance_samples, likelihood_samples, num_threads instead of the run's own; None keeps them.
     """
     config = replace(checkpoint.load_config(directory), **{k: v for k, v in options.items() if v is not None})
+    check_files_and_folders(directory, files=(SCORES,))
+    check_replaced(directory, (SCORES,))
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     model, data = _load(directory, config)
@@ -71,19 +88,28 @@ def evaluate_run(directory: Path, **options: Any) -> None:
 
 
 def sample_run(directory: Path, n: int, output: Path, seed: int) -> None:
-    """Decodes n draws from the prior of a run's model into a PNG grid or the array ``x`` of an .npz file."""
+    """Decodes n draws from the prior of a run's model into a PNG grid or the array ``x`` of an .npz file.
+
+    Raises:
+        ValueError: n below 1 or beyond memory, or an ``output`` of another kind, or that is the data of the run.
+    """
+    shape = _shape(directory)
+    _check_samples("n", n, n, shape, output, directory)
     model = checkpoint.load_model(directory)
     torch.manual_seed(seed)
-    _save_samples(output, model.sample(n), _shape(directory), columns=12)
+    _save_samples(output, model.sample(n), shape, columns=12)
 
 
 def interpolate_run(directory: Path, pairs: int, steps: int, output: Path, seed: int) -> None:
     """Decodes the lines between codes of random pairs of test samples, one pair a row.
 
     Raises:
-        ValueError: fewer than 2 ``pairs`` test samples.
+        ValueError: fewer than 2 ``pairs`` test samples; sizes and ``output`` as for :func:`sample_run`.
     """
     config = checkpoint.load_config(directory)
+    shape = _shape(directory)
+    _check_samples("pairs", pairs, pairs * steps, shape, output, directory)
+    _check_samples("steps", steps, pairs * steps, shape, output, directory)
     model, data = _load(directory, config)
     x = data.test.x
     if len(x) < 2 * pairs:
@@ -106,24 +132,36 @@ def _load(directory: Path, config: TrainConfig) -> tuple[Autoencoder, Dataset]:
 
 
 def _shape(directory: Path) -> tuple[int, ...]:
-    return tuple(json.loads((directory / checkpoint.CONFIG).read_text())["model"]["sample_shape"])
+    return tuple(checkpoint.read_model_options(directory)["sample_shape"])
+
+
+def _check_samples(option: str, value: int, count: int, shape: tuple[int, ...], output: Path, directory: Path) -> None:
+    """Raises a ValueError or an OSError for what could not be saved, before anything is computed."""
+    if value < 1:
+        raise ValueError(f"{option}: at least 1 expected, got {value}")
+    check_memory(4.0 * count * math.prod(shape), f"{count} samples")
+    if output.suffix != ".npz" and (output.suffix != ".png" or len(shape) != 3):
+        expected = "a .png or .npz file" if len(shape) == 3 else "an .npz file, for data that are no images,"
+        raise ValueError(f"output: {expected} expected, got {output}")
+    check_files_and_folders(output.parent, files=(output.name,))
+    data = checkpoint.load_config(directory).data if (directory / checkpoint.OPTIONS).exists() else "digits"
+    if output.exists() and data != "digits" and Path(data).exists() and output.samefile(data):
+        raise ValueError(f"output: {output} holds the data of the run")
 
 
 def _save_samples(output: Path, x: Tensor, shape: tuple[int, ...], columns: int) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
     if output.suffix == ".npz":
-        with output.open("wb") as file:
-            np.savez(file, x=x.reshape(-1, *shape).numpy())
-    elif output.suffix == ".png" and len(shape) == 3:
-        save_image_grid(output, x, shape, columns)
+        np.savez(content, x=x.reshape(-1, *shape).numpy())
     else:
-        expected = "a .png or .npz file" if len(shape) == 3 else "an .npz file, for data that are no images,"
-        raise ValueError(f"output: {expected} expected, got {output}")
+        save_image_grid(content, x, shape, columns)
+    write_atomically(output, content.getvalue())
     print(f"{len(x)} decoded: {output}")
 
 
 def _write_scores(directory: Path, scores: report.Rows) -> None:
-    checkpoint.write_atomically(directory / SCORES, json.dumps(dict(scores), indent=2, ensure_ascii=False) + "\n")
+    write(directory, SCORES, json.dumps(dict(scores), indent=2, ensure_ascii=False) + "\n")
 
 
 def _print(scores: report.Rows) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from csdiv.models import checkpoint
+from csdiv.models import checkpoint, folder
 from csdiv.models.autoencoder import Autoencoder
 from csdiv.models.config import TrainConfig
 from csdiv.models.data import Batches, Dataset, binarize
 from csdiv.models.evaluation import VALIDATION_SEED
+from csdiv.models.folder import METRICS
 from csdiv.models.modules import (
     RANK,
     WORLD_SIZE,
@@ -31,8 +34,6 @@ from csdiv.models.modules import (
     module_of,
 )
 from csdiv.models.networks import standardize_
-
-METRICS, FIGURES, REPORT, SCORES = "metrics.jsonl", "figures", "report.html", "scores.json"
 
 
 class Interrupted(Exception):
@@ -44,6 +45,7 @@ class RunFiles(Callback):
 
     def __init__(self, directory: Path, interval: int) -> None:
         self.directory, self.interval, self.best = directory, interval, float("inf")
+        self.foreign = folder.tensorboard_files(directory)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -55,8 +57,9 @@ class RunFiles(Callback):
         """Drops the records of epochs that a resumed run repeats."""
         path = self.directory / METRICS
         if trainer.is_global_zero:
-            records = read_metrics(path)[: trainer.current_epoch] if path.exists() else []
-            checkpoint.write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+            records = read_metrics(path) if path.exists() else []
+            kept = [json.dumps(record) + "\n" for record in records if record["epoch"] < trainer.current_epoch]
+            folder.write(self.directory, METRICS, "".join(kept))
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, AutoencoderTraining)
@@ -67,14 +70,16 @@ class RunFiles(Callback):
         last = trainer.current_epoch + 1 == trainer.max_epochs
         due = last or (trainer.current_epoch + 1) % self.interval == 0
         if trainer.is_global_zero:
-            with (self.directory / METRICS).open("a") as file:
+            with (self.directory / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            for name in sorted(folder.tensorboard_files(self.directory) - self.foreign):
+                folder.record(self.directory, name)
             score = values["validation_loss"] if module.config.keeps_best else -float(trainer.current_epoch)
             if module.active is module.model and score < self.best and (due or module.config.keeps_best):
                 self.best = score
                 checkpoint.save_weights(self.directory, module.model)
         if due:
-            trainer.save_checkpoint(self.directory / checkpoint.RESUME)
+            trainer.save_checkpoint(self.directory / folder.RESUME)
 
 
 class PlainCheckpoints(CheckpointIO):
@@ -147,66 +152,88 @@ class TrainResult:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that a kill has cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines():
+    """The records of metrics.jsonl, one for each epoch, the last; lines that are damaged or cut off are left out."""
+    records: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("epoch")) is int and isinstance(record.get("stage"), str):
+            records[record["epoch"]] = record
+    return [records[epoch] for epoch in sorted(records)]
 
 
-def prepare_output_dir(directory: Path, overwrite: bool) -> None:
-    """Creates the directory; with ``overwrite`` removes the files of an earlier run, and no others.
-
-    Raises:
-        FileExistsError: the directory is not empty and ``overwrite`` is False, or it is a file.
-    """
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise FileExistsError(f"{directory} is not empty: pass --overwrite to replace its results, --resume to go on")
-    directory.mkdir(parents=True, exist_ok=True)
-    written = (checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.OPTIONS, checkpoint.RESUME)
-    for name in (METRICS, REPORT, SCORES, *written):
-        (directory / name).unlink(missing_ok=True)
-    for name in (FIGURES, "tensorboard"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def train(config: TrainConfig, data: Dataset, *, overwrite: bool = False, resume: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig,
+    data: Dataset,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    finish: Callable[[TrainResult], None] | None = None,
+) -> TrainResult:
     """Trains a model and writes metrics.jsonl, config.json, config.toml, model.safetensors and resume.ckpt.
 
     Seeds torch's global generator and sets its number of threads: the same configuration gives the same
     curve on the same machine and versions. Under ``torchrun`` each process is a rank, and rank 0 writes.
 
     Args:
-        config: options; files go to ``config.output_dir``.
+        config: options; files go to ``config.output_dir``, which one run at a time may hold.
         data: see :func:`csdiv.models.data.load_data`.
         overwrite: replace the files of an earlier run.
         resume: go on from the last checkpoint of the run in the output directory.
+        finish: called on rank 0 with the result, while the directory is still held.
 
     Raises:
-        FileExistsError: see :func:`prepare_output_dir`.
+        FileExistsError, OSError: see :func:`csdiv.models.folder.check_output_dir`.
+        FolderInUse: another process holds the directory.
         FileNotFoundError, ValueError: nothing to resume from, or not a checkpoint of this model and data.
         Interrupted: SIGINT or SIGTERM.
         TrainingDiverged: a loss that is not finite; the best weights so far remain on disk.
         PosteriorCollapse: median s/v above ``config.max_variance_ratio``; weights and checkpoint remain on disk.
-        ValueError: fewer training samples than components.
+        ValueError: fewer training samples than components, or a model that memory has no room for.
     """
     x, directory = data.train.x, config.output_dir
     if config.model != "vae" and len(x) < config.num_components:
         raise ValueError(f"num_components: at most {len(x)}, one per sample, expected, got {config.num_components}")
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    torch.manual_seed(config.seed)
-    model = checkpoint.build_model(**checkpoint.model_options(config, data))
-    standardize_(model.encoder, model.decoder, x)
+    options = checkpoint.model_options(config, data)
+    if config.tensorboard and not any(find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        raise ValueError("tensorboard: not installed: pip install 'csdiv[track]'")
+    if RANK == 0:
+        folder.check_output_dir(directory, config.data, overwrite=overwrite, resume=resume)
     if resume:
-        checkpoint.load_resume_state(directory / checkpoint.RESUME)
-        checkpoint.check_data(directory, config, data)
-    elif RANK == 0:
-        prepare_output_dir(directory, overwrite)
-        checkpoint.save_config(directory, config, data)
+        _check_checkpoint(config, data)
+    checkpoint.check_size(options)
+    with folder.held(directory) if RANK == 0 else nullcontext():
+        if RANK == 0:  # again: another run may have ended meanwhile
+            folder.check_output_dir(directory, config.data, overwrite=overwrite, resume=resume, ours=True)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        torch.manual_seed(config.seed)
+        model = checkpoint.build_model(**options)
+        standardize_(model.encoder, model.decoder, x)
+        if RANK == 0 and not resume:
+            folder.clear(directory)
+            checkpoint.save_config(directory, config, data)
+        result = _train(model, data, config, resume)
+        if RANK == 0 and finish is not None:
+            finish(result)
+    return result
+
+
+def _check_checkpoint(config: TrainConfig, data: Dataset) -> None:
+    """Raises unless there is a checkpoint of this model and data to go on from; shapes come before memory."""
+    path = config.output_dir / folder.RESUME
+    state = checkpoint.load_resume_state(path)
+    checkpoint.check_data(config.output_dir, config, data)
+    model = checkpoint.build_without_memory(checkpoint.model_options(config, data))
+    with torch.device("meta"):
+        module = module_of(model, data, config)
+    checkpoint.check_resume_state(path, state, module, config.epochs)
+
+
+def _train(model: Autoencoder, data: Dataset, config: TrainConfig, resume: bool) -> TrainResult:
+    directory, x = config.output_dir, data.train.x
     module = module_of(model, data, config)
     validation = binarize(data.validation.x, VALIDATION_SEED) if module.binary else data.validation.x
     start = time.perf_counter()
@@ -214,7 +241,7 @@ def train(config: TrainConfig, data: Dataset, *, overwrite: bool = False, resume
         module,
         Batches(x, config.batch_size, config.seed, RANK, WORLD_SIZE),
         Batches(validation, config.batch_size) if len(validation) else None,
-        directory / checkpoint.RESUME if resume else None,
+        directory / folder.RESUME if resume else None,
     )
     seconds = time.perf_counter() - start
     if RANK > 0:
