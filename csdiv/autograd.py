@@ -53,10 +53,10 @@ def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
 
 def _gives_gradients(operator: Operator, backend: str, tensors: _Tensors) -> bool:
     """Whether gradients are to come with the values. Those of rows read the values of the upstream gradient: on a GPU
-    the call would wait for them, and a fake tensor has none."""
+    the call would wait for them, and a fake tensor has none. For one row they are quicker made than scaled."""
     if operator.at_once == "rows":
         means = tensors[0]
-        plain = type(means) in (Tensor, torch.nn.Parameter)
+        plain = type(means) in (Tensor, torch.nn.Parameter) and means.shape[-2] > 1
         return plain and backend in ("auto", "cpu") and means is not None and means.device.type == "cpu"
     return operator.at_once == "scalars"
 
@@ -175,7 +175,7 @@ def _can_be_scaled(grads: list[Tensor], grad: Tensor) -> bool:
     not, or is 0. Known on CPUs alone: elsewhere one would have to wait for it."""
     if grad.device.type != "cpu" or not transforms.has_values(grad) or bool((grad.abs() >= 1.0).all()):
         return True
-    return bool(torch.stack(torch._foreach_norm(grads, math.inf)).isfinite().all()) if grads else True
+    return all(math.isfinite(float(g.sum())) for g in grads)
 
 
 def _common_value(grad: Tensor) -> Tensor | None:

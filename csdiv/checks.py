@@ -84,9 +84,11 @@ def _first(mask: Tensor) -> tuple[int, ...]:
 def check_factors(p: GaussianMixture) -> None:
     """Raises ValueError unless scale_tril has positive diagonals and every covariance is positive definite."""
     if p.scale_tril is not None:
-        bad = ~(p.scale_tril.detach().diagonal(dim1=-2, dim2=-1) > 0).all(-1)
-        if bool(bad.any()):
-            raise ValueError(f"scale_tril: a positive diagonal expected, component {_first(bad)} has none")
+        positive = p.scale_tril.detach().diagonal(dim1=-2, dim2=-1) > 0
+        if not bool(positive.all()):
+            raise ValueError(
+                f"scale_tril: a positive diagonal expected, component {_first(~positive.all(-1))} has none"
+            )
     if p.factor is not None:
         bad = torch.linalg.slogdet(p.factor.detach().double()).sign.abs() != 1.0
         if bool(bad.any()):

@@ -28,7 +28,7 @@ SAMPLE = 512
 def lower_factor(p: GaussianMixture) -> Tensor:
     """L with S = L Lᵀ, lower triangular, (*batch, K or 1, D, D); NaN where a covariance is not positive definite."""
     if p.scale_tril is not None:
-        return p.scale_tril.tril()
+        return _lower(p.scale_tril)
     if p.factor is not None:
         return _triangular(p.factor)
     return cholesky(reference.matrices(components(p)))
@@ -45,6 +45,12 @@ def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
         shape = torch.broadcast_shapes(*(t.shape for t in given))
         return _triangular(torch.cat([t.expand(shape) for t in given], -1))
     return cholesky(reference.matrices(components(p)) + reference.matrices(components(q)))
+
+
+def _lower(matrices: Tensor) -> Tensor:
+    """The lower triangles; torch.tril takes several times as long on CPUs."""
+    mask = torch.ones(matrices.shape[-2:], dtype=torch.bool, device=matrices.device).tril()
+    return torch.where(mask, matrices, 0.0)
 
 
 def _triangular(factor: Tensor) -> Tensor:
@@ -73,7 +79,7 @@ def has_factor(p: GaussianMixture) -> bool:
 def components(p: GaussianMixture) -> Components:
     """p as the reference takes it, factors multiplied out."""
     covariances = p.covariance_matrix
-    factor = p.factor if p.scale_tril is None else p.scale_tril.tril()
+    factor = p.factor if p.scale_tril is None else _lower(p.scale_tril)
     if factor is not None:
         with torch.autocast(p.device.type, enabled=False):
             covariances = factor @ factor.mT
@@ -86,10 +92,15 @@ def matrices(p: GaussianMixture) -> Components:
     return Components(wide.means, None, reference.matrices(wide), reference.log_weights(wide))
 
 
+def log_weights(p: GaussianMixture) -> Tensor:
+    """(*batch, K), −log K each if none were given."""
+    return reference.log_weights(Components(p.means, log_weights=p.log_weights))
+
+
 def factored(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components]:
     """The rows of p, which have one covariance, as points; q with a factor of each sum S + T_j."""
-    weights = reference.log_weights(components(q))
-    return Components(p.means, log_weights=p.log_weights), Components(q.means, None, None, weights, sum_factor(p, q))
+    rows = Components(p.means, log_weights=p.log_weights)
+    return rows, Components(q.means, None, None, log_weights(q), sum_factor(p, q))
 
 
 def has_one_covariance(p: GaussianMixture) -> bool:
@@ -136,7 +147,7 @@ def _whiten(side: GaussianMixture, factor: Tensor, centre: Tensor) -> tuple[Comp
     white = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
     far = ((white.detach().abs() > FAR).any(-1, keepdim=True) & _counts(side)).any()
     means = torch.where(finite, white, side.means)
-    return Components(means, full_like_device(means, (1, 1), 0.5), None, reference.log_weights(components(side))), far
+    return Components(means, full_like_device(means, (1, 1), 0.5), None, log_weights(side)), far
 
 
 def _counts(p: GaussianMixture) -> Tensor:

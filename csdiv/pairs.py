@@ -10,11 +10,11 @@ from torch import Tensor
 from csdiv import autograd, backends, reference, weights
 from csdiv.covariances import (
     can_be_whitened,
-    components,
     factored,
     has_factor,
     has_one_covariance,
     is_points,
+    log_weights,
     matrices,
     whitened,
 )
@@ -190,7 +190,7 @@ class Route(NamedTuple):
 
 
 def _log_weights(p: GaussianMixture, like: Tensor) -> Tensor:
-    return reference.log_weights(components(p)).to(like.dtype)
+    return log_weights(p).to(like.dtype)
 
 
 def _tensors(operator: Operator, p: Components, q: Components) -> list[Tensor | None]:

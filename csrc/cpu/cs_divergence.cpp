@@ -2,7 +2,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/system/memory.h"
-#include "cpu/tiny_divergence.h"
+#include "cpu/tiny.h"
 
 namespace csdiv::cpu {
 namespace {
@@ -22,30 +22,6 @@ bool forward_by_terms(const Problem<T>& problem, T* values, T* row_lse, double* 
     values[b] = T(0.5 * (terms[1] + terms[2]) - terms[0]);
   }
   return fused;
-}
-
-// Some problems, each with items of its own.
-template <class T>
-Problem<T> slice(Problem<T> problem, const Part& part) {
-  problem.batch = part.end - part.begin;
-  for (Mixture<T>* side : {&problem.p, &problem.q}) {
-    side->means += part.begin * side->n * problem.dim;
-    side->variances += part.begin * side->n * problem.dim;
-    if (side->log_weights) side->log_weights += part.begin * side->n;
-    side->scale_exponents += part.begin;
-    if (side->precisions) side->precisions += part.begin * side->n * problem.dim;
-    if (side->log_determinants) side->log_determinants += part.begin * side->n;
-    side->batch = problem.batch;
-  }
-  return problem;
-}
-
-template <class T>
-SideGradients<T> slice(SideGradients<T> grads, const Part& part, int64_t n, int64_t dim) {
-  if (grads.means) grads.means += part.begin * n * dim;
-  if (grads.variances) grads.variances += part.begin * n * dim;
-  if (grads.log_weights) grads.log_weights += part.begin * n;
-  return grads;
 }
 
 }   // namespace

@@ -5,6 +5,7 @@
 #include "cpu/cpu.h"
 #include "cpu/sweep/gradient_sweep.h"
 #include "cpu/sweep/row_sums.h"
+#include "cpu/tiny.h"
 
 namespace csdiv::cpu {
 namespace {
@@ -33,16 +34,14 @@ struct FusedPassOfRows : FusedPass {
   double log_total(int64_t b, int64_t i) const { return totals.get()[b * problem.p.n + i]; }
 };
 
-}   // namespace
-
 template <class T>
-bool overlap_lse_forward(const Problem<T>& batched, T* row_lse, const SideGradients<T>& grad_p,
-                         const SideGradients<T>& grad_q, int threads) {
+bool forward_by_tiles(const Problem<T>& batched, T* row_lse, const SideGradients<T>& grad_p,
+                      const SideGradients<T>& grad_q, int threads) {
   const Problem<T> problem = flattened(batched);
   if (grad_p.wanted() || grad_q.wanted()) {
     FusedPassOfRows<T> pass{{true, 1.0}, problem, row_lse, AlignedArray<double>(problem.rows())};
     if (sweep_gradients(problem, LogWeights::kKept, grad_p, grad_q, threads, pass)) return true;
-    overlap_lse_forward(batched, row_lse, {}, {}, threads);
+    forward_by_tiles(batched, row_lse, {}, {}, threads);
     overlap_lse_backward(batched, filled(problem.rows(), T(1)).get(), row_lse, grad_p, grad_q, threads);
     return false;
   }
@@ -68,6 +67,20 @@ bool overlap_lse_forward(const Problem<T>& batched, T* row_lse, const SideGradie
   });
   sums.write(row_lse);
   return true;
+}
+
+}   // namespace
+
+template <class T>
+bool overlap_lse_forward(const Problem<T>& problem, T* row_lse, const SideGradients<T>& grad_p,
+                         const SideGradients<T>& grad_q, int threads) {
+  if (!has_tiny_rows(problem)) return forward_by_tiles(problem, row_lse, grad_p, grad_q, threads);
+  const int64_t m = problem.q.n, dim = problem.dim;
+  bool fused = true;
+  for (const Part& part : tiny_rows<T>(problem, nullptr, row_lse, grad_p, grad_q, threads))
+    fused &= forward_by_tiles(slice(problem, part), row_lse + part.begin, slice(grad_p, part, 1, dim),
+                              slice(grad_q, part, m, dim), threads);
+  return fused;
 }
 
 CSDIV_INSTANTIATE(overlap_lse_forward);

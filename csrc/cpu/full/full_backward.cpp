@@ -69,7 +69,7 @@ class FullGradientSweep {
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const FullRows rows = full_rows(problem_, b, tile, records);
       const int64_t first = tile * kFullRows;
-      std::fill_n(sums, kFullRows * record_ * step, 0.0);
+      std::fill_n(sums, rows.count * record_ * step, 0.0);
       for (int64_t chunk = first_chunk(pairs_, chunks, tile); chunk < chunks.end; ++chunk) {
         const FullColumns columns = packed_.chunk(q_item, chunk);
         double* const grad_columns = grad_q_.wanted() ? to_columns + packed_.offset(q_item, chunk) : nullptr;

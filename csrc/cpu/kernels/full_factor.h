@@ -2,24 +2,27 @@
 #pragma once
 
 #include "full_tile.h"
-#include "simd.h"
+#include "pair.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
 
 // A block's L becomes L^-1, column by column, and log b becomes log b - log|2 pi L L'| / 2; NaN where L is singular.
 inline void invert_factors(int dim, double* columns) {
   constexpr int64_t kStep = kLanes<double>;
-  constexpr double kHalfLog2Pi = 0.91893853320467274178;
+  constexpr double kLog2Pi = 1.8378770664093454836, kMin = 0x1p-1022, kMax = 0x1.fffffffffffffp1023;
   const auto slot = [&](int i, int j) { return columns + (dim + triangle(i, j)) * kStep; };
   double* const log_weights = columns + (record_size(dim) - 1) * kStep;
-  Vec<double> log_weight = load(log_weights) - dim * kHalfLog2Pi;
+  PairSum<double> determinant(0, dim);
+  IntVec<double> valid = broadcast_int<double>(-1);
   Vec<double> reciprocals[kMaxFullDim];
   for (int i = 0; i < dim; ++i) {
-    const Vec<double> pivot = load(slot(i, i));
-    for (int64_t lane = 0; lane < kStep; ++lane)
-      log_weight[lane] -= pivot[lane] == 0 ? __builtin_nan("") : __builtin_log(__builtin_fabs(pivot[lane]));
+    const Vec<double> pivot = load(slot(i, i)), size = pivot < 0 ? -pivot : pivot;
+    valid &= (size >= kMin) & (size <= kMax);
+    determinant.multiply(size);
     reciprocals[i] = 1.0 / pivot;
   }
+  const Vec<double> log_weight = load(log_weights) - (determinant.log_determinant() + 0.5 * dim * kLog2Pi);
+  store(log_weights, valid ? log_weight : broadcast<double>(__builtin_nan("")));
   for (int j = 0; j < dim; ++j) {
     for (int i = j + 1; i < dim; ++i) {
       Vec<double> sum = load(slot(i, j)) * reciprocals[j];
@@ -28,7 +31,6 @@ inline void invert_factors(int dim, double* columns) {
     }
     store(slot(j, j), reciprocals[j]);
   }
-  store(log_weights, log_weight);
 }
 
 // From a block's sums of w z, w z z' and w to those of w u and w L^-T (z z' - I), below and on the diagonal.
