@@ -62,8 +62,10 @@ bool overlap_lse_forward(const Problem<T>& batched, T* row_lse, const SideGradie
     double maxima[kTileRows];
     for (int64_t s = stripes.begin; s < stripes.end; ++s) {
       const Stripe<T> stripe = on_demand ? columns.pack(problem, item, s, memory.get()) : columns.stripe(item, s);
-      for (int64_t tile = block.begin; tile < block.end; ++tile)
+      for (int64_t tile = block.begin; tile < block.end; ++tile) {
+        interruption_point();
         sums.add(row_tile(problem, b, tile), stripe, b * problem.p.n + tile * kTileRows, group, logits, maxima);
+      }
     }
   });
   sums.write(row_lse);
