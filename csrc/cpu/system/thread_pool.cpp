@@ -20,7 +20,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr auto kSpinTime = std::chrono::microseconds(30);   // longer than the gap between two phases of one call
 
-constexpr int64_t kInterruptible = 50;   // ms between two questions
+constexpr int64_t kMsBetweenQuestions = 50;
 
 #ifdef CLOCK_MONOTONIC_COARSE
 constexpr clockid_t kClock = CLOCK_MONOTONIC_COARSE;   // in steps of a few ms, for a fifth of the cost
@@ -211,7 +211,7 @@ void parallel_for(int64_t tasks, int threads, TaskRef run) {
 }
 
 Interruptible::Interruptible(bool (*wanted)()) {
-  question = {wanted, wanted ? milliseconds() + kInterruptible : 0};
+  question = {wanted, wanted ? milliseconds() + kMsBetweenQuestions : 0};
 }
 
 Interruptible::~Interruptible() {
@@ -228,7 +228,7 @@ void interruption_point() {
   question.asking = true;
   const bool wanted = question.wanted();
   question.asking = false;
-  question.due = milliseconds() + kInterruptible;
+  question.due = milliseconds() + kMsBetweenQuestions;
   if (wanted) throw Interrupted();
 }
 
