@@ -119,9 +119,11 @@ bool handler_raised() {
   return PyErr_CheckSignals() != 0;
 }
 
-bool on_main_thread() {   // where Python runs signal handlers
+bool on_main_thread() {              // where Python runs signal handlers
+  thread_local bool known = false;   // it stays the main thread; another may become it in a forked child
+  if (known) return true;
   static const py::handle main_thread = py::getattr(py::module_::import("threading"), "main_thread").release();
-  return main_thread().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+  return known = main_thread().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
 }
 
 // run() without Python's lock; signals end it.
