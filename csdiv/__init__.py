@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from csdiv import process  # noqa: F401 - remembers which one this is
+from csdiv import process  # noqa: F401 - prepares it for forks
 
 if TYPE_CHECKING:
     from csdiv import nn

@@ -9,6 +9,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
+#include <future>
 #include <string>
 #include <utility>
 
@@ -111,6 +113,30 @@ struct SelfScale {
   cpu::ScaleExponents<T> p;
 };
 
+// Runs the handlers of signals that have come, as Python does between two instructions; true if one of them raised.
+bool handler_raised() {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
+bool on_main_thread() {              // where Python runs signal handlers
+  thread_local bool known = false;   // it stays the main thread; another may become it in a forked child
+  if (known) return true;
+  static const py::handle main_thread = py::getattr(py::module_::import("threading"), "main_thread").release();
+  return known = main_thread().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+}
+
+// run() without Python's lock; signals end it.
+template <class F>
+auto interruptible(const F& run) {
+  const bool signals = on_main_thread();
+  const py::gil_scoped_release unlocked;
+  // A handler that calls csdiv itself: the call that it came in between has this thread's memory.
+  if (cpu::Interruptible::asking()) return std::async(std::launch::async, run).get();
+  const cpu::Interruptible scope(signals ? &handler_raised : nullptr);
+  return run();
+}
+
 // run(call), without Python's lock.
 template <template <class> class Scale, class F>
 void define(py::module_& module, const char* name, const Kinds& kinds, const F& run) {
@@ -119,9 +145,10 @@ void define(py::module_& module, const char* name, const Kinds& kinds, const F& 
     return with_type(itemsize, [&](auto type) {
       using T = decltype(type);
       Call<T> call = make_call<T>(batch, dim, kinds, arrays, sides, grads, threads);
-      const py::gil_scoped_release unlocked;
-      const Scale<T> scale(call.problem);
-      return run(std::as_const(call));
+      return interruptible([&] {
+        const Scale<T> scale(call.problem);
+        return run(std::as_const(call));
+      });
     });
   });
 }
@@ -139,8 +166,7 @@ void define_full(py::module_& module, const char* name, const Kinds& kinds, cons
     check(!factors || !call.problem.p.variances, "factors need points");
     for (const auto* side : {&call.problem.p, &call.problem.q}) check_sizes({side->batch, side->n, dim, dim});
     check(call.problem.p.variances || !call.grad_p.variances, "points have no gradients to variances");
-    const py::gil_scoped_release unlocked;
-    run(std::as_const(call));
+    interruptible([&] { run(std::as_const(call)); });
   });
 }
 
@@ -221,6 +247,12 @@ void define_operators(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   using namespace csdiv;
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const cpu::Interrupted&) {   // Python has the handler's exception already
+    }
+  });
   module.attr("version") = CSDIV_VERSION;
   module.attr("has_cuda") = CSDIV_HAS_CUDA;
   module.attr("cuda_status") = CSDIV_CUDA_STATUS;

@@ -31,7 +31,7 @@ LAYERS = {
     "autograd": {"ops", "operators", "backends", "transforms"},
     "ops": {"channels", "operators", "backends"},
     "channels": {"operators", "backends", "reference"},
-    "backends": {"kernels", "_C", "operators", "reference", "transforms", "process"},
+    "backends": {"kernels", "_C", "operators", "reference", "transforms"},
     "operators": set(),
     "kernels": set(),
     "reference": {"transforms"},

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import csdiv._C as _C
-from csdiv import process, reference
+from csdiv import reference
 from csdiv.backends.arrays import Call, make_points
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import OPERATORS, Operator
 
-if os.getpid() == process.IMPORTED_IN:
-    _C.cpu_share_openmp_threads()
+_C.cpu_share_openmp_threads()
+os.register_at_fork(after_in_child=_C.cpu_share_openmp_threads)  # see csdiv/process.py
 
 
 class _PointsCall(Call):

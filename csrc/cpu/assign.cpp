@@ -24,6 +24,7 @@ void assign(const Problem<T>& batched, int64_t* assignment, int threads) {
     std::fill_n(best, kTileRows, -std::numeric_limits<T>::infinity());
     for (int64_t s = 0; s < columns.stripes(); ++s) {
       const Stripe<T>& stripe = columns.stripe(problem.q.item(b), s);
+      interruption_point();
       kernels.logits(rows, stripe, 0, logits);
       for (int64_t r = 0; r < rows.count; ++r) {
         for (int64_t j = 0; j < stripe.count; ++j) {

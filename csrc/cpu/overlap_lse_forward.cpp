@@ -61,8 +61,10 @@ bool forward_by_tiles(const Problem<T>& batched, T* row_lse, const SideGradients
     double maxima[kTileRows];
     for (int64_t s = stripes.begin; s < stripes.end; ++s) {
       const Stripe<T> stripe = on_demand ? columns.pack(problem, item, s, memory.get()) : columns.stripe(item, s);
-      for (int64_t tile = block.begin; tile < block.end; ++tile)
+      for (int64_t tile = block.begin; tile < block.end; ++tile) {
+        interruption_point();
         sums.add(row_tile(problem, b, tile), stripe, b * problem.p.n + tile * kTileRows, group, logits, maxima);
+      }
     }
   });
   sums.write(row_lse);

@@ -20,6 +20,7 @@ void pairwise_forward(const Problem<T>& batched, T* values, int threads) {
     T* const logits = scratch<T>(kTileRows * columns.stride());
     for (int64_t s = 0; s < columns.stripes(); ++s) {
       const Stripe<T>& stripe = columns.stripe(problem.q.item(b), s);
+      interruption_point();
       kernels.logits(rows, stripe, 0, logits);
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t row = b * problem.p.n + first + r;

@@ -133,6 +133,7 @@ bool self_overlap_forward(int64_t dim, const Mixture<T>& p, T factor, double* va
     T maxima[kTileRows];
     for (int64_t s = std::max(stripes.begin, first / columns.width()); s < stripes.end; ++s) {
       const SweepTile<T> tile{b, first, s * columns.width(), rows, columns.stripe(b, s)};
+      interruption_point();
       sums.add(tile, group, UpperLogits<T>(tile, logits), logits, maxima);
     }
   });

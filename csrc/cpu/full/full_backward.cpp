@@ -71,6 +71,7 @@ class FullGradientSweep {
       const int64_t first = tile * kFullRows;
       std::fill_n(sums, rows.count * record_ * step, 0.0);
       for (int64_t chunk = first_chunk(pairs_, chunks, tile); chunk < chunks.end; ++chunk) {
+        interruption_point();
         const FullColumns columns = packed_.chunk(q_item, chunk);
         double* const grad_columns = grad_q_.wanted() ? to_columns + packed_.offset(q_item, chunk) : nullptr;
         const FullWeights tile_weights = fill_(

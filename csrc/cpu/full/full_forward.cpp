@@ -25,6 +25,7 @@ void for_each_row(const Problem<double>& problem, Pairs pairs, int64_t groups, i
     const FullRows rows = full_rows(problem, b, tile, logits + kFullRows * kFullColumns);
     const Part chunks = part(columns.chunks(), groups, group);
     for (int64_t chunk = first_chunk(pairs, chunks, tile); chunk < chunks.end; ++chunk) {
+      interruption_point();
       const FullColumns block = columns.chunk(problem.q.item(b), chunk);
       kernels.logits(rows, block, logits);
       for (int64_t r = 0; r < rows.count; ++r)

@@ -179,6 +179,7 @@ class GradientSweep {
         const Stripe<T>& columns = packed_.stripe(problem_.q.item(b), s);
         for (int64_t tile = slab.begin + tiles.begin; tile < slab.begin + tiles.end; ++tile) {
           if (s < first_stripe(tile)) break;
+          interruption_point();
           const RowTile<T> rows = row_tile(problem_, b, tile);
           const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), rows, columns};
           fill_.logits(place, group, terms_at(slab, tile, s), scales_at(slab, tile, s));
@@ -262,6 +263,7 @@ class GradientSweep {
   }
 
   void run_tile(int64_t b, const Slab& slab, int64_t tile, int64_t s, int64_t group, int64_t column_copy) {
+    interruption_point();
     const int64_t first = tile * kTileRows, item = problem_.q.item(b);
     const RowTile<T> rows = row_tile(problem_, b, tile);
     const Stripe<T>& columns = packed_.stripe(item, s);

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <ctime>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -19,31 +20,74 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr auto kSpinTime = std::chrono::microseconds(30);   // longer than the gap between two phases of one call
 
-thread_local bool inside_task = false;
+constexpr int64_t kMsBetweenQuestions = 50;
+
+#ifdef CLOCK_MONOTONIC_COARSE
+constexpr clockid_t kClock = CLOCK_MONOTONIC_COARSE;   // in steps of a few ms, for a fifth of the cost
+#else
+constexpr clockid_t kClock = CLOCK_MONOTONIC;
+#endif
+
+int64_t milliseconds() {
+  timespec now;
+  clock_gettime(kClock, &now);
+  return int64_t(now.tv_sec) * 1000 + now.tv_nsec / 1'000'000;
+}
+
+// Whether the call of this thread is to end.
+struct Question {
+  bool (*wanted)() = nullptr;   // null: never
+  int64_t due = 0;
+  bool asking = false;
+};
+thread_local Question question;
 
 // One parallel_for call: tasks are claimed from a counter.
 struct Job {
   Job(int64_t tasks, TaskRef run) : tasks(tasks), run(run) {}
 
   void work() {
-    inside_task = true;
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      try {
-        run(task);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-        next.store(tasks, std::memory_order_relaxed);
-      }
+    current = this;
+    active.fetch_add(1, std::memory_order_relaxed);
+    claim_tasks();
+    // The others may be in long tasks, during which this thread must be able to end the call.
+    while (question.wanted && active.load(std::memory_order_relaxed) > 1) {
+      std::this_thread::yield();
+      if (!failed.load(std::memory_order_relaxed)) attempt([] { interruption_point(); });
     }
-    inside_task = false;
+    active.fetch_sub(1, std::memory_order_relaxed);
+    current = nullptr;
   }
+
+  void claim_tasks() {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      attempt([&] {
+        interruption_point();
+        run(task);
+      });
+    }
+  }
+
+  template <class F>
+  void attempt(F step) {
+    try {
+      step();
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+      next.store(tasks, std::memory_order_relaxed);
+    }
+  }
+
+  static thread_local const Job* current;   // whose task this thread is in
 
   const int64_t tasks;
   const TaskRef run;
   std::atomic<int64_t> next{0};
+  std::atomic<int> active{0};   // threads in work()
   std::atomic<bool> failed{false};
   std::exception_ptr error;
 };
+thread_local const Job* Job::current = nullptr;
 
 template <class Condition>
 bool spin_until(Condition condition) {
@@ -141,16 +185,17 @@ std::atomic<OpenMp> openmp{nullptr};
 
 bool share_openmp_threads() {
   const auto found = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  // In a forked child the library would wait for threads that are gone.
+  const bool survives_forks = dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
+  // In a forked child the library may wait for threads that are gone.
   static const int error = pthread_atfork(nullptr, nullptr, [] { openmp = nullptr; });
-  if (!found || error) return false;
+  if (!found || !survives_forks || error) return false;
   openmp = found;
   return true;
 }
 
 void parallel_for(int64_t tasks, int threads, TaskRef run) {
   const int64_t useful = std::min<int64_t>({tasks, threads, kMaxThreads});
-  if (useful > 1 && !inside_task) {
+  if (useful > 1 && !Job::current) {
     Job job(tasks, run);
     const OpenMp team = openmp;
     if (team) team([](void* shared) { static_cast<Job*>(shared)->work(); }, &job, static_cast<unsigned>(useful), 0);
@@ -159,7 +204,32 @@ void parallel_for(int64_t tasks, int threads, TaskRef run) {
       return;
     }
   }
-  for (int64_t task = 0; task < tasks; ++task) run(task);
+  for (int64_t task = 0; task < tasks; ++task) {
+    interruption_point();
+    run(task);
+  }
+}
+
+Interruptible::Interruptible(bool (*wanted)()) {
+  question = {wanted, wanted ? milliseconds() + kMsBetweenQuestions : 0};
+}
+
+Interruptible::~Interruptible() {
+  question = {};
+}
+
+bool Interruptible::asking() {
+  return question.asking;
+}
+
+void interruption_point() {
+  if (Job::current && Job::current->failed.load(std::memory_order_relaxed)) throw Interrupted();
+  if (!question.wanted || milliseconds() < question.due) return;
+  question.asking = true;
+  const bool wanted = question.wanted();
+  question.asking = false;
+  question.due = milliseconds() + kMsBetweenQuestions;
+  if (wanted) throw Interrupted();
 }
 
 }   // namespace csdiv::cpu
