@@ -21,6 +21,7 @@ from csdiv.checks import (
     check_values,
     exactly_one,
 )
+from csdiv.shapes import broadcast
 from csdiv.transforms import full_like_device, has_values
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class GaussianMixture:
         shape = self.means.shape[:-2]
         for t, event_dims in ((self.variances, 2), (self.log_weights, 1), (self.matrices, 3)):
             if t is not None and t.shape[:-event_dims] != shape:
-                shape = torch.broadcast_shapes(shape, t.shape[:-event_dims])
+                shape = broadcast(shape, t.shape[:-event_dims])
         return shape
 
     @property

@@ -21,6 +21,7 @@ from csdiv.covariances import (
 from csdiv.mixture import GaussianMixture
 from csdiv.operators import OPERATORS, Operator
 from csdiv.reference import Components
+from csdiv.shapes import broadcast
 
 MixtureLike = GaussianMixture | torch.distributions.Distribution | torch.nn.Module
 """A mixture, a distribution that ``GaussianMixture.from_distribution`` takes, or a module that returns a mixture."""
@@ -72,7 +73,7 @@ def check_batches(p_batch: torch.Size, q_batch: torch.Size, p_name: str, q_name:
     if p_batch == q_batch:
         return
     try:
-        torch.broadcast_shapes(p_batch, q_batch)
+        broadcast(p_batch, q_batch)
     except RuntimeError:
         raise ValueError(
             f"batch shapes that broadcast expected, got {tuple(p_batch)} in {p_name} and {tuple(q_batch)} in {q_name}"
