@@ -36,6 +36,10 @@ def as_float_tensor(value: Any, name: str) -> Tensor:
     return value
 
 
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def as_bandwidth(bandwidth: float | Tensor, like: Tensor) -> Tensor:
     """``bandwidth`` as a tensor; a number takes the dtype and device of ``like``.
 

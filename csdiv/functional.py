@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from csdiv import backends, reference
-from csdiv.checks import as_float_tensor
+from csdiv.checks import as_float_tensor, computing_dtype
 from csdiv.mixture import GaussianMixture, Points
 from csdiv.pairs import (
     DIAGONAL,
@@ -30,7 +30,6 @@ from csdiv.pairs import (
     as_mixture,
     as_pair,
     check_batches,
-    computing_dtype,
     cross_overlap,
     route,
     row_overlap,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from csdiv import conversions
+from csdiv import conversions, sampling
 from csdiv.checks import (
     as_bandwidth,
     as_float_tensor,
@@ -348,7 +348,13 @@ class GaussianMixture:
         return functional.assign(x, self, backend=backend)
 
     def sample(self, n: int) -> Tensor:
-        """n independent draws, shape (*batch, n, D), without gradients. Weights are normalised for this."""
+        """n independent draws, shape (*batch, n, D), without gradients. Weights are normalised for this.
+
+        Half precision draws in float32. Mixtures without a component of positive weight give NaN.
+
+        Raises:
+            TypeError: n is not an integer. ValueError: n is negative.
+        """
         with torch.no_grad():
             return self.rsample(n)
 
@@ -357,26 +363,7 @@ class GaussianMixture:
 
         The choice of the component is not reparametrised: no gradient reaches the weights.
         """
-        batch, k, d = self.batch_shape, self.num_components, self.dim
-        means = self.means.expand(*batch, k, d)
-        if self.log_weights is None:
-            index = torch.randint(k, (*batch, n), device=self.device)
-        else:
-            weights = self.log_weights.detach().expand(*batch, k).softmax(-1)
-            index = torch.multinomial(weights.reshape(-1, k), n, replacement=True).view(*batch, n)
-        noise = torch.randn(*batch, n, d, dtype=means.dtype, device=self.device)
-        if self.variances is not None:
-            scale = self.variances.sqrt().expand(*batch, k, d)
-            rows = index.unsqueeze(-1).expand(*batch, n, d)
-            return means.gather(-2, rows) + scale.gather(-2, rows) * noise
-        factor = self.factor if self.scale_tril is None else self.scale_tril.tril()
-        if factor is None:
-            assert self.covariance_matrix is not None
-            factor = torch.linalg.cholesky(self.covariance_matrix)
-        matrices = index.view(*batch, n, 1, 1).expand(*batch, n, d, d)
-        chosen = factor.expand(*batch, k, d, d).gather(-3, matrices)
-        mean = means.gather(-2, index.unsqueeze(-1).expand(*batch, n, d))
-        return mean + (chosen @ noise.unsqueeze(-1)).squeeze(-1)
+        return sampling.rsample(self, n)
 
 
 class Points(GaussianMixture):

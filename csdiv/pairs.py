@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from csdiv import autograd, backends, reference, weights
+from csdiv.checks import computing_dtype
 from csdiv.covariances import (
     can_be_whitened,
     components,
@@ -78,10 +79,6 @@ def check_batches(p_batch: torch.Size, q_batch: torch.Size, p_name: str, q_name:
         raise ValueError(
             f"batch shapes that broadcast expected, got {tuple(p_batch)} in {p_name} and {tuple(q_batch)} in {q_name}"
         ) from None
-
-
-def computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def widen(p: GaussianMixture, dtype: torch.dtype | None = None) -> GaussianMixture:

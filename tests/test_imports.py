@@ -22,9 +22,9 @@ LAYERS = {
     "nn": {"functional", "mixture"},
     "distances": {"checks", "covariances", "functional", "mixture", "pairs", "reference", "shapes"},
     "functional": {"backends", "checks", "mixture", "pairs", "reference", "transforms"},
-    "pairs": {"autograd", "backends", "covariances", "mixture", "operators", "ops", "reference", "shapes", "weights"},
+    "pairs": {"autograd", "backends", "checks", "covariances", "mixture", "operators", "ops", "reference", "shapes", "weights"},
     "weights": {"mixture", "transforms"},
-    "mixture": {"checks", "conversions", "shapes", "transforms"},
+    "mixture": {"checks", "conversions", "sampling", "shapes", "transforms"},
     "conversions": {"covariances"},
     "covariances": {"reference", "shapes", "transforms"},
     "checks": {"transforms"},
@@ -32,6 +32,7 @@ LAYERS = {
     "ops": {"backends", "channels", "operators", "shapes"},
     "channels": {"backends", "operators", "reference", "shapes"},
     "backends": {"_C", "kernels", "operators", "process", "reference", "shapes", "transforms"},
+    "sampling": {"checks"},
     "operators": set(),
     "kernels": set(),
     "reference": {"transforms", "shapes"},
@@ -50,7 +51,7 @@ FACE = {"models", "studies", "bench", "cli"}
 """Modules that may take names from csdiv itself, as a user does."""
 CORE = set(LAYERS) - FACE - {"__main__"}
 LOADED = {"autograd", "backends", "channels", "checks", "conversions", "functional", "kernels", "mixture", "nn"}
-LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "shapes", "transforms", "weights"}
+LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "sampling", "shapes", "transforms", "weights"}
 """What csdiv.nn and csdiv.cs_divergence load of csdiv. csdiv._C is loaded when a backend needs it."""
 MOST_LOADED = 25
 """Modules; there were 20 when this was written."""
