@@ -31,7 +31,7 @@ def lower_factor(p: GaussianMixture) -> Tensor:
     if p.scale_tril is not None:
         return p.scale_tril.tril()
     if p.factor is not None:
-        return _triangular(p.factor)
+        return triangular(p.factor)
     return cholesky(reference.matrices(components(p)))
 
 
@@ -44,11 +44,11 @@ def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
     if (has_factor(p) and q.variances is None) or (has_factor(q) and p.variances is None):
         given = [lower_factor(side) for side in (p, q)]
         shape = broadcast(*(t.shape for t in given))
-        return _triangular(torch.cat([t.expand(shape) for t in given], -1))
+        return triangular(torch.cat([t.expand(shape) for t in given], -1))
     return cholesky(reference.matrices(components(p)) + reference.matrices(components(q)))
 
 
-def _triangular(factor: Tensor) -> Tensor:
+def triangular(factor: Tensor) -> Tensor:
     """L with R Rᵀ = L Lᵀ for R (..., D, n), n ≥ D, by a QR decomposition of Rᵀ; its diagonal is positive."""
     upper = torch.linalg.qr(factor.mT).R
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0)

@@ -19,13 +19,13 @@ LAYERS = {
     "studies": {"models", "nn"},
     "models": {"nn", "distances", "functional", "mixture"},
     "testing": {"functional", "mixture", "reference"},
-    "nn": {"functional", "mixture"},
+    "nn": {"checks", "functional", "mixture"},
     "distances": {"checks", "covariances", "functional", "mixture", "pairs", "reference", "shapes"},
     "functional": {"backends", "checks", "mixture", "pairs", "reference", "transforms"},
-    "pairs": {"autograd", "backends", "checks", "covariances", "mixture", "operators", "ops", "reference", "shapes", "weights"},
+    "pairs": {"autograd", "backends", "checks", "conversions", "covariances", "mixture", "operators", "ops", "reference", "shapes", "weights"},
     "weights": {"mixture", "transforms"},
-    "mixture": {"checks", "conversions", "sampling", "shapes", "transforms"},
-    "conversions": {"covariances"},
+    "mixture": {"checks", "conversions", "samples", "sampling", "shapes", "transforms"},
+    "conversions": {"checks", "covariances", "shapes"},
     "covariances": {"reference", "shapes", "transforms"},
     "checks": {"transforms"},
     "autograd": {"backends", "operators", "ops", "shapes", "transforms"},
@@ -33,6 +33,7 @@ LAYERS = {
     "channels": {"backends", "operators", "reference", "shapes"},
     "backends": {"_C", "kernels", "operators", "process", "reference", "shapes", "transforms"},
     "sampling": {"checks"},
+    "samples": {"checks", "shapes", "transforms"},
     "operators": set(),
     "kernels": set(),
     "reference": {"transforms", "shapes"},
@@ -51,9 +52,9 @@ FACE = {"models", "studies", "bench", "cli"}
 """Modules that may take names from csdiv itself, as a user does."""
 CORE = set(LAYERS) - FACE - {"__main__"}
 LOADED = {"autograd", "backends", "channels", "checks", "conversions", "functional", "kernels", "mixture", "nn"}
-LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "sampling", "shapes", "transforms", "weights"}
+LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "samples", "sampling", "shapes", "transforms", "weights"}
 """What csdiv.nn and csdiv.cs_divergence load of csdiv. csdiv._C is loaded when a backend needs it."""
-MOST_LOADED = 25
+MOST_LOADED = 26
 """Modules; there were 20 when this was written."""
 STANDARD = set(sys.stdlib_module_names)
 
