@@ -53,10 +53,8 @@ def to_distribution(p: GaussianMixture) -> MixtureSameFamily:
     if p.variances is not None:
         scale = p.variances.to(dtype).sqrt().expand(means.shape)
         return MixtureSameFamily(weights, Independent(Normal(means, scale), 1))
-    name = "scale_tril" if p.covariance_matrix is None else "covariance_matrix"
-    matrices = lower_factor(p) if p.covariance_matrix is None else p.covariance_matrix
-    given: dict[str, Any] = {name: matrices.to(dtype).expand(*means.shape, p.dim)}
-    return MixtureSameFamily(weights, MultivariateNormal(means, **given))
+    factor = lower_factor(p.map(torch.Tensor.double)).to(dtype)
+    return MixtureSameFamily(weights, MultivariateNormal(means, scale_tril=factor.expand(*means.shape, p.dim)))
 
 
 def is_sklearn(value: Any) -> bool:
@@ -128,7 +126,8 @@ def to_sklearn(p: GaussianMixture) -> Any:
 
     if p.batch_shape:
         raise ValueError(f"one mixture expected, got batch shape {tuple(p.batch_shape)}")
-    p = p.detach().to("cpu", p.dtype if p.dtype in (torch.float32, torch.float64) else torch.float32)
+    dtype = computing_dtype(p.dtype)
+    p = p.detach().to("cpu", torch.float64)
     k, d = p.num_components, p.dim
     weights = p.means.new_full((k,), 1.0 / k) if p.log_weights is None else p.log_weights.softmax(-1)
     if p.variances is not None:
@@ -141,6 +140,8 @@ def to_sklearn(p: GaussianMixture) -> Any:
     else:
         kind = "tied" if p.structure == "tied full" else "full"
         lower = lower_factor(p)
+        if not bool(lower.isfinite().all()):
+            raise ValueError("covariance_matrix: positive definite expected")
         lower = lower[0] if kind == "tied" else lower
         covariances = lower @ lower.mT
         precisions_cholesky = torch.linalg.solve_triangular(lower.mT, torch.eye(d, dtype=lower.dtype), upper=True)
@@ -148,7 +149,7 @@ def to_sklearn(p: GaussianMixture) -> Any:
     estimator = Estimator(k, covariance_type=kind)
     fitted = {"weights_": weights, "means_": p.means, "covariances_": covariances}
     for name, t in (fitted | {"precisions_cholesky_": precisions_cholesky, "precisions_": precisions}).items():
-        setattr(estimator, name, t.contiguous().numpy().copy())
+        setattr(estimator, name, t.to(dtype).contiguous().numpy().copy())
     estimator.n_features_in_, estimator.converged_, estimator.n_iter_ = d, True, 0
     estimator.lower_bound_ = -math.inf  # fit() with warm_start starts from it
     return estimator

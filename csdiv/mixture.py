@@ -251,9 +251,7 @@ class GaussianMixture:
         """The same mixture, its weights normalised, as a ``torch.distributions.MixtureSameFamily`` of batch (*batch,).
 
         Components are ``Independent(Normal(...), 1)`` or ``MultivariateNormal``; gradients reach this one's tensors.
-
-        Raises:
-            ValueError: from torch, for a variance that is not positive.
+        Raises: ValueError: from torch, for a variance that is not positive.
         """
         return conversions.to_distribution(self)
 
@@ -262,15 +260,14 @@ class GaussianMixture:
         """The mixture of scikit-learn's fitted ``GaussianMixture``, ``BayesianGaussianMixture`` or ``KernelDensity``.
 
         A covariance type gives the structure: "full" (K, D, D), "tied" (1, D, D), "diag" (K, D), "spherical" (K, 1).
-        A density estimate has a Gaussian kernel and Euclidean distances. Values are copied, in float64; see :meth:`to`.
+        A density estimate has a Gaussian kernel and Euclidean distances. Values are copied, in its dtype; see :meth:`to`.
 
         Of a ``BayesianGaussianMixture`` it is the plug-in estimate, the mixture of ``weights_``, ``means_`` and
         ``covariances_`` that its ``sample`` draws from. Its ``score_samples`` is not the logarithm of that density, nor
         of any other: it takes expectations of the log weights and log determinants over the posterior. The two differ
         by tenths of nats where a component has few samples.
 
-        Raises:
-            TypeError: not such an object. ValueError: not fitted, another kernel or metric.
+        Raises: TypeError: not such an object. ValueError: not fitted, another kernel or metric.
         """
         return cls(**conversions.sklearn_parameters(estimator))
 
@@ -363,8 +360,7 @@ class GaussianMixture:
 
         Half precision draws in float32. Mixtures without a component of positive weight give NaN.
 
-        Raises:
-            TypeError: n is not an integer. ValueError: n is negative.
+        Raises: TypeError: n is not an integer. ValueError: n is negative.
         """
         with torch.no_grad():
             return self.rsample(n)

@@ -57,6 +57,21 @@ def test_to_sklearn_predicts_the_same(structure: str, dtype: torch.dtype) -> Non
     close(again.log_weights, p.detach().log_weights)
 
 
+def test_to_sklearn_of_needles() -> None:
+    """Factors in float64: float32 has none of this matrix."""
+    direction = torch.tensor([1.0, 1.0], dtype=torch.float64) / 2.0**0.5
+    needle = (torch.outer(direction, direction) + 1e-7 * torch.eye(2, dtype=torch.float64)).float()
+    p = GaussianMixture(torch.zeros(1, 2), covariance_matrix=needle.unsqueeze(0))
+    exact = needle.double().inverse()
+    close(torch.from_numpy(p.to_sklearn().precisions_[0]), exact.float())
+    close(
+        GaussianMixture.from_distribution(p.to_distribution()).log_prob(torch.zeros(1, 2)),
+        p.log_prob(torch.zeros(1, 2)),
+    )
+    with pytest.raises(ValueError, match="covariance_matrix: positive definite expected"):
+        p._unchecked(means=p.means, covariance_matrix=-p.covariance_matrix).to_sklearn()
+
+
 def test_to_sklearn_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(ValueError, match=r"one mixture expected, got batch shape \(2,\)"):
         mixture(batch_shape=(2,)).to_sklearn()

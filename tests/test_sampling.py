@@ -152,9 +152,26 @@ def test_rsample_gives_no_gradient_to_what_was_not_drawn() -> None:
     assert variances.grad[0].isfinite().all()
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_sample_of_a_square_factor(k: int) -> None:
+    """Rotations times scales; the draws are R times what the identity draws."""
+    factor = torch.randn(k, 3, 3, dtype=torch.float64, requires_grad=True)
+    means = torch.zeros(4, 3, dtype=torch.float64)
+    p, identity = GaussianMixture(means, factor=factor), GaussianMixture(means, scale_tril=torch.eye(3).double()[None])
+    torch.manual_seed(0)
+    x = p.rsample(200)
+    torch.manual_seed(0)
+    index, noise = torch.randint(4, (200,)), torch.randn(200, 3, dtype=torch.float64)
+    expected = (factor.detach()[index % k] @ noise.unsqueeze(-1)).squeeze(-1)
+    close(x.detach(), expected)
+    torch.manual_seed(0)
+    close(identity.sample(200), noise)
+    assert torch.autograd.grad(x.sum(), factor)[0].abs().min() > 0.0
+
+
 def test_sample_reads_the_lower_triangle_of_a_factor() -> None:
     factor = torch.tensor([[[2.0, 7.0], [1.0, 1.0]]], requires_grad=True)
-    p = GaussianMixture._unchecked(means=torch.zeros(1, 2), scale_tril=factor)
+    p = GaussianMixture(torch.zeros(1, 2), scale_tril=factor)
     torch.manual_seed(0)
     x = p.rsample(10)
     torch.manual_seed(0)
