@@ -260,7 +260,7 @@ class GaussianMixture:
         """The mixture of scikit-learn's fitted ``GaussianMixture``, ``BayesianGaussianMixture`` or ``KernelDensity``.
 
         A covariance type gives the structure: "full" (K, D, D), "tied" (1, D, D), "diag" (K, D), "spherical" (K, 1).
-        A density estimate has a Gaussian kernel and Euclidean distances. Values are copied, in its dtype; see :meth:`to`.
+        A density estimate has a Gaussian kernel and Euclidean distances. Values are copied; see :meth:`to`.
 
         Of a ``BayesianGaussianMixture`` it is the plug-in estimate, the mixture of ``weights_``, ``means_`` and
         ``covariances_`` that its ``sample`` draws from. Its ``score_samples`` is not the logarithm of that density, nor
