@@ -263,9 +263,8 @@ class GaussianMixture:
         A density estimate has a Gaussian kernel and Euclidean distances. Values are copied; see :meth:`to`.
 
         Of a ``BayesianGaussianMixture`` it is the plug-in estimate, the mixture of ``weights_``, ``means_`` and
-        ``covariances_`` that its ``sample`` draws from. Its ``score_samples`` is not the logarithm of that density, nor
-        of any other: it takes expectations of the log weights and log determinants over the posterior. The two differ
-        by tenths of nats where a component has few samples.
+        ``covariances_`` that its ``sample`` draws from. Its ``score_samples`` differs by tenths of nats where they
+        have few samples, and is no log density: it takes expectations over the posterior.
 
         Raises: TypeError: not such an object. ValueError: not fitted, another kernel or metric.
         """

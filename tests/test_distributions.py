@@ -126,15 +126,14 @@ def test_from_distribution_reads_weights_as_they_were_given(form: str, light: fl
 
 
 def test_from_distribution_passes_gradients_to_probabilities() -> None:
-    """∂ log p / ∂ w_k = N_k / p − 1 for weights that are normalised; finite where w_k is 0."""
+    """∂ log p / ∂ w_k = N_k / p − 1 for weights that are normalised: also where w_k is 0."""
     w = torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64, requires_grad=True)
     loc = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
     x = torch.tensor([[0.5]], dtype=torch.float64)
     p = GaussianMixture.from_distribution(MixtureSameFamily(Categorical(probs=w), Normal(loc, 1.0)))
     densities = Normal(loc, 1.0).log_prob(x[0]).exp()
     (found,) = torch.autograd.grad(p.log_prob(x).sum(), w)
-    close(found[:2], (densities / (densities @ w.detach()) - 1.0)[:2])
-    assert found.isfinite().all()
+    close(found, densities / (densities @ w.detach()) - 1.0)
 
 
 def test_from_distribution_log_overlap_of_light_weights() -> None:

@@ -22,7 +22,19 @@ LAYERS = {
     "nn": {"checks", "functional", "mixture"},
     "distances": {"checks", "covariances", "functional", "mixture", "pairs", "reference", "shapes"},
     "functional": {"backends", "checks", "mixture", "pairs", "reference", "transforms"},
-    "pairs": {"autograd", "backends", "checks", "conversions", "covariances", "mixture", "operators", "ops", "reference", "shapes", "weights"},
+    "pairs": {
+        "autograd",
+        "backends",
+        "checks",
+        "conversions",
+        "covariances",
+        "mixture",
+        "operators",
+        "ops",
+        "reference",
+        "shapes",
+        "weights",
+    },
     "weights": {"mixture", "transforms"},
     "mixture": {"checks", "conversions", "samples", "sampling", "shapes", "transforms"},
     "conversions": {"checks", "covariances", "shapes"},
@@ -52,7 +64,19 @@ FACE = {"models", "studies", "bench", "cli"}
 """Modules that may take names from csdiv itself, as a user does."""
 CORE = set(LAYERS) - FACE - {"__main__"}
 LOADED = {"autograd", "backends", "channels", "checks", "conversions", "functional", "kernels", "mixture", "nn"}
-LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "samples", "sampling", "shapes", "transforms", "weights"}
+LOADED |= {
+    "covariances",
+    "operators",
+    "ops",
+    "pairs",
+    "process",
+    "reference",
+    "samples",
+    "sampling",
+    "shapes",
+    "transforms",
+    "weights",
+}
 """What csdiv.nn and csdiv.cs_divergence load of csdiv. csdiv._C is loaded when a backend needs it."""
 MOST_LOADED = 26
 """Modules; there were 20 when this was written."""
