@@ -30,7 +30,6 @@ LAYERS = {
         "covariances",
         "mixture",
         "operators",
-        "ops",
         "reference",
         "shapes",
         "weights",
