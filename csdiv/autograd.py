@@ -26,6 +26,7 @@ from torch import Tensor
 from csdiv import ops, transforms
 from csdiv.backends.reference import formula
 from csdiv.operators import OPERATORS, Operator
+from csdiv.shapes import broadcast
 
 _Tensors = Sequence[Tensor | None]
 
@@ -56,8 +57,9 @@ def _gives_gradients(operator: Operator, backend: str, tensors: _Tensors) -> boo
     the call would wait for them, and a fake tensor has none. For one row they are quicker made than scaled."""
     if operator.at_once == "rows":
         means = tensors[0]
-        plain = type(means) in (Tensor, torch.nn.Parameter) and means.shape[-2] > 1
-        return plain and backend in ("auto", "cpu") and means is not None and means.device.type == "cpu"
+        if means is None or type(means) not in (Tensor, torch.nn.Parameter) or means.shape[-2] == 1:
+            return False
+        return backend in ("auto", "cpu") and means.device.type == "cpu"
     return operator.at_once == "scalars"
 
 
@@ -189,7 +191,7 @@ def _common_value(grad: Tensor) -> Tensor | None:
 def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[bool]) -> bool:
     """Whether every tensor that needs a gradient has all batch dimensions, so that it is of one value of the batch."""
     shapes = [torch.Size() if t is None else t.shape[: t.ndim - e] for t, e in zip(tensors, event_dims, strict=True)]
-    batch = torch.broadcast_shapes(*shapes) if any(shapes) else torch.Size()
+    batch = broadcast(*shapes) if any(shapes) else torch.Size()
     return all(shape == batch for shape, need in zip(shapes, needs, strict=True) if need)
 
 

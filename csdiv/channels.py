@@ -17,6 +17,7 @@ from torch import Tensor
 from csdiv import reference
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import Operator
+from csdiv.shapes import broadcast
 
 TILE, TILE_ROWS = 2**19, 32
 """Pairs in a tile on CPUs, so that it stays in the cache, and rows where there are more columns than that."""
@@ -232,7 +233,7 @@ def _in_units(sides: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 def _tiles(pairwise: Pairwise, sides: list[Tensor], b: Tensor) -> Iterator[tuple[int, int]]:
     """First row and number of rows of each tile: a choice of sizes alone."""
     n, m = sides[0].shape[-2], sides[2].shape[-2]
-    batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (*sides[::2], b)), *_batches(pairwise, sides))
+    batch = broadcast(*(t.shape[:-2] for t in (*sides[::2], b)), *_batches(pairwise, sides))
     per_row = max(1, math.prod(batch) * m)
     most = reference.CHUNK_ELEMENTS // pairwise.elements
     tile = min(TILE, most) if b.device.type == "cpu" else most

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from csdiv import reference
 from csdiv.reference import Components
+from csdiv.shapes import broadcast
 from csdiv.transforms import full_like_device, has_values
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def lower_factor(p: GaussianMixture) -> Tensor:
     if p.scale_tril is not None:
         return _lower(p.scale_tril)
     if p.factor is not None:
-        return _triangular(p.factor)
+        return triangular(p.factor)
     return cholesky(reference.matrices(components(p)))
 
 
@@ -42,8 +43,8 @@ def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
         return math.sqrt(2.0) * lower_factor(p)
     if (has_factor(p) and q.variances is None) or (has_factor(q) and p.variances is None):
         given = [lower_factor(side) for side in (p, q)]
-        shape = torch.broadcast_shapes(*(t.shape for t in given))
-        return _triangular(torch.cat([t.expand(shape) for t in given], -1))
+        shape = broadcast(*(t.shape for t in given))
+        return triangular(torch.cat([t.expand(shape) for t in given], -1))
     return cholesky(reference.matrices(components(p)) + reference.matrices(components(q)))
 
 
@@ -53,7 +54,7 @@ def _lower(matrices: Tensor) -> Tensor:
     return torch.where(mask, matrices, 0.0)
 
 
-def _triangular(factor: Tensor) -> Tensor:
+def triangular(factor: Tensor) -> Tensor:
     """L with R Rᵀ = L Lᵀ for R (..., D, n), n ≥ D, by a QR decomposition of Rᵀ; its diagonal is positive."""
     upper = torch.linalg.qr(factor.mT).R
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0.0, -1.0, 1.0)
@@ -119,8 +120,8 @@ def can_be_whitened(p: GaussianMixture, q: GaussianMixture) -> bool:
     items = [t.shape[:-event] for both in spreads for t, event in zip(both, (2, 3), strict=True) if t is not None]
     if not any(items):
         return True
-    batch = torch.broadcast_shapes(*items)
-    return all(torch.broadcast_shapes(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
+    batch = broadcast(*items)
+    return all(broadcast(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
 
 
 def whitened(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components, Tensor] | None:
@@ -164,6 +165,6 @@ def _centre(p: GaussianMixture, q: GaussianMixture) -> Tensor:
     means, stride = few.means.detach(), -(-few.num_components // SAMPLE)
     means = torch.where(_counts(few) & means.isfinite(), means, math.nan)[..., ::stride, :]
     batch = many.means.shape[:-2]
-    if torch.broadcast_shapes(means.shape[:-2], batch) != batch:
+    if broadcast(means.shape[:-2], batch) != batch:
         means = means.reshape(-1, few.dim)
     return means.nanmedian(-2, keepdim=True).values.nan_to_num(0.0)

@@ -13,6 +13,7 @@ from csdiv.covariances import components
 from csdiv.functional import cs_divergence, known_self_overlap, log_overlap
 from csdiv.mixture import MATRICES, GaussianMixture
 from csdiv.pairs import MixtureLike
+from csdiv.shapes import broadcast
 
 _LOG_4PI = math.log(4.0 * math.pi)
 
@@ -212,7 +213,7 @@ def _with_channels(p: GaussianMixture, log_weights: Tensor, name: str) -> tuple[
     if log_weights.device != p.device:
         raise ValueError(f"one device expected, got {name} on {p.device} and weights on {log_weights.device}")
     pairs.check_batches(p.batch_shape, log_weights.shape[:-2], name, f"{name}_log_weights")
-    batch = torch.broadcast_shapes(p.batch_shape, log_weights.shape[:-2])
+    batch = broadcast(p.batch_shape, log_weights.shape[:-2])
     full = {n: t for n in MATRICES if (t := getattr(p, n)) is not None}
     p = GaussianMixture._unchecked(means=p.means, variances=p.variances, log_weights=log_weights, **full)
     return p, batch
@@ -238,7 +239,7 @@ def _takes_one_pass(p: GaussianMixture, q: GaussianMixture, formula: str) -> boo
     """Whether one pass for all channels costs less than one for each of q's."""
     pair, added, call = COSTS
     pair += p.dim if formula == pairs.DIAGONAL else p.dim**2
-    batch = torch.broadcast_shapes(p.means.shape[:-2], q.means.shape[:-2])
+    batch = broadcast(p.means.shape[:-2], q.means.shape[:-2])
     count = math.prod(batch) * p.num_components * q.num_components
     return ((_num_channels(q) - 1) * pair - added) * count >= call
 

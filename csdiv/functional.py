@@ -1,7 +1,7 @@
 """The public functions: checked once here, documented here, computed by the operators.
 
-Mixtures are :class:`csdiv.GaussianMixture`; where one is expected, a ``torch.distributions`` object that
-``GaussianMixture.from_distribution`` takes, or a module that returns a mixture when called, is accepted as well.
+Mixtures are :class:`csdiv.GaussianMixture`; where one is expected, what its ``from_distribution``, ``from_sklearn`` or
+``from_scipy`` takes, or a module that returns a mixture when called, is accepted as well.
 Batch dimensions broadcast, and a side that is shared by the batch is read once. float32 and float64 are computed in
 the promoted dtype; float16 and bfloat16, also under autocast, are computed and returned in float32, with gradients in
 the dtype of the input. Logarithms are in nats.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from csdiv import backends, reference
-from csdiv.checks import as_float_tensor
+from csdiv.checks import as_float_tensor, computing_dtype
 from csdiv.mixture import GaussianMixture, Points
 from csdiv.pairs import (
     DIAGONAL,
@@ -30,7 +30,6 @@ from csdiv.pairs import (
     as_mixture,
     as_pair,
     check_batches,
-    computing_dtype,
     cross_overlap,
     route,
     row_overlap,
@@ -147,7 +146,10 @@ def component_log_overlap(p: MixtureLike, q: MixtureLike, *, backend: str = "aut
         sum are computed with the values, and scaled where the upstream gradient is the same for all rows, as in a sum
         or a mean, else computed anew. Memory O((N + M) D). Raises: as :func:`cs_divergence`.
     """
-    p, q = as_pair(p, q)
+    return _row_lse(*as_pair(p, q), backend)
+
+
+def _row_lse(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     row_lse, offset = row_overlap(p, q, backend)
     return (row_lse if offset is None else row_lse + offset).to(p.means.dtype)
 
@@ -231,6 +233,11 @@ def _has_steep_codes(log_variances: Tensor) -> bool:
         return False
     known = log_variances.device.type == "cpu" and has_values(log_variances) and log_variances.numel() > 0
     return known and bool(log_variances.detach().min() < _STEEP)
+
+
+def log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """See :meth:`GaussianMixture.log_prob`."""
+    return _row_lse(*as_pair(points(x), p, "x", "p"), backend)
 
 
 def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from csdiv import conversions
+from csdiv import conversions, samples, sampling
 from csdiv.checks import (
-    as_bandwidth,
     as_float_tensor,
     check_covariance_shape,
     check_devices,
     check_factors,
     check_values,
+    checked_means,
+    checked_weights,
     exactly_one,
+    log_of_weights,
+    normalised,
+    shares,
 )
+from csdiv.shapes import broadcast
 from csdiv.transforms import full_like_device, has_values
 
 if TYPE_CHECKING:
@@ -38,7 +42,6 @@ EVENT_DIMS = {
 """The tensors of a mixture, and their dimensions beside those of the batch."""
 _FIELDS = tuple(EVENT_DIMS)
 MATRICES = _FIELDS[4:]
-_WEIGHTS = ("weights", "log_weights", "logits")
 
 
 @dataclass(init=False, eq=False, repr=False, frozen=True)  # torch.distributed looks through dataclasses for tensors
@@ -106,26 +109,14 @@ class GaussianMixture:
         covariance_matrix: Tensor | None = None,
         validate: bool = False,
     ) -> None:
-        means = as_float_tensor(means, "means")
-        if means.ndim < 2:
-            raise ValueError(f"means: (*batch, K, D) expected, got {tuple(means.shape)}")
-        if 0 in means.shape[-2:]:
-            raise ValueError(f"means: at least one component and one dimension expected, got {tuple(means.shape)}")
-        covariances = {
-            "variances": variances,
-            "scale_tril": scale_tril,
-            "factor": factor,
-            "covariance_matrix": covariance_matrix,
-        }
-        name, covariance = exactly_one(**covariances)
+        means = checked_means(means)
+        name, covariance = exactly_one(
+            variances=variances, scale_tril=scale_tril, factor=factor, covariance_matrix=covariance_matrix
+        )
         covariance = as_float_tensor(covariance, name)
         check_covariance_shape(name, covariance, means)
-        values = dict.fromkeys(_FIELDS)
-        values.update(means=means)
-        values[name] = covariance
-        given = [(n, t) for n, t in zip(_WEIGHTS, (weights, log_weights, logits), strict=True) if t is not None]
-        if given:
-            values.update(_checked_weights(given, means))
+        values = dict.fromkeys(_FIELDS) | {"means": means, name: covariance}
+        values.update(checked_weights(means, weights=weights, log_weights=log_weights, logits=logits))
         self._set(values)
         try:
             _ = self.batch_shape
@@ -179,7 +170,7 @@ class GaussianMixture:
         shape = self.means.shape[:-2]
         for t, event_dims in ((self.variances, 2), (self.log_weights, 1), (self.matrices, 3)):
             if t is not None and t.shape[:-event_dims] != shape:
-                shape = torch.broadcast_shapes(shape, t.shape[:-event_dims])
+                shape = broadcast(shape, t.shape[:-event_dims])
         return shape
 
     @property
@@ -231,20 +222,24 @@ class GaussianMixture:
         """The mixture with its weights scaled to sum to one."""
         if self.log_weights is None:
             return self
-        values = {name: getattr(self, name) for name in _FIELDS} | {"log_weights": self.log_weights.log_softmax(-1)}
+        values = {name: getattr(self, name) for name in _FIELDS} | {"log_weights": normalised(self.log_weights)}
         if self.weights is not None:
-            shares = self.weights / self.weights.sum(-1, keepdim=True)
-            values.update(weights=shares, log_weights=log_of_weights(shares))
+            weights = shares(self.weights)
+            values.update(weights=weights, log_weights=log_of_weights(weights))
         return self._unchecked(**values)
 
     @classmethod
     def from_distribution(cls, distribution: Distribution) -> GaussianMixture:
         """The mixture of a ``torch.distributions`` object; gradients reach its parameters.
 
+        Weights given as probabilities, zeros included, are read as such. What is expanded in memory is shared: a scale
+        or a covariance of all components is tied.
+
         Args:
-            distribution: ``Independent(Normal(...), 1)``, ``MultivariateNormal`` or ``LowRankMultivariateNormal`` with
-                batch (*batch,), which becomes means (*batch, 1, D); ``MixtureSameFamily`` of one of them, with batch
-                (*batch, K); or a ``Normal`` without batch dimensions, D = 1.
+            distribution: ``Independent(Normal(...), n)``, ``MultivariateNormal`` or ``LowRankMultivariateNormal`` with
+                batch (*batch,), which becomes means (*batch, 1, D); or ``MixtureSameFamily`` of one of them or of a
+                ``Normal``, with batch (*batch, K). n event dimensions are flattened to D, none are D = 1; a ``Normal``
+                on its own has no batch dimensions. Low rank becomes a Cholesky factor.
 
         Raises:
             ValueError: a ``Normal`` with batch dimensions that is not wrapped in ``Independent(..., 1)``.
@@ -256,23 +251,32 @@ class GaussianMixture:
         """The same mixture, its weights normalised, as a ``torch.distributions.MixtureSameFamily`` of batch (*batch,).
 
         Components are ``Independent(Normal(...), 1)`` or ``MultivariateNormal``; gradients reach this one's tensors.
-
-        Raises:
-            ValueError: from torch, for a variance that is not positive.
+        Raises: ValueError: from torch, for a variance that is not positive.
         """
         return conversions.to_distribution(self)
 
     @classmethod
-    def from_sklearn(cls, mixture: Any) -> GaussianMixture:
-        """The mixture of a fitted ``sklearn.mixture.GaussianMixture`` or ``BayesianGaussianMixture``.
+    def from_sklearn(cls, estimator: Any) -> GaussianMixture:
+        """The mixture of scikit-learn's fitted ``GaussianMixture``, ``BayesianGaussianMixture`` or ``KernelDensity``.
 
-        Its covariance type gives the structure: "full" (K, D, D), "tied" (1, D, D), "diag" (K, D), "spherical" (K, 1).
-        Values are copied, in scikit-learn's dtype; see :meth:`to`.
+        A covariance type gives the structure: "full" (K, D, D), "tied" (1, D, D), "diag" (K, D), "spherical" (K, 1).
+        A density estimate has a Gaussian kernel and Euclidean distances. Values are copied; see :meth:`to`.
 
-        Raises:
-            TypeError: not such an object. ValueError: not fitted.
+        Of a ``BayesianGaussianMixture`` it is the plug-in estimate, the mixture of ``weights_``, ``means_`` and
+        ``covariances_`` that its ``sample`` draws from. Its ``score_samples`` differs by tenths of nats where they
+        have few samples, and is no log density: it takes expectations over the posterior.
+
+        Raises: TypeError: not such an object. ValueError: not fitted, another kernel or metric.
         """
-        return cls(**conversions.sklearn_parameters(mixture))
+        return cls(**conversions.sklearn_parameters(estimator))
+
+    @classmethod
+    def from_scipy(cls, density: Any) -> GaussianMixture:
+        """The mixture of a ``scipy.stats.gaussian_kde``: tied full, its kernel's covariance at each sample; a copy.
+
+        Raises: TypeError: not such an object.
+        """
+        return cls(**conversions.scipy_parameters(density))
 
     def to_sklearn(self) -> Any:
         """The same mixture, its weights normalised, as a fitted ``sklearn.mixture.GaussianMixture``.
@@ -286,35 +290,39 @@ class GaussianMixture:
         return conversions.to_sklearn(self)
 
     @classmethod
-    def from_samples(cls, x: Tensor, bandwidth: float | Tensor, *, weights: Tensor | None = None) -> GaussianMixture:
+    def from_samples(
+        cls,
+        x: Tensor,
+        bandwidth: float | Tensor | str | None = None,
+        *,
+        bandwidth_matrix: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> GaussianMixture:
         """Kernel density estimate: a Gaussian of standard deviation ``bandwidth`` at each sample.
 
         A pair of samples then has the variance 2h²: for a kernel written as exp(−|x − y|²/2σ²), h is σ/√2.
 
         Args:
             x: (*batch, n, D) samples, n ≥ 1.
-            bandwidth: h > 0, a number or a tensor (); or (*batch, n or 1, D or 1), at least 2-dimensional as variances.
+            bandwidth: h > 0, a number or a tensor (); or (*batch, n or 1, D or 1), at least 2-dimensional as variances;
+                or a rule, applied to each item of the batch, for n ≥ 2. "scott": h_d = σ_d n^(−1/(D + 4)), "silverman":
+                h_d = σ_d (n (D + 2)/4)^(−1/(D + 4)), with the standard deviation σ_d of dimension d; in one dimension
+                these are SciPy's. "median": h = σ/√2 with the median σ of the distances between two samples, or between
+                two of 1 000 samples if there are more. Weights count, with n = (Σw)²/Σw².
+            bandwidth_matrix: instead, (*batch, D, D), the covariance of the Gaussian at every sample, as in SciPy and
+                statsmodels: of variances, not of standard deviations.
             weights: (*batch, n) ≥ 0, normalised; default 1/n each.
 
-        Gradients: to each of them.
+        Gradients: to each of the tensors; a rule is taken as a constant.
 
         Raises:
-            ValueError: shapes that do not fit, or a number h ≤ 0. TypeError: not floating point.
+            ValueError: shapes that do not fit, a number h ≤ 0, an unknown rule, or on the CPU one that gives 0.
+            TypeError: not floating point.
+
+        Source: Scott, "Multivariate density estimation", Wiley 1992, section 6.3.1; Silverman, "Density estimation for
+        statistics and data analysis", 1986, section 4.3.2; Gretton et al., "A kernel two-sample test", JMLR 13, 2012.
         """
-        x = as_float_tensor(x, "x")
-        if x.ndim < 2 or 0 in x.shape[-2:]:
-            raise ValueError(f"x: (*batch, n, D) with n and D of at least 1 expected, got {tuple(x.shape)}")
-        bandwidth = as_bandwidth(bandwidth, x)
-        if bandwidth.ndim == 1:
-            raise ValueError(f"bandwidth: () or (*batch, n or 1, D or 1) expected, got {tuple(bandwidth.shape)}")
-        variances = torch.where(bandwidth < 0.0, math.nan, bandwidth).square()
-        variances = variances if bandwidth.ndim else variances.view(1, 1)
-        if weights is None:
-            return cls(x, variances)
-        weights = as_float_tensor(weights, "weights")
-        if weights.ndim < 1 or weights.shape[-1] != x.shape[-2]:
-            raise ValueError(f"weights: (*batch, n) with n = {x.shape[-2]} expected, got {tuple(weights.shape)}")
-        return cls(x, variances, weights=weights / weights.sum(-1, keepdim=True))
+        return cls(**samples.density_parameters(x, bandwidth, bandwidth_matrix, weights))
 
     # methods that compute: csdiv.functional is imported when they are called
 
@@ -322,7 +330,7 @@ class GaussianMixture:
         """log Σ_k w_k N(x; μ_k, S_k) for points x (*batch, n, D); shape (*batch, n), nats. Memory O((n + K) D)."""
         from csdiv import functional
 
-        return functional.component_log_overlap(functional.points(x), self, backend=backend)
+        return functional.log_prob(x, self, backend=backend)
 
     def responsibilities(self, x: Tensor, *, backend: str = "auto") -> Tensor:
         """Posterior weight of each component for points x (*batch, n, D) or for the components of a mixture.
@@ -347,7 +355,12 @@ class GaussianMixture:
         return functional.assign(x, self, backend=backend)
 
     def sample(self, n: int) -> Tensor:
-        """n independent draws, shape (*batch, n, D), without gradients. Weights are normalised for this."""
+        """n independent draws, shape (*batch, n, D), without gradients. Weights are normalised for this.
+
+        Half precision draws in float32. Mixtures without a component of positive weight give NaN.
+
+        Raises: TypeError: n is not an integer. ValueError: n is negative.
+        """
         with torch.no_grad():
             return self.rsample(n)
 
@@ -356,26 +369,7 @@ class GaussianMixture:
 
         The choice of the component is not reparametrised: no gradient reaches the weights.
         """
-        batch, k, d = self.batch_shape, self.num_components, self.dim
-        means = self.means.expand(*batch, k, d)
-        if self.log_weights is None:
-            index = torch.randint(k, (*batch, n), device=self.device)
-        else:
-            weights = self.log_weights.detach().expand(*batch, k).softmax(-1)
-            index = torch.multinomial(weights.reshape(-1, k), n, replacement=True).view(*batch, n)
-        noise = torch.randn(*batch, n, d, dtype=means.dtype, device=self.device)
-        if self.variances is not None:
-            scale = self.variances.sqrt().expand(*batch, k, d)
-            rows = index.unsqueeze(-1).expand(*batch, n, d)
-            return means.gather(-2, rows) + scale.gather(-2, rows) * noise
-        factor = self.factor if self.scale_tril is None else self.scale_tril.tril()
-        if factor is None:
-            assert self.covariance_matrix is not None
-            factor = torch.linalg.cholesky(self.covariance_matrix)
-        matrices = index.view(*batch, n, 1, 1).expand(*batch, n, d, d)
-        chosen = factor.expand(*batch, k, d, d).gather(-3, matrices)
-        mean = means.gather(-2, index.unsqueeze(-1).expand(*batch, n, d))
-        return mean + (chosen @ noise.unsqueeze(-1)).squeeze(-1)
+        return sampling.rsample(self, n)
 
 
 class Points(GaussianMixture):
@@ -389,43 +383,6 @@ class Points(GaussianMixture):
     @property
     def structure(self) -> str:
         return "points"
-
-
-def _checked_weights(given: list[tuple[str, Tensor]], means: Tensor) -> dict[str, Tensor]:
-    """The fields of the weights; half precision ends here."""
-    if len(given) > 1:
-        names = [name for name, _ in given]
-        if names != ["weights", "log_weights"] or not _are_logarithms(*(t for _, t in given)):
-            raise ValueError(f"at most one of {', '.join(_WEIGHTS)} expected, got {' and '.join(names)}")
-    name, weights = given[0]
-    weights = as_float_tensor(weights, name)
-    if weights.ndim < 1 or weights.shape[-1] != means.shape[-2]:
-        raise ValueError(
-            f"{name}: (*batch, K) with K = {means.shape[-2]} expected, "
-            f"got {tuple(weights.shape)} for means {tuple(means.shape)}"
-        )
-    if name == "log_weights":
-        return {name: weights}
-    wide = weights.float() if weights.dtype in (torch.float16, torch.bfloat16) else weights
-    if name == "logits":
-        return {"log_weights": wide.log_softmax(-1)}
-    return {"weights": wide, "log_weights": log_of_weights(wide)}
-
-
-def _are_logarithms(weights: Any, log_weights: Any) -> bool:
-    """Whether both are the fields of one mixture, as dataclasses.replace passes them, maybe rounded by a cast."""
-    tensors = (weights, log_weights)
-    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors) or weights.shape != log_weights.shape:
-        return False
-    rounding = 4.0 * max(torch.finfo(t.dtype).eps for t in tensors)
-    logarithms, found = weights.detach().double().log(), log_weights.detach().double()
-    return not has_values(weights) or torch.allclose(logarithms, found, rounding, rounding, equal_nan=True)
-
-
-def log_of_weights(weights: Tensor) -> Tensor:
-    """log w, −inf at zero, whose gradient there is zero: csdiv.weights adds what is missing."""
-    absent = weights == 0.0
-    return torch.where(absent, -math.inf, torch.where(absent, 1.0, weights).log())
 
 
 def _restore(values: dict[str, Tensor]) -> GaussianMixture:

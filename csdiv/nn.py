@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from csdiv import functional
+from csdiv.checks import computing_dtype
 from csdiv.mixture import GaussianMixture
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -31,7 +32,7 @@ class CSDivergenceLoss(nn.Module):
         backend: see :mod:`csdiv.functional`.
 
     Shape:
-        p, q: mixtures, modules that return one, or torch distributions, batch shapes broadcast. A batch of single
+        p, q: as :func:`csdiv.cs_divergence` takes them, batch shapes broadcast. A batch of single
         Gaussians, ``Independent(Normal(m, s), 1)`` with m (B, D), against one prior gives B values.
         Output: () or, for "none", (*batch,), nats.
 
@@ -90,8 +91,9 @@ class GaussianMixturePrior(nn.Module):
         self.logits = nn.Parameter(torch.zeros(num_components))
 
     def forward(self) -> GaussianMixture:
+        dtype = computing_dtype(self.log_variances.dtype)
         # A sharded parameter's memory is freed after this call, and the mixture lives on: its means are a copy.
-        return GaussianMixture(self.means.clone(), self.log_variances.exp(), logits=self.logits)
+        return GaussianMixture(self.means.clone(), self.log_variances.to(dtype).exp(), logits=self.logits)
 
     @torch.no_grad()
     def initialize_(self, means: Tensor, variances: Tensor, weights: Tensor | None = None) -> GaussianMixturePrior:

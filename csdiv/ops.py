@@ -16,6 +16,7 @@ from csdiv import backends, channels
 from csdiv.backends.arrays import empty_output
 from csdiv.backends.base import Tensors
 from csdiv.operators import OPERATORS, Operator
+from csdiv.shapes import broadcast
 
 _library = torch.library.Library("csdiv", "DEF")
 
@@ -48,7 +49,7 @@ def _outputs_like(operator: Operator, tensors: Tensors) -> list[Tensor]:
         sizes |= {"C": tensors[q - 1].shape[-2], "E": tensors[-1].shape[-2]}
     outputs = []
     for output in operator.outputs:
-        batch = torch.broadcast_shapes(*(shape for name, shape in shapes.items() if name != output.without))
+        batch = broadcast(*(shape for name, shape in shapes.items() if name != output.without))
         outputs.append(empty_output(output, tensors[0], batch, **sizes))
     return outputs
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from csdiv import autograd, backends, reference, weights
+from csdiv import autograd, backends, conversions, reference, weights
+from csdiv.checks import HALF, computing_dtype, type_name
 from csdiv.covariances import (
     can_be_whitened,
     factored,
@@ -21,13 +22,15 @@ from csdiv.covariances import (
 from csdiv.mixture import GaussianMixture
 from csdiv.operators import OPERATORS, Operator
 from csdiv.reference import Components
+from csdiv.shapes import broadcast
 
 MixtureLike = GaussianMixture | torch.distributions.Distribution | torch.nn.Module
-"""A mixture, a distribution that ``GaussianMixture.from_distribution`` takes, or a module that returns a mixture."""
+"""A mixture; what ``GaussianMixture.from_distribution``, ``from_sklearn`` or ``from_scipy`` takes, the last two without
+types here, as their libraries may be absent; or a module that returns one of them."""
 
 
 def as_mixture(value: Any, name: str) -> GaussianMixture:
-    """``value`` as a mixture: a mixture, a torch distribution, or a module that returns a mixture.
+    """``value`` as a mixture, see :data:`MixtureLike`.
 
     Raises:
         TypeError: anything else.
@@ -38,7 +41,11 @@ def as_mixture(value: Any, name: str) -> GaussianMixture:
         return value
     if isinstance(value, torch.distributions.Distribution):
         return GaussianMixture.from_distribution(value)
-    raise TypeError(f"{name}: a GaussianMixture or a torch distribution expected, got {type(value).__name__}")
+    if conversions.is_sklearn(value):
+        return GaussianMixture.from_sklearn(value)
+    if conversions.is_scipy(value):
+        return GaussianMixture.from_scipy(value)
+    raise TypeError(f"{name}: a csdiv.GaussianMixture or a torch distribution expected, got {type_name(value)}")
 
 
 def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[GaussianMixture, GaussianMixture]:
@@ -50,7 +57,7 @@ def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[Gauss
     if devices[0] != devices[1]:
         raise ValueError(f"one device expected, got {p_name} on {devices[0]} and {q_name} on {devices[1]}")
     dtype = p.means.dtype
-    if computing_dtype(dtype) == dtype and _is_plain(p, dtype) and _is_plain(q, dtype):
+    if dtype not in HALF and _is_plain(p, dtype) and _is_plain(q, dtype):
         return p, q
     check_batches(p.batch_shape, q.batch_shape, p_name, q_name)
     return one_dtype(p, q)
@@ -72,15 +79,11 @@ def check_batches(p_batch: torch.Size, q_batch: torch.Size, p_name: str, q_name:
     if p_batch == q_batch:
         return
     try:
-        torch.broadcast_shapes(p_batch, q_batch)
+        broadcast(p_batch, q_batch)
     except RuntimeError:
         raise ValueError(
             f"batch shapes that broadcast expected, got {tuple(p_batch)} in {p_name} and {tuple(q_batch)} in {q_name}"
         ) from None
-
-
-def computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def widen(p: GaussianMixture, dtype: torch.dtype | None = None) -> GaussianMixture:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from csdiv.shapes import broadcast
 from csdiv.transforms import forward_level, full_like_device, transforms_active
 
 CHUNK_ELEMENTS = 2**22
@@ -85,7 +86,7 @@ def channel_lse(channels: Tensor, row_lse: Tensor) -> Tensor:
     def overlaps(channels: Tensor, row_lse: Tensor) -> Tensor:
         return logsumexp(weighted(row_lse.unsqueeze(-3), channels), -1)
 
-    batch = torch.broadcast_shapes(channels.shape[:-3], row_lse.shape[:-2])
+    batch = broadcast(channels.shape[:-3], row_lse.shape[:-2])
     count = max(1, CHUNK_ELEMENTS // max(1, math.prod(batch) * channels.shape[-3] * channels.shape[-1]))
     if count >= row_lse.shape[-2]:
         return overlaps(channels, row_lse)
@@ -137,7 +138,7 @@ ROW_LSE: dict[str, Callable[..., Tensor]] = {}
 
 def _log_normal_diagonal(delta: Tensor, c: Tensor) -> Tensor:
     """Equation (4). ``delta`` (*batch, N, M, D), ``c`` broadcastable to it; zero and overflow go to their limits."""
-    c = c.expand(torch.broadcast_shapes(c.shape, delta.shape))
+    c = c.expand(broadcast(c.shape, delta.shape))
     z = delta.detach() / c.detach().sqrt()
     far = (z * z).isinf() & (c >= 0)  # the exponent is −inf: cut, so that no gradient is 0 · inf
     same = (c == 0) & (delta == 0)  # two points at one place: +inf, unless another dimension is far
@@ -151,6 +152,7 @@ def _log_normal_diagonal(delta: Tensor, c: Tensor) -> Tensor:
 def _log_normal_full(delta: Tensor, c: Tensor) -> Tensor:
     """Equation (7). ``delta`` (*batch, N, M, D), ``c`` (*batch, N or 1, M or 1, D, D); NaN if not positive definite."""
     factor, info = torch.linalg.cholesky_ex(c)
+    delta = delta.expand(*broadcast(delta.shape[:-1], c.shape[:-2]), delta.shape[-1])
     factor = factor.expand(*delta.shape, delta.shape[-1])
     z = torch.linalg.solve_triangular(factor, delta.unsqueeze(-1), upper=False).squeeze(-1)
     log_det = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -208,13 +210,13 @@ def somewhere(mask: Tensor, shape: torch.Size) -> Tensor:
     """Whether ``mask`` holds anywhere in what ``shape`` leaves out of the batch."""
     if mask.shape == shape:
         return mask
-    return mask.expand(torch.broadcast_shapes(mask.shape, shape)).double().sum_to_size(shape) > 0.0
+    return mask.expand(broadcast(mask.shape, shape)).double().sum_to_size(shape) > 0.0
 
 
 def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Components) -> Tensor:
     """``function`` applied to chunks of p's components, joined along them."""
     n, dim = p.means.shape[-2:]
-    batch = torch.broadcast_shapes(p.means.shape[:-2], q.means.shape[:-2])
+    batch = broadcast(p.means.shape[:-2], q.means.shape[:-2])
     per_row = math.prod(batch) * q.means.shape[-2] * dim
     if p.covariances is not None or q.covariances is not None:
         per_row *= dim

@@ -174,6 +174,21 @@ def test_full_batch_of_single_components_does_not_copy_what_it_shares(structure:
     torch.testing.assert_close(found, csdiv.component_log_overlap(p, q, backend="reference"))
 
 
+def test_full_covariances_of_a_batch_that_the_means_do_not_have() -> None:
+    """Also above D = 32, where "auto" is the reference."""
+    for dim in (2, 33):
+        one, x = testing.random_mixture(3, dim, structure="full", dtype=torch.float64), torch.zeros(1, dim)
+        factors = torch.stack([scale * one.scale_tril for scale in (1.0, 2.0)])
+        means, weights = one.means.expand(4, 1, 3, dim).clone(), one.log_weights
+        p = GaussianMixture(means, scale_tril=factors, log_weights=weights)
+        for backend in ("auto", "reference"):
+            found = p.log_prob(x, backend=backend)
+            assert found.shape == (4, 2, 1)
+            for k in range(2):
+                item = GaussianMixture(one.means, scale_tril=factors[k], log_weights=weights)
+                torch.testing.assert_close(found[:, k], item.log_prob(x, backend=backend).expand(4, 1))
+
+
 def test_full_tied_far_from_the_origin() -> None:
     """Whitened coordinates are taken from a centre, so that what all means share is not rounded."""
     p, q = (testing.random_mixture(9, 4, structure="tied full", dtype=torch.float64) for _ in range(2))

@@ -19,24 +19,38 @@ LAYERS = {
     "studies": {"models", "nn"},
     "models": {"nn", "distances", "functional", "mixture"},
     "testing": {"functional", "mixture", "reference"},
-    "nn": {"functional", "mixture"},
-    "distances": {"functional", "pairs", "mixture", "checks", "covariances", "reference"},
-    "functional": {"pairs", "mixture", "checks", "backends", "reference", "transforms"},
-    "pairs": {"mixture", "autograd", "operators", "backends", "covariances", "reference", "weights"},
+    "nn": {"checks", "functional", "mixture"},
+    "distances": {"checks", "covariances", "functional", "mixture", "pairs", "reference", "shapes"},
+    "functional": {"backends", "checks", "mixture", "pairs", "reference", "transforms"},
+    "pairs": {
+        "autograd",
+        "backends",
+        "checks",
+        "conversions",
+        "covariances",
+        "mixture",
+        "operators",
+        "reference",
+        "shapes",
+        "weights",
+    },
     "weights": {"mixture", "transforms"},
-    "mixture": {"conversions", "checks", "transforms"},
-    "conversions": {"covariances"},
-    "covariances": {"reference", "transforms"},
+    "mixture": {"checks", "conversions", "samples", "sampling", "shapes", "transforms"},
+    "conversions": {"checks", "covariances", "shapes"},
+    "covariances": {"reference", "shapes", "transforms"},
     "checks": {"transforms"},
-    "autograd": {"ops", "operators", "backends", "transforms"},
-    "ops": {"channels", "operators", "backends"},
-    "channels": {"operators", "backends", "reference"},
-    "backends": {"kernels", "_C", "operators", "reference", "transforms"},
+    "autograd": {"backends", "operators", "ops", "shapes", "transforms"},
+    "ops": {"backends", "channels", "operators", "shapes"},
+    "channels": {"backends", "operators", "reference", "shapes"},
+    "backends": {"_C", "kernels", "operators", "reference", "shapes", "transforms"},
+    "sampling": {"checks"},
+    "samples": {"checks", "shapes", "transforms"},
     "operators": set(),
     "kernels": set(),
-    "reference": {"transforms"},
+    "reference": {"transforms", "shapes"},
     "transforms": set(),
     "process": set(),
+    "shapes": set(),
 }
 """What each module may import of csdiv, itself aside: models → nn → functional → mixture, autograd → ops → backends →
 {kernels, _C, reference}. ``pairs``, below functional, checks names and calls the specification directly for full
@@ -49,9 +63,21 @@ FACE = {"models", "studies", "bench", "cli"}
 """Modules that may take names from csdiv itself, as a user does."""
 CORE = set(LAYERS) - FACE - {"__main__"}
 LOADED = {"autograd", "backends", "channels", "checks", "conversions", "functional", "kernels", "mixture", "nn"}
-LOADED |= {"covariances", "operators", "ops", "pairs", "process", "reference", "transforms", "weights"}
+LOADED |= {
+    "covariances",
+    "operators",
+    "ops",
+    "pairs",
+    "process",
+    "reference",
+    "samples",
+    "sampling",
+    "shapes",
+    "transforms",
+    "weights",
+}
 """What csdiv.nn and csdiv.cs_divergence load of csdiv. csdiv._C is loaded when a backend needs it."""
-MOST_LOADED = 25
+MOST_LOADED = 26
 """Modules; there were 20 when this was written."""
 STANDARD = set(sys.stdlib_module_names)
 

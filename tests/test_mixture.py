@@ -166,63 +166,6 @@ def test_weights_as_given_normalised_and_uniform() -> None:
     close(csdiv.log_overlap(uniform), csdiv.log_overlap(same_weights))
 
 
-# Draws
-
-
-@on_every_structure
-def test_sample_has_the_moments(structure: str) -> None:
-    p = mixture(structure, spread=3.0)
-    n = 40000
-    x = p.sample(n)
-    assert x.shape == (n, 3)
-    assert not x.requires_grad
-    w = p.log_weights.exp()
-    mean = w @ p.means
-    spread = torch.einsum("k,kij->ij", w, covariances(p) + p.means[:, :, None] * p.means[:, None]) - mean.outer(mean)
-    sigma = spread.diagonal().sqrt()
-    assert ((x.mean(0) - mean).abs() <= 5.0 * sigma / math.sqrt(n)).all()  # 5 standard errors
-    centred = x - mean
-    error = centred.mT @ centred / n - spread
-    # The standard error of a second moment, from the sample's fourth.
-    fourth = (centred[:, :, None] * centred[:, None]).std(0) / math.sqrt(n)
-    assert (error.abs() <= 5.0 * fourth).all()
-
-
-def test_sample_shapes_of_batches_and_weights() -> None:
-    assert mixture(batch_shape=(2, 3)).sample(5).shape == (2, 3, 5, 3)
-    assert GaussianMixture(torch.zeros(4, 3), torch.ones(1, 1)).sample(0).shape == (0, 3)
-    lone = torch.tensor([-math.inf, 5.0, -math.inf])
-    p = GaussianMixture(torch.tensor([[0.0], [10.0], [20.0]]), torch.full((1, 1), 1e-6), log_weights=lone)
-    close(p.sample(100), torch.full((100, 1), 10.0), atol=0.1, rtol=0.0)
-
-
-@on_every_structure
-def test_rsample_has_gradients_to_means_and_covariances(structure: str) -> None:
-    p = mixture(structure).map(lambda t: t.requires_grad_())
-    covariance = p.variances if p.variances is not None else p.scale_tril
-    x = p.rsample(1000)
-    x.sum().backward()
-    close(p.means.grad.sum(0), torch.full((3,), 1000.0, dtype=torch.float64))  # ∂x/∂μ = 1 for the drawn component
-    assert p.log_weights.grad is None
-    # x = μ + √s ε, so Σ 2s ∂x/∂s, or Σ R ∂x/∂R, is Σ (x − μ) of the drawn components.
-    factor = 2.0 if p.variances is not None else 1.0
-    displaced = (factor * covariance.grad * covariance.detach()).sum()
-    drawn = (p.means.grad[:, :1] * p.means.detach()).sum()
-    close(displaced, x.detach().sum() - drawn)
-
-
-def test_rsample_with_a_covariance_matrix() -> None:
-    p = mixture("full")
-    q = GaussianMixture(p.means, covariance_matrix=covariances(p).requires_grad_(), log_weights=p.log_weights)
-    torch.manual_seed(1)
-    expected = p.rsample(10)
-    torch.manual_seed(1)
-    found = q.rsample(10)
-    close(found, expected)
-    found.sum().backward()
-    assert q.covariance_matrix.grad.abs().sum() > 0.0
-
-
 # Full covariances
 
 

@@ -1,89 +1,19 @@
-"""GaussianMixture from and to other libraries' objects: torch.distributions, scikit-learn, samples."""
+"""GaussianMixture from and to scikit-learn, and from SciPy."""
 
-import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from mixtures import as_distribution, close, covariances, fitted_by_sklearn, mixture, on_every_structure
+from scipy.stats import gaussian_kde
 from sklearn.mixture import BayesianGaussianMixture
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from sklearn.neighbors import KernelDensity
-from torch.distributions import (
-    Categorical,
-    Independent,
-    Laplace,
-    LowRankMultivariateNormal,
-    MixtureSameFamily,
-    MultivariateNormal,
-    Normal,
-    TransformedDistribution,
-)
-from torch.distributions.transforms import ExpTransform
 
 import csdiv
 from csdiv import GaussianMixture
-
-# Other libraries' objects
-
-
-def test_from_distribution_takes_mixtures_and_single_gaussians() -> None:
-    x = torch.randn(5, 3, dtype=torch.float64)
-    loc, scale = torch.randn(2, 4, 3, dtype=torch.float64), torch.rand(2, 4, 3, dtype=torch.float64) + 0.5
-    factor = mixture("full", batch_shape=(2,)).scale_tril
-    logits = torch.randn(2, 4, dtype=torch.float64)
-    for components, structure in (
-        (Independent(Normal(loc, scale), 1), "diagonal"),
-        (MultivariateNormal(loc, scale_tril=factor), "full"),
-        (LowRankMultivariateNormal(loc, torch.randn(2, 4, 3, 2, dtype=torch.float64), scale**2), "full"),
-    ):
-        whole = MixtureSameFamily(Categorical(logits=logits), components)
-        p = GaussianMixture.from_distribution(whole)
-        assert (p.structure, p.batch_shape, p.num_components) == (structure, (2,), 4)
-        close(p.log_prob(x), whole.log_prob(x[:, None]).mT)
-        single = GaussianMixture.from_distribution(components)
-        assert (single.batch_shape, single.num_components) == ((2, 4), 1)
-        close(single.log_prob(x), components.log_prob(x[:, None, None]).movedim(0, -1))
-
-
-def test_from_distribution_takes_one_normal_variable() -> None:
-    p = GaussianMixture.from_distribution(Normal(torch.tensor(0.5), torch.tensor(2.0)))
-    assert (p.means.tolist(), p.variances.tolist(), p.log_weights) == ([[0.5]], [[4.0]], None)
-
-
-def test_functions_take_distributions() -> None:
-    p, q = mixture(), mixture("full")
-    a, b = as_distribution(p), as_distribution(q)
-    for function in (csdiv.cs_divergence, csdiv.ise, csdiv.nise, csdiv.cosine_similarity, csdiv.log_overlap):
-        close(function(a, b), function(p, q))
-    close(csdiv.mmd2(a, b, 0.7), csdiv.mmd2(p, q, 0.7))
-    close(csdiv.renyi2_entropy(a), csdiv.renyi2_entropy(p))
-
-
-@on_every_structure
-def test_to_distribution_is_the_same_density(structure: str) -> None:
-    p = mixture(structure, batch_shape=(2,))
-    p = p.map(lambda t: t.requires_grad_())
-    x = torch.randn(5, 3, dtype=torch.float64)
-    whole = p.to_distribution()
-    assert (whole.batch_shape, whole.event_shape) == ((2,), (3,))
-    close(whole.log_prob(x[:, None]).mT, p.log_prob(x))
-    again = GaussianMixture.from_distribution(whole)
-    close(csdiv.cs_divergence(again, p), torch.zeros(2, dtype=torch.float64), rtol=0.0, atol=1e-12)
-    q = mixture(k=2)
-    close(*(torch.autograd.grad(csdiv.cs_divergence(side, q).sum(), p._tensors()) for side in (again, p)))
-
-
-def test_to_distribution_of_weights_and_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = mixture()
-    q = GaussianMixture(p.means, covariance_matrix=covariances(p), log_weights=p.log_weights + 3.0)
-    x = torch.randn(5, 3, dtype=torch.float64)
-    close(q.to_distribution().log_prob(x), p.log_prob(x))  # normalised
-    uniform = GaussianMixture(p.means.float(), p.variances)  # promoted
-    close(uniform.to_distribution().log_prob(x), uniform.log_prob(x))
-    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile turns it off
-    with pytest.raises(ValueError, match="invalid values"):
-        GaussianMixture(p.means, torch.zeros(1, 1)).to_distribution()
-
 
 SKLEARN_KINDS = {"full": "full", "tied": "tied full", "diag": "diagonal", "spherical": "spherical"}
 
@@ -106,7 +36,7 @@ def test_from_sklearn_is_the_same_mixture(kind: str, estimator: type) -> None:
 def test_from_sklearn_refuses_the_rest() -> None:
     with pytest.raises(ValueError, match=r"a fitted one expected, call its fit\(\) before"):
         GaussianMixture.from_sklearn(SklearnMixture(3))
-    with pytest.raises(TypeError, match=r"a sklearn.mixture.GaussianMixture expected, got dict"):
+    with pytest.raises(TypeError, match="or KernelDensity of scikit-learn expected, got dict"):
         GaussianMixture.from_sklearn({})
 
 
@@ -127,6 +57,21 @@ def test_to_sklearn_predicts_the_same(structure: str, dtype: torch.dtype) -> Non
     close(again.log_weights, p.detach().log_weights)
 
 
+def test_to_sklearn_of_needles() -> None:
+    """Factors in float64: float32 has none of this matrix."""
+    direction = torch.tensor([1.0, 1.0], dtype=torch.float64) / 2.0**0.5
+    needle = (torch.outer(direction, direction) + 1e-7 * torch.eye(2, dtype=torch.float64)).float()
+    p = GaussianMixture(torch.zeros(1, 2), covariance_matrix=needle.unsqueeze(0))
+    exact = needle.double().inverse()
+    close(torch.from_numpy(p.to_sklearn().precisions_[0]), exact.float())
+    close(
+        GaussianMixture.from_distribution(p.to_distribution()).log_prob(torch.zeros(1, 2)),
+        p.log_prob(torch.zeros(1, 2)),
+    )
+    with pytest.raises(ValueError, match="covariance_matrix: positive definite expected"):
+        p._unchecked(means=p.means, covariance_matrix=-p.covariance_matrix).to_sklearn()
+
+
 def test_to_sklearn_refuses_what_it_cannot_hold() -> None:
     with pytest.raises(ValueError, match=r"one mixture expected, got batch shape \(2,\)"):
         mixture(batch_shape=(2,)).to_sklearn()
@@ -136,70 +81,101 @@ def test_to_sklearn_refuses_what_it_cannot_hold() -> None:
     assert uniform.weights_.tolist() == [0.5, 0.5]
 
 
-def test_from_samples_is_the_kernel_density_estimate() -> None:
-    x, y = torch.randn(200, 3, dtype=torch.float64), torch.randn(20, 3, dtype=torch.float64)
-    weights = torch.rand(200, dtype=torch.float64)
-    for given in (None, weights):
-        estimate = KernelDensity(bandwidth=0.3).fit(x.numpy(), sample_weight=given)
-        for h in (0.3, torch.tensor(0.3, dtype=torch.float64)):
-            p = GaussianMixture.from_samples(x, h, weights=given)
-            assert p.structure == "tied spherical"
-            close(p.log_prob(y), torch.from_numpy(estimate.score_samples(y.numpy())))
-    per_sample = GaussianMixture.from_samples(x, 0.1 + torch.rand(200, 1))
-    assert (per_sample.structure, per_sample.num_components) == ("spherical", 200)
-    assert GaussianMixture.from_samples(x.view(2, 100, 3), 0.3).batch_shape == (2,)
+@pytest.mark.parametrize("structure", ["diagonal", "tied full", "full"])
+def test_to_sklearn_can_be_fitted_further(structure: str) -> None:
+    """With warm_start, from the parameters that the mixture has: one step stays near a converged fit."""
+    data = torch.cat([torch.randn(50, 3) + m for m in (-5.0, 5.0)]).double().numpy()
+    fitted = SklearnMixture(
+        2, covariance_type="diag" if structure == "diagonal" else structure.split()[0], random_state=0
+    )
+    p = GaussianMixture.from_sklearn(fitted.fit(data))
+    estimator = p.to_sklearn().set_params(warm_start=True, max_iter=20).fit(data)
+    np.testing.assert_allclose(estimator.means_, fitted.means_, atol=1e-6)
+    assert np.isfinite(estimator.lower_bound_)
 
 
-def test_from_samples_of_weight_zero_and_gradients() -> None:
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.tensor([1.0, 0.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
-    bandwidth = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    p = GaussianMixture.from_samples(x, bandwidth, weights=weights)
-    assert p.log_weights[1] == -math.inf
-    grads = torch.autograd.grad(csdiv.log_overlap(p), [x, weights, bandwidth])
-    assert all(bool(g.isfinite().all()) for g in grads)
-    assert grads[1].abs().min() > 0.0
-    assert grads[2] < 0.0
+def test_from_sklearn_of_bayesian_mixtures_is_what_sample_draws_from() -> None:
+    """score_samples is no log density: its exponential does not integrate to one."""
+    fitted = BayesianGaussianMixture(n_components=3, random_state=0).fit(np.random.default_rng(0).normal(size=(20, 1)))
+    p = GaussianMixture.from_sklearn(fitted)
+    grid = torch.linspace(-30.0, 30.0, 6001, dtype=torch.float64).unsqueeze(-1)
+    close(p.log_prob(grid).exp().sum() * 0.01, torch.tensor(1.0).double(), rtol=1e-6, atol=0.0)
+    assert np.exp(fitted.score_samples(grid.numpy())).sum() * 0.01 < 0.97
 
 
-def test_from_samples_refuses() -> None:
-    x = torch.randn(4, 3)
-    for h in (0.0, -0.3, math.nan):
-        with pytest.raises(ValueError, match="bandwidth: a number > 0 expected"):
-            GaussianMixture.from_samples(x, h)
-    for shape in ((4,), (3,), (1,)):
-        with pytest.raises(ValueError, match=r"bandwidth: \(\) or \(\*batch, n or 1, D or 1\) expected"):
-            GaussianMixture.from_samples(x, torch.ones(shape))
-    for wrong in (x[:0], x[0]):
-        with pytest.raises(ValueError, match=r"x: \(\*batch, n, D\) with n and D of at least 1 expected, got \("):
-            GaussianMixture.from_samples(wrong, 0.3)
-    with pytest.raises(ValueError, match=r"weights: \(\*batch, n\) with n = 4 expected, got \(3,\)"):
-        GaussianMixture.from_samples(x, 0.3, weights=torch.ones(3))
-    with pytest.raises(TypeError, match=r"x: floating point expected, got torch\.int64"):
-        GaussianMixture.from_samples(torch.ones(4, 3, dtype=torch.int64), 0.3)
-    negative = GaussianMixture.from_samples(x, torch.tensor(-0.3), weights=torch.tensor([-1.0, 1.0, 1.0, 1.0]))
-    assert negative.variances.isnan().all()
-    assert negative.log_weights[0].isnan()
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("algorithm", ["kd_tree", "ball_tree"])
+def test_from_sklearn_of_kernel_density(algorithm: str, weighted: bool) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 200, 3))
+    weights = np.linspace(0.0, 1.0, 200) if weighted else None
+    kde = KernelDensity(bandwidth="scott", algorithm=algorithm).fit(
+        x, sample_weight=None if weights is None else weights + 1e-3
+    )
+    p = GaussianMixture.from_sklearn(kde)
+    assert (p.structure, p.num_components, p.log_weights is None) == ("tied spherical", 200, not weighted)
+    close(p.log_prob(y), torch.from_numpy(kde.score_samples(y)))
+    p.means.zero_()
+    close(GaussianMixture.from_sklearn(kde).means, torch.from_numpy(x))  # a copy, in the order given
 
 
-def test_from_distribution_passes_gradients_to_the_scale() -> None:
-    scale = (torch.rand(4, 3) + 0.5).requires_grad_()
-    p = GaussianMixture.from_distribution(Independent(Normal(torch.zeros(4, 3), scale), 1))
-    p.log_prob(torch.ones(1, 3)).sum().backward()
-    close(scale.grad, 1.0 / scale.detach() ** 3 - 1.0 / scale.detach())
+def test_from_sklearn_refuses_other_kernel_densities() -> None:
+    x = np.zeros((5, 3))
+    with pytest.raises(ValueError, match="the kernel 'gaussian' expected, got 'tophat'"):
+        GaussianMixture.from_sklearn(KernelDensity(kernel="tophat").fit(x))
+    for metric, parameters in (("manhattan", None), ("minkowski", {"p": 1})):
+        with pytest.raises(ValueError, match=f"the metric 'euclidean' expected, got '{metric}'"):
+            GaussianMixture.from_sklearn(KernelDensity(metric=metric, metric_params=parameters).fit(x))
+    assert GaussianMixture.from_sklearn(KernelDensity(metric="minkowski").fit(x)).dim == 3
+    with pytest.raises(ValueError, match=r"a fitted one expected, call its fit\(\) before"):
+        GaussianMixture.from_sklearn(KernelDensity())
 
 
-def test_from_distribution_refuses_the_rest() -> None:
-    normal = Normal(torch.zeros(4, 3), torch.ones(4, 3))
-    with pytest.raises(ValueError, match=r"wrap it in Independent\(..., 1\)"):
-        GaussianMixture.from_distribution(normal)
-    with pytest.raises(ValueError, match="one event dimension"):
-        GaussianMixture.from_distribution(Independent(normal, 2))
-    with pytest.raises(ValueError, match="wrap it"):
-        GaussianMixture.from_distribution(
-            MixtureSameFamily(Categorical(torch.ones(4)), Normal(torch.zeros(4), torch.ones(4)))
-        )
-    laplace = Independent(Laplace(torch.zeros(4, 3), torch.ones(4, 3)), 1)
-    for other in (laplace, TransformedDistribution(normal, ExpTransform()), Categorical(torch.ones(3))):
-        with pytest.raises((TypeError, ValueError), match="expected, got"):
-            GaussianMixture.from_distribution(other)
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_from_scipy_is_the_same_density(dim: int, weighted: bool) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, dim, 50))
+    kde = gaussian_kde(x, weights=np.linspace(0.0, 1.0, 50) if weighted else None)
+    p = GaussianMixture.from_scipy(kde)
+    assert (p.structure, p.log_weights is None) == ("tied full" if dim > 1 else "tied diagonal", not weighted)
+    close(p.log_prob(y.T), torch.from_numpy(kde.pdf(y)).log())  # its logpdf is NaN for a weight of zero
+    with pytest.raises(TypeError, match=r"density: scipy\.stats\.gaussian_kde expected, got dict"):
+        GaussianMixture.from_scipy({})
+
+
+def test_functions_take_other_libraries_objects() -> None:
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    q = mixture()
+    made = {
+        "from_sklearn": [
+            fitted_by_sklearn("full"),
+            fitted_by_sklearn("diag", BayesianGaussianMixture),
+            KernelDensity().fit(x),
+        ],
+        "from_scipy": [gaussian_kde(x.T)],
+    }
+    for name, values in made.items():
+        for value in values:
+            p = getattr(GaussianMixture, name)(value)
+            for function in (csdiv.cs_divergence, csdiv.ise, csdiv.component_log_overlap):
+                close(function(value, q), function(p, q))
+                close(function(q, value), function(q, p))
+            close(csdiv.renyi2_entropy(value), csdiv.renyi2_entropy(p))
+            close(csdiv.mmd2(value, q, 0.5), csdiv.mmd2(p, q, 0.5))
+            close(csdiv.nn.CSDivergenceLoss()(value, q), csdiv.cs_divergence(p, q))
+            codes = torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, 3, dtype=torch.float64)
+            close(csdiv.cs_regularizer(*codes, value), csdiv.cs_regularizer(*codes, p))
+
+
+def test_other_types_are_refused_by_their_full_names_and_nothing_is_imported() -> None:
+    code = """
+import sys, torch, csdiv
+class GaussianMixture: pass
+try:
+    csdiv.log_overlap(GaussianMixture())
+except TypeError as error:
+    print(error)
+print(*({"sklearn", "scipy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    expected = "p: a csdiv.GaussianMixture or a torch distribution expected, got __main__.GaussianMixture\n\n"
+    assert done.stdout == expected, done.stderr

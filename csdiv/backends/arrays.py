@@ -13,6 +13,7 @@ from torch import Tensor
 
 from csdiv.backends.base import Tensors
 from csdiv.operators import Operator, Output
+from csdiv.shapes import broadcast
 
 _NOT_WANTED = (0, 0, 0)
 
@@ -29,13 +30,13 @@ class Side(NamedTuple):
     tied: bool = False  # variances that all components of an item have
 
 
-def make_side(full: bool, means: Tensor, spread: Tensor, log_weights: Tensor | None = None) -> Side:
-    """``spread`` is variances, or covariances of a full side."""
-    if spread.ndim > 2 and 0 in spread.stride():
+def make_side(full: bool, wanted: bool, means: Tensor, spread: Tensor, log_weights: Tensor | None = None) -> Side:
+    """``spread`` is variances, or covariances of a full side; ``wanted``: its gradient is."""
+    if not wanted and spread.ndim > 2 and 0 in spread.stride():
         spread = _as_shared(spread)
     own, items = means.shape[:-2], spread.shape[: -3 if full else -2]
     if items != own or (log_weights is not None and log_weights.shape[:-1] != own):
-        own = torch.broadcast_shapes(own, items, *([] if log_weights is None else [log_weights.shape[:-1]]))
+        own = broadcast(own, items, *([] if log_weights is None else [log_weights.shape[:-1]]))
     shape = own + means.shape[-2:]
     if log_weights is not None:
         log_weights = _filled(log_weights, shape[:-1])
@@ -69,7 +70,7 @@ class Problem:
 
     def __init__(self, p: Side, q: Side, others: Sequence[torch.Size] = ()) -> None:
         self.p, self.q = p, q
-        self.batch = p.own if p.own == q.own and not others else torch.broadcast_shapes(p.own, q.own, *others)
+        self.batch = p.own if p.own == q.own and not others else broadcast(p.own, q.own, *others)
         self.n, self.m = p.means.shape[-2], q.means.shape[-2]
         self.indices = [_batch_index(side.own, self.batch, p.means.device) for side in (p, q)]
 
@@ -127,8 +128,8 @@ class Call:
         own, full = len(operator.p), operator.full
         end = own + len(operator.q)
         self.operator = operator
-        p = p or make_side(full, *tensors[:own])
-        q = make_side(full, *tensors[own:end]) if operator.q else p
+        p = p or make_side(full, needs[1], *tensors[:own])
+        q = make_side(full, needs[own + 1], *tensors[own:end]) if operator.q else p
         self.problem = Problem(p, q)
         self._others: list[Tensor] = []
         self._grads: list[tuple[Tensor, Tensor]] = []  # each array and the tensor that it is the gradient to

@@ -14,6 +14,7 @@ from csdiv import reference
 from csdiv.backends.arrays import Call, make_points
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import OPERATORS, Operator
+from csdiv.shapes import broadcast
 
 _C.cpu_share_openmp_threads()
 os.register_at_fork(after_in_child=_C.cpu_share_openmp_threads)  # see csdiv/process.py
@@ -43,9 +44,9 @@ def _call(name: str, tensors: Tensors, needs: Sequence[bool]) -> Call:
         return Call(operator, tensors, needs, make_points(tensors[0]))
     if operator.full and operator.q and tensors[1].shape[-3] == 1:
         shapes = [t.shape[:-event] for t, event in zip(tensors[2:], operator.event_dims[2:], strict=True)]
-        q_batch = torch.broadcast_shapes(*shapes)
+        q_batch = broadcast(*shapes)
         # Not where each problem of a batch would need its own sums.
-        if torch.broadcast_shapes(q_batch, tensors[1].shape[:-3]) == q_batch:
+        if broadcast(q_batch, tensors[1].shape[:-3]) == q_batch:
             return _PointsCall(operator, tensors, needs)
     return Call(operator, tensors, needs)
 
