@@ -240,6 +240,15 @@ def log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
     return _row_lse(*as_pair(points(x), p, "x", "p"), backend)
 
 
+def pointwise_log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
+    """See :meth:`GaussianMixture.pointwise_log_prob`."""
+    x = as_float_tensor(x, "x")
+    if x.ndim < 1 or x.shape[-1] != p.dim:
+        raise ValueError(f"x: (*batch, D) with D = {p.dim} expected, got {tuple(x.shape)}")
+    check_batches(x.shape[:-1], p.batch_shape, "x", "p")
+    return p.log_prob(x.unsqueeze(-2), backend=backend).squeeze(-1)
+
+
 def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """See :meth:`GaussianMixture.responsibilities`."""
     codes, p = as_pair(points(x), p, "x", "p")

@@ -332,6 +332,22 @@ class GaussianMixture:
 
         return functional.log_prob(x, self, backend=backend)
 
+    def pointwise_log_prob(self, x: Tensor, *, backend: str = "auto") -> Tensor:
+        """The log density of each mixture of the batch at its own point, as ``torch.distributions`` has it.
+
+        For a mixture density network, whose batch (B,) has one target each: x (B, D) gives (B,), where
+        ``log_prob(x)`` takes the B points as those of every mixture and gives (B, B).
+
+        Args:
+            x: (*batch, D), one point for each mixture; batch dimensions broadcast.
+
+        Returns:
+            (*batch,) nats. Gradients, memory and errors: as :meth:`log_prob`.
+        """
+        from csdiv import functional
+
+        return functional.pointwise_log_prob(x, self, backend=backend)
+
     def responsibilities(self, x: Tensor, *, backend: str = "auto") -> Tensor:
         """Posterior weight of each component for points x (*batch, n, D) or for the components of a mixture.
 

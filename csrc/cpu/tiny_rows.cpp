@@ -12,6 +12,25 @@ namespace {
 
 constexpr int64_t kMaxNumbers = 1024;   // of the columns' means, so that a group of problems stays in the cache
 
+// Asks for the cache lines of `size` numbers, to be read or written soon.
+template <bool kWritten, class T>
+void prefetch(const T* numbers, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t k = 0; k < size; k += kLine) __builtin_prefetch(numbers + k, kWritten, 2);
+}
+
+// Of the problems after these the inputs, and of these the gradients: there are more streams than hardware follows.
+template <class T>
+void prefetch(const Problem<T>& problem, const Part& problems, const SideGradients<T>& grads) {
+  const int64_t numbers = problem.q.n * problem.dim, size = (problems.end - problems.begin) * numbers;
+  const int64_t next = problems.end * numbers;
+  const int64_t left = std::min(size, problem.batch * numbers - next);
+  prefetch<false>(problem.q.means + next, left);
+  prefetch<false>(problem.q.variances + next, left);
+  if (grads.means) prefetch<true>(grads.means + problems.begin * numbers, size);
+  if (grads.variances) prefetch<true>(grads.variances + problems.begin * numbers, size);
+}
+
 // At most as many problems as a vector has lanes; false: not possible, nothing was written.
 template <class T>
 bool run(const Problem<T>& problem, const Part& problems, const T* grad_row_lse, T* row_lse,
@@ -35,6 +54,7 @@ bool run(const Problem<T>& problem, const Part& problems, const T* grad_row_lse,
     exponents[l] = (problem.p.scale_exponents[b] + problem.q.scale_exponents[b]) / 2;
     factors[l] = grad_row_lse ? grad_row_lse[b] : T(1);
   }
+  prefetch(problem, problems, grad_q);
   kernels.tiny_overlap({p, q, dim, exponents, false, T(1), values + 2 * lanes, values, values + lanes});
   if (!std::all_of(values, values + lanes, [](T value) { return std::isfinite(value); })) return false;
   if (row_lse) std::copy_n(values, problems.end - problems.begin, row_lse + problems.begin);

@@ -19,16 +19,24 @@ struct SumOfLog2 {
   template <class T>
   void add(const T* values, int64_t size) {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    constexpr int64_t kBlock = 1 << 16;
     constexpr int kExponentBits = sizeof(T) == 4 ? 8 : 11, kFraction = 31 - kExponentBits;   // of the upper 32 bits
     constexpr uint32_t kOne = 1u << kFraction, kLargest = ((1u << kExponentBits) - 1) << kFraction;
     uint64_t bits = 0, used = 0;
-    for (int64_t k = 0; k < size; ++k) {
-      Bits all;
-      std::memcpy(&all, values + k, sizeof(T));
-      const uint32_t upper = uint32_t(all >> (8 * sizeof(T) - 32));
-      const bool normal = upper - kOne < kLargest - kOne;
-      bits += normal ? upper : 0;
-      used += normal;
+    for (int64_t begin = 0; begin < size; begin += kBlock) {
+      const int64_t end = std::min(size, begin + kBlock);
+      uint32_t low = 0, high = 0, count = 0;   // halves, whose sums over a block fit: vectors have as many as lanes
+      for (int64_t k = begin; k < end; ++k) {
+        Bits all;
+        std::memcpy(&all, values + k, sizeof(T));
+        const uint32_t upper = uint32_t(all >> (8 * sizeof(T) - 32));
+        const uint32_t mask = -uint32_t(upper - kOne < kLargest - kOne);
+        low += upper & mask & 0xffff;
+        high += (upper & mask) >> 16;
+        count -= mask;
+      }
+      bits += (uint64_t(high) << 16) + low;
+      used += count;
     }
     sum += double(bits) / kOne - double(used) * ((1 << (kExponentBits - 1)) - 1);
     count += int64_t(used);
@@ -43,7 +51,11 @@ ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(si
   const int64_t different = side.same_dims ? std::min(dim, int64_t(1)) : dim;
   for (int64_t item = 0; item < side.batch; ++item) {
     SumOfLog2 log2;
-    for (int64_t k = 0; k < side.n; k += step) log2.add(side.variances + (item * side.n + k) * dim, different);
+    const T* const variances = side.variances + item * side.n * dim;
+    if (step == 1 && different == dim)
+      log2.add(variances, side.n * dim);
+    else
+      for (int64_t k = 0; k < side.n; k += step) log2.add(variances + k * dim, different);
     const double mean = log2.count ? 1 + log2.sum / double(log2.count) : 0;
     exponents_.get()[item] = 2 * std::llround(0.5 * mean * double(dim));
   }
