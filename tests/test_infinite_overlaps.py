@@ -11,7 +11,7 @@ from entries import BACKENDS
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, _C
+from csdiv import _C, GaussianMixture
 
 Divergence = Callable[..., Tensor]
 
@@ -186,7 +186,7 @@ def test_gradients_of_an_infinite_sum_are_zero(place: int, backend: str) -> None
     others = torch.arange(70) != place
     for value in (csdiv.component_log_overlap, csdiv.pairwise_log_overlap):
         whole, rest = (
-            gradients(lambda p, q, k=k: value(p, q, backend=backend)[k], p, p.map(torch.clone))
+            gradients(lambda p, q, k=k, value=value: value(p, q, backend=backend)[k], p, p.map(torch.clone))
             for k in (slice(70), others)
         )
         if value is csdiv.component_log_overlap:

@@ -1,4 +1,4 @@
-"""The error budget where an exponent has many terms: sums over dimensions are blocked in every form of the pair term."""
+"""The error budget where an exponent has many terms: sums are blocked in every form of the pair term."""
 
 import pytest
 import test_infinite_overlaps
@@ -8,7 +8,7 @@ from entries import BACKENDS
 from triton_marks import NAME, interpreted
 
 import csdiv
-from csdiv import GaussianMixture, _C, testing
+from csdiv import _C, GaussianMixture, testing
 
 PAIRS = [
     ("spherical", "spherical"),
@@ -24,7 +24,7 @@ PAIRS = [
 @pytest.mark.parametrize("structures", PAIRS, ids="-".join)
 @pytest.mark.parametrize(("dim", "spread"), [(90, 10), (96, 1000), (127, 100), (133, 10), (140, 100), (260, 1000)])
 def test_pairs_of_many_dimensions(dim: int, spread: int, structures: tuple[str, str]) -> None:
-    """Of each pair by itself, where nothing averages out; the first of so many pairs that is worst."""
+    """Of each pair by itself, where nothing averages out."""
     check(
         Case("pairwise_log_overlap", n=48, m=160, dim=dim, structures=structures, scale=f"spread {spread}", needs=()),
         "cpu",

@@ -11,7 +11,7 @@ namespace csdiv::cpu::CSDIV_ISA {
 
 constexpr int kProductVectors = 2;   // of columns in a register tile, each with two sums
 constexpr int kProductFits = 2, kProductFitsOfFew = 3;
-constexpr int64_t kFewDims = 48;   // below: sums of few terms are more exact, and of random means more are near
+constexpr int64_t kFewDims = 64;   // below: sums of few terms are more exact, and of random means more are near
 
 // Adds (x - m)(y - m) over dimensions [begin, end) of kRows rows of `centered` (kTerms apart) to the tile.
 template <int kRows, int kVectors, class T>
