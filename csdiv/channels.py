@@ -131,7 +131,7 @@ def log_product_gradients(
     """
     scratch = scratch or Scratch()
     (e, x_max), (w, y_max) = _exponentials(x, scratch), _exponentials(y, Scratch())
-    grad = torch.where(value == -math.inf, 0.0, grad)
+    grad = torch.where(value.isinf(), 0.0, grad)
     factor = (x_max + y_max.mT - value).exp()
     inexact = ~(factor * _smallest(e) <= 1.0) & (grad != 0.0)
     scaled = torch.where(inexact | (grad == 0.0), 0.0, grad * factor)

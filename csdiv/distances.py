@@ -168,15 +168,21 @@ def channel_log_overlap(
 def _scaled_overlaps(
     p: GaussianMixture, q: GaussianMixture, backend: str, known: tuple[Tensor | None, Tensor | None] = (None, None)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The larger log self overlap, and V(p, q), V(p, p) and V(q, q) divided by its exponential; float64."""
+    """The larger log self overlap, and V(p, q), V(p, p) and V(q, q) divided by its exponential; float64.
+
+    Relative to an infinite self overlap, what is finite is 0 and infinite self overlaps are 1.
+    """
     pq = pairs.cross_overlap(p, q, backend).double()
     pp, qq = (
         known_self_overlap(given, side, name, backend)
         for given, side, name in zip(known, (p, q), ("p", "q"), strict=True)
     )
     scale = torch.maximum(pp, qq).detach()  # the result does not depend on it, and has no gradient through it
-    scale = torch.where(scale.isinf(), 0.0, scale)
-    return scale, (pq - scale).exp(), (pp - scale).exp(), (qq - scale).exp()
+    scale = torch.where(scale == -math.inf, 0.0, scale)
+    infinite = scale == math.inf
+    pp, qq = (torch.where(infinite, torch.where(t == math.inf, 0.0, -math.inf), t - scale) for t in (pp, qq))
+    pq = torch.where(infinite, torch.where(pq < math.inf, -math.inf, math.nan), pq - scale)
+    return scale, pq.exp(), pp.exp(), qq.exp()
 
 
 def _unscaled(scale: Tensor, value: Tensor, log: bool) -> Tensor:

@@ -255,7 +255,7 @@ def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend
     logits = pairwise_log_overlap(codes, p, backend=backend)
     if p.log_weights is not None:
         logits = reference.weighted(logits, p.log_weights.unsqueeze(-2))
-    return logits.softmax(-1)
+    return logits.clamp(max=torch.finfo(logits.dtype).max).softmax(-1)  # infinite densities share equally
 
 
 def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:

@@ -101,12 +101,10 @@ def assign(p: Components, q: Components) -> Tensor:
 
 
 def logsumexp(x: Tensor, dim: int) -> Tensor:
-    """``torch.logsumexp`` whose gradient is zero, not NaN, where every term is −inf."""
-    shift = x.detach().amax(dim, keepdim=True)
-    shift = torch.where(shift.isinf(), 0.0, shift)
-    total = (x - shift).exp().sum(dim)
-    empty = total == 0.0
-    return torch.where(empty, -math.inf, torch.where(empty, 1.0, total).log() + shift.squeeze(dim))
+    """``torch.logsumexp`` whose gradient is zero, not NaN, where the sum is infinite or every term is −inf."""
+    largest = x.detach().amax(dim, keepdim=True)
+    terms = torch.where(largest.isinf(), 0.0, x - largest)
+    return terms.exp().sum(dim).log() + largest.squeeze(dim)
 
 
 def weighted(value: Tensor, log_weights: Tensor) -> Tensor:

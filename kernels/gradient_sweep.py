@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
     p_log2: Tensor | None = None  # (batch, padded n); -inf: counts nothing
     p_factors: Tensor | None = None  # (batch, padded n); None: 1
-    given: Tensor | None = None  # (batch, n, m); pairs too far apart count nothing
+    given: Tensor | None = None  # (batch, n, m); pairs too far apart, and of points at one place, count nothing
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def gradient_sweep_kernel(
         densities, quadratic = tile_densities(*tile, scales, dim, FORM, BLOCK_N)
         if given is not None:
             at = (problem * n + i)[:, None] * m + j[None, :]
-            counts = (i < n)[:, None] & (j < m)[None, :] & (densities != -float("inf"))
+            counts = (i < n)[:, None] & (j < m)[None, :] & (tl.abs(densities) != float("inf"))
             weights = tl.load(given + at, mask=counts, other=0.0)
         elif COLUMNS_OF_P:
             p_at, q_at = (problem * stride + j)[None, :], (row_item * rows_padded + i)[:, None]

@@ -37,15 +37,19 @@ def direct_squares(row, column, dim, TIED: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sums of all pairs, from the pointers to the first row and the first column."""
     rows, columns = pairs_of(row, column, BLOCK_N)
     squares = tl.zeros([BLOCK_N, TILE], row.dtype.element_ty)
-    for group in range(padded_dim(dim) // GROUP):
-        for k in tl.static_range(GROUP):
-            at = group * (2 * GROUP * TILE) + k * TILE
-            delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
-            if TIED:
-                c = tl.load(row + (at + GROUP * TILE)) + tl.load(column + (at + GROUP * TILE))
-                squares += delta * reciprocal(c) * delta
-            else:
-                squares += delta * delta
+    groups = padded_dim(dim) // GROUP
+    for first in range(0, groups, BLOCK_D // GROUP):  # one sum of all dimensions would be less exact
+        block = tl.zeros([BLOCK_N, TILE], row.dtype.element_ty)
+        for group in range(first, tl.minimum(first + BLOCK_D // GROUP, groups)):
+            for k in tl.static_range(GROUP):
+                at = group * (2 * GROUP * TILE) + k * TILE
+                delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
+                if TIED:
+                    c = tl.load(row + (at + GROUP * TILE)) + tl.load(column + (at + GROUP * TILE))
+                    block += delta * reciprocal(c) * delta
+                else:
+                    block += delta * delta
+        squares += block
     return squares
 
 

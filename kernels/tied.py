@@ -52,15 +52,19 @@ def tied_rows_log2_densities(row, row_flags, column, column_flags, scales, dim, 
         padded = padded_dim(dim)
         quadratic = tl.zeros([BLOCK_N, TILE], row.dtype.element_ty)
         log_determinant = tl.zeros([TILE], row.dtype.element_ty)
-        for group in range(padded // GROUP):
-            product = tl.full([TILE], 1.0, row.dtype.element_ty)
-            for k in tl.static_range(GROUP):
-                at = group * (2 * GROUP * TILE) + k * TILE
-                c = tl.load(row + (at + GROUP * TILE)) + tl.load(columns + (at + GROUP * TILE))
-                delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
-                quadratic += delta * reciprocal(c)[None, :] * delta
-                product *= c
-            log_determinant += approximate_log2(product) - tl.load(scales + 2 * padded + group)
+        groups = padded // GROUP
+        for first in range(0, groups, BLOCK_D // GROUP):
+            block = tl.zeros([BLOCK_N, TILE], row.dtype.element_ty)
+            for group in range(first, tl.minimum(first + BLOCK_D // GROUP, groups)):
+                product = tl.full([TILE], 1.0, row.dtype.element_ty)
+                for k in tl.static_range(GROUP):
+                    at = group * (2 * GROUP * TILE) + k * TILE
+                    c = tl.load(row + (at + GROUP * TILE)) + tl.load(columns + (at + GROUP * TILE))
+                    delta = tl.load(rows + at)[:, None] - tl.load(columns + at)[None, :]
+                    block += delta * reciprocal(c)[None, :] * delta
+                    product *= c
+                log_determinant += approximate_log2(product) - tl.load(scales + 2 * padded + group)
+            quadratic += block
         densities = log2_density(quadratic, tl.zeros_like(quadratic) + log_determinant[None, :])
     else:
         densities = tile_log2_densities(rows, row_flags, columns, column_flags, scales, dim, BLOCK_N, False)

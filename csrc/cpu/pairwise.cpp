@@ -38,8 +38,8 @@ void pairwise_backward(const Problem<T>& batched, const T* grad_values, const Si
   const Problem<T> problem = flattened(batched);
   const int64_t m = problem.q.n;
   const TileKernels<T>& kernels = tile_kernels<T>();
-  // The weights are the gradients themselves. Where the logit is -inf (components too far apart) they are zero, where
-  // it is NaN so are they; a certified tile has neither.
+  // The weights are the gradients themselves. Where the logit is infinite (components too far apart, or points at one
+  // place) they are zero, where it is NaN so are they; a certified tile has neither.
   const auto fill = [&](const SweepTile<T>& tile, T* weights) {
     const bool plain = kernels.certified(tile.rows.range, tile.columns.range);
     if (!plain) kernels.logits(tile.rows, tile.columns, 0, weights);
@@ -48,7 +48,7 @@ void pairwise_backward(const Problem<T>& batched, const T* grad_values, const Si
       T* const row = weights + r * tile.columns.stride;
       const T* const from = grad_values + (tile.problem * problem.p.n + tile.first_row + r) * m + tile.first_column;
       for (int64_t j = 0; j < tile.columns.padded; ++j) {
-        const bool counts = j < tile.columns.count && from[j] != 0 && (plain || row[j] != -INFINITY);
+        const bool counts = j < tile.columns.count && from[j] != 0 && (plain || !std::isinf(row[j]));
         row[j] = !counts ? T(0) : plain || row[j] == row[j] ? from[j] : row[j];
         if (row[j] != 0) active |= uint32_t(1) << r;
       }

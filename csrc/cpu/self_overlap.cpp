@@ -152,7 +152,7 @@ void self_overlap_backward(int64_t dim, const Mixture<T>& p, const T* grad_value
     for (int64_t r = 0; r < tile.rows.count; ++r) {
       const T log_weight = p.log_weight(tile.problem, tile.first_row + r);
       log_normalizers[r] = T(values[tile.problem] - double(log_weight));
-      grads[r] = !counts(log_weight) || values[tile.problem] == -INFINITY ? T(0) : 2 * grad_values[tile.problem];
+      grads[r] = !counts(log_weight) || std::isinf(values[tile.problem]) ? T(0) : 2 * grad_values[tile.problem];
     }
     const UpperLogits<T> upper(tile, weights);
     for (int64_t r = 0; r < tile.rows.count; ++r)

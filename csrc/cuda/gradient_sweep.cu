@@ -40,7 +40,7 @@ struct GradientShared {
 template <class T>
 using TileWeights = Logits<T>;
 
-// From logits to the pairs' shares, times the gradient of the row where there is one.
+// From logits to the pairs' shares, times the gradient of the row where there is one; zero where the sum is infinite.
 template <class T>
 CSDIV_DEVICE void shares(const GradientTask<T>& task, const TileIndex& tile, TileWeights<T>& weights) {
   const Problem<T>& problem = task.problem;
@@ -56,9 +56,9 @@ CSDIV_DEVICE void shares(const GradientTask<T>& task, const TileIndex& tile, Til
     if (of_total) {
       const T log_weight = problem.p.log2_weights[tile.p_item * problem.p.tiles() * kTile + i];
       shift = log_weight - total;
-      if (!counts(log_weight)) factor = 0;
+      if (!counts(log_weight) || isinf(total)) factor = 0;
     } else {
-      factor = i < problem.p.n ? task.given[row] : T(0);
+      factor = i < problem.p.n && !isinf(task.row_lse[row]) ? task.given[row] : T(0);
       if (factor != 0) shift = T((offset - task.row_lse[row]) * kLog2E);
     }
 #pragma unroll
@@ -78,7 +78,7 @@ CSDIV_DEVICE bool needs_no_logits(const GradientTask<T>& task, const TileIndex& 
   return result;
 }
 
-// The gradients of pairs; those of components too far apart count nothing.
+// The gradients of pairs; those of components too far apart, or of points at one place, count nothing.
 template <class T>
 CSDIV_DEVICE void given_weights(const GradientTask<T>& task, const TileIndex& tile, TileWeights<T>& weights) {
   const Problem<T>& problem = task.problem;
@@ -91,7 +91,7 @@ CSDIV_DEVICE void given_weights(const GradientTask<T>& task, const TileIndex& ti
 #pragma unroll
     for (int c = 0; c < kThreadColumns<T>; ++c) {
       const int64_t i = first_row + a, j = first_column + c;
-      const bool counts = i < n && j < m && (plain || weights[a][c] != -T(INFINITY));
+      const bool counts = i < n && j < m && (plain || !isinf(weights[a][c]));
       weights[a][c] = counts ? task.given[(tile.problem * n + i) * m + j] : T(0);
     }
   }

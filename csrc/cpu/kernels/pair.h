@@ -12,8 +12,8 @@ namespace csdiv::cpu::CSDIV_ISA {
 // Rows per register tile: what 16 or 32 vector registers hold.
 constexpr int kRegisterRows = kVectorBytes == 64 ? 4 : 2;
 
-constexpr int64_t kGroup = 4;           // dimensions that share one reciprocal and one step of the product
-constexpr int64_t kBlockedDims = 128;   // dimensions in one accumulator of the quadratic form
+constexpr int64_t kGroup = 4;    // dimensions that share one reciprocal and one step of the product
+constexpr int64_t kTerms = 32;   // added up in one accumulator of the quadratic form, then as many such sums in another
 
 template <class T>
 inline bool certified(const Range<T>& p, const Range<T>& q) {
@@ -185,10 +185,10 @@ CSDIV_INLINE void for_row_blocks(const RowTile<T>& rows, const TileGradients<T>&
   }
 }
 
-// grad exp(logit - log_normalizer), a pair's share of its row's gradient.
+// grad exp(logit - log_normalizer), a pair's share of its row's gradient; zero where the row's sum is 0 or infinite.
 template <class T>
 inline Vec<T> row_weight(Vec<T> logits, T log_normalizer, T grad) {
-  const bool empty = grad == 0 || log_normalizer == -T(__builtin_inf());
+  const bool empty = grad == 0 || log_normalizer == T(__builtin_inf()) || log_normalizer == -T(__builtin_inf());
   // No weight exceeds 1: what is above comes from rounding.
   return empty ? Vec<T>{} : grad * exp<T>(minimum<T>(Vec<T>{}, logits - log_normalizer));
 }

@@ -1,33 +1,42 @@
 // |x - y|^2 = |x - m|^2 + |y - m|^2 - 2 (x - m)(y - m): one instruction for an element, where delta^2 takes two.
 // m is a center of the stripe's columns. It errs by about eps (|x - m|^2 + |y - m|^2) / 2c in the exponent, where the
 // budget is at least 4 eps max(1, |x - y|^2 / 2c): pairs in which norms are larger than kProductFits times their
-// max(2c, |x - y|^2) do not take it, nor those beside them in a register tile.
+// max(2c, |x - y|^2), so that x - m and y - m are near to each other, do not take it, nor those beside them in a
+// register tile.
 #pragma once
 
 #include "pair.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
 
-constexpr int kProductVectors = 4;   // of columns in a register tile
-constexpr int kProductFits = 4;
+constexpr int kProductVectors = 2;   // of columns in a register tile, each with two sums
+constexpr int kProductFits = 2, kProductFitsOfFew = 3;
+constexpr int64_t kFewDims = 64;   // below: sums of few terms are more exact, and of random means more are near
 
-// Adds (x - m)(y - m) over dimensions [begin, end) of kRows rows of `centered` (kBlockedDims apart) to the tile.
+// Adds (x - m)(y - m) over dimensions [begin, end) of kRows rows of `centered` (kTerms apart) to the tile.
 template <int kRows, int kVectors, class T>
 CSDIV_INLINE void add_products(const T* centered, int64_t begin, int64_t end, const Stripe<T>& columns, int64_t column,
                                T* tile) {
-  Vec<T> sums[kRows][kVectors] = {};
-  for (int64_t d = begin; d < end; ++d) {
+  Vec<T> sums[2][kRows][kVectors] = {};   // of even and of odd dimensions
+  const auto add = [&](int64_t d, Vec<T>(&to)[kRows][kVectors]) {
     Vec<T> means[kVectors];
     for (int v = 0; v < kVectors; ++v) means[v] = load(columns.centered + d * columns.stride + column + v * kLanes<T>);
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> mean = broadcast<T>(centered[r * kBlockedDims + d - begin]);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += mean * means[v];
+      const Vec<T> mean = broadcast<T>(centered[r * kTerms + d - begin]);
+      for (int v = 0; v < kVectors; ++v) to[r][v] += mean * means[v];
     }
+  };
+  int64_t d = begin;
+  for (; d + 2 <= end; d += 2) {
+    add(d, sums[0]);
+    add(d + 1, sums[1]);
   }
+  if (d < end) add(d, sums[0]);
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       T* const at = tile + r * columns.stride + column + v * kLanes<T>;
-      store(at, begin ? load(at) + sums[r][v] : sums[r][v]);
+      const Vec<T> sum = sums[0][r][v] + sums[1][r][v];
+      store(at, begin ? load(at) + sum : sum);
     }
   }
 }
@@ -38,22 +47,22 @@ void add_product_columns(const T* centered, int64_t count, int64_t begin, int64_
                          int64_t column, T* tile) {
   int64_t row = 0;
   for (; row + kRegisterRows <= count; row += kRegisterRows)
-    add_products<kRegisterRows, kVectors>(centered + row * kBlockedDims, begin, end, columns, column,
+    add_products<kRegisterRows, kVectors>(centered + row * kTerms, begin, end, columns, column,
                                           tile + row * columns.stride);
   for (; row < count; ++row)
-    add_products<1, kVectors>(centered + row * kBlockedDims, begin, end, columns, column, tile + row * columns.stride);
+    add_products<1, kVectors>(centered + row * kTerms, begin, end, columns, column, tile + row * columns.stride);
 }
 
 // tile[r, j] = (x - m)(y - m) for j >= first_column, norms[r] = |x - m|^2.
 template <class T>
 void products(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile, T* norms) {
-  T centered[kTileRows * kBlockedDims];
+  T centered[kTileRows * kTerms];
   for (int64_t r = 0; r < rows.count; ++r) norms[r] = 0;
-  for (int64_t begin = 0; begin < rows.dim; begin += kBlockedDims) {
-    const int64_t count = rows.dim - begin < kBlockedDims ? rows.dim - begin : kBlockedDims;
+  for (int64_t begin = 0; begin < rows.dim; begin += kTerms) {
+    const int64_t count = rows.dim - begin < kTerms ? rows.dim - begin : kTerms;
     for (int64_t r = 0; r < rows.count; ++r) {
       const T* const means = rows.means + r * rows.dim + begin;
-      T* const to = centered + r * kBlockedDims;
+      T* const to = centered + r * kTerms;
       Vec<T> norm{};
       int64_t d = 0;
       for (; d + kLanes<T> <= count; d += kLanes<T>) {
@@ -78,14 +87,15 @@ void products(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_co
 
 // |x - y|^2 of kRows rows and a vector of columns, from what `products` left in their tile; false: not exact enough.
 template <int kRows, class T>
-CSDIV_INLINE bool squares_of_products(const T* variances, const T* norms, const Stripe<T>& columns, int64_t column,
-                                      const T* tile, Vec<T> (&squares)[kRows][1]) {
+CSDIV_INLINE bool squares_of_products(int64_t dim, const T* variances, const T* norms, const Stripe<T>& columns,
+                                      int64_t column, const T* tile, Vec<T> (&squares)[kRows][1]) {
   const Vec<T> column_norms = load(columns.norms + column), column_variances = load(columns.variances + column);
+  const T fits = dim < kFewDims ? kProductFitsOfFew : kProductFits;
   IntVec<T> wrong{};
   for (int r = 0; r < kRows; ++r) {
     const Vec<T> sum_of_norms = norms[r] + column_norms, c = variances[r] + column_variances;
     squares[r][0] = sum_of_norms - 2 * load(tile + r * columns.stride + column);
-    wrong |= sum_of_norms > kProductFits * maximum<T>(2 * c, squares[r][0]);
+    wrong |= sum_of_norms > fits * maximum<T>(2 * c, squares[r][0]);
   }
   return !any<T>(wrong);
 }

@@ -18,10 +18,11 @@ constexpr bool is_spherical(Form form) {
   return form == Form::kSpherical || form == Form::kSphericalTiedRows;
 }
 
-// sum_d delta^2, times 1 / c unless spherical, of kRows rows against kVectors vectors of columns.
+// sum_d delta^2, times 1 / c unless spherical, of kRows rows against kVectors vectors of columns; over dimensions
+// [first, last), at most kTerms^2.
 template <Form kForm, int kRows, int kVectors, class T>
 CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
-                                  Vec<T> (&quadratic)[kRows][kVectors]) {
+                                  int64_t first, int64_t last, Vec<T> (&quadratic)[kRows][kVectors]) {
   const int64_t dim = rows.dim, stride = columns.stride;
   const T* const row_means = rows.means + row * dim;
   const T* const row_precisions = kForm == Form::kTiedColumns ? rows.precisions + row * dim : nullptr;
@@ -29,8 +30,8 @@ CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Str
   const T* const column_precisions = kForm == Form::kTiedRows ? columns.precisions + column : nullptr;
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) quadratic[r][v] = Vec<T>{};
-  for (int64_t begin = 0; begin < dim; begin += kBlockedDims) {
-    const int64_t end = begin + kBlockedDims < dim ? begin + kBlockedDims : dim;
+  for (int64_t begin = first; begin < last; begin += kTerms) {
+    const int64_t end = begin + kTerms < last ? begin + kTerms : last;
     Vec<T> sums[kRows][kVectors] = {};
     for (int64_t d = begin; d < end; ++d) {
       Vec<T> means[kVectors], precisions[kVectors];
@@ -51,6 +52,35 @@ CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Str
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) quadratic[r][v] += sums[r][v];
   }
+}
+
+// The same over dimensions from kTerms^2 on, added; seldom needed.
+template <Form kForm, int kRows, int kVectors, class T>
+[[gnu::noinline]] void add_more_dims(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                                     Vec<T> (&quadratic)[kRows][kVectors]) {
+  constexpr int64_t kDims = kTerms * kTerms;
+  for (int64_t begin = kDims; begin < rows.dim; begin += kDims) {
+    Vec<T> sums[kRows][kVectors];
+    const int64_t end = begin + kDims < rows.dim ? begin + kDims : rows.dim;
+    quadratic_forms<kForm>(rows, row, columns, column, begin, end, sums);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) quadratic[r][v] += sums[r][v];
+  }
+}
+
+// The same over all dimensions.
+template <Form kForm, int kRows, int kVectors, class T>
+CSDIV_INLINE void quadratic_forms(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column,
+                                  Vec<T> (&quadratic)[kRows][kVectors]) {
+  constexpr int64_t kDims = kTerms * kTerms;
+  quadratic_forms<kForm>(rows, row, columns, column, 0, rows.dim < kDims ? rows.dim : kDims, quadratic);
+  if (rows.dim <= kDims) return;
+  Vec<T> totals[kRows][kVectors];   // a copy: `quadratic` itself stays in registers
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) totals[r][v] = quadratic[r][v];
+  add_more_dims<kForm>(rows, row, columns, column, totals);
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) quadratic[r][v] = totals[r][v];
 }
 
 // c = s + t, which all dimensions have, and what rounding took from it: D log c magnifies that.
@@ -126,7 +156,8 @@ void logits_of_products(const RowTile<T>& rows, int64_t row, Stripe<T> columns, 
   for (int r = 0; r < kRows; ++r) row_norms[r] = norms[row + r];
   for (int64_t column = first_column; column < columns.padded; column += kLanes<T>) {
     Vec<T> squares[kRows][1];
-    if (!squares_of_products(spherical.variances, row_norms, columns, column, tile + row * columns.stride, squares))
+    if (!squares_of_products(rows.dim, spherical.variances, row_norms, columns, column, tile + row * columns.stride,
+                             squares))
       quadratic_forms<kForm>(rows, row, columns, column, squares);
     store_logits<kForm>(rows, row, spherical, columns, column, squares, tile);
   }
@@ -178,7 +209,7 @@ void spherical_variances(const RowTile<T>& rows, int64_t row, const Stripe<T>& c
   for (int64_t j = grads.first_column; j < columns.padded; j += kLanes<T>) {
     Vec<T> quadratic[kRows][1] = {}, column_sum{};
     if (grads.variances_wanted &&
-        !(columns.centered && squares_of_products(spherical.variances, norms + row, columns, j,
+        !(columns.centered && squares_of_products(rows.dim, spherical.variances, norms + row, columns, j,
                                                   products + row * columns.stride, quadratic)))
       quadratic_forms<Form::kSpherical>(rows, row, columns, j, quadratic);
     for (int r = 0; r < kRows; ++r) {

@@ -68,24 +68,30 @@ CSDIV_INLINE void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<
   const int64_t dim = rows.dim, factors = kFast ? (dim + kGroup - 1) / kGroup : dim;
   const PairTerms<T> terms{rows.means + row * dim, rows.variances + row * dim, dim,
                            columns.means + column, columns.variances + column, columns.stride};
+  constexpr int64_t kBlock = kFast ? kTerms * kGroup : kTerms;   // dimensions
   Sum sums[kRows];
-  Vec<T> quadratic[kRows];
+  Vec<T> quadratic[kRows], totals[kRows];
   for (int r = 0; r < kRows; ++r) {
     sums[r] = Sum(rows.exponents[row + r], factors);
-    quadratic[r] = Vec<T>{};
+    quadratic[r] = totals[r] = Vec<T>{};
   }
-  for (int64_t begin = 0; begin < dim; begin += kBlockedDims) {
-    const int64_t end = begin + kBlockedDims < dim ? begin + kBlockedDims : dim;
+  for (int64_t begin = 0; begin < dim; begin += kBlock) {
+    const int64_t end = begin + kBlock < dim ? begin + kBlock : dim;
     add_dims<kFast, kRows>(terms, begin, end, sums);
     for (int r = 0; r < kRows; ++r) {
       quadratic[r] += sums[r].quadratic;
       sums[r].quadratic = Vec<T>{};
     }
+    if (end % (kTerms * kBlock) != 0) continue;
+    for (int r = 0; r < kRows; ++r) {
+      totals[r] += quadratic[r];
+      quadratic[r] = Vec<T>{};
+    }
   }
   const Vec<T> log_weights = load(columns.log_weights + column);
   for (int r = 0; r < kRows; ++r) {
-    sums[r].quadratic = quadratic[r];
-    Vec<T> logits = log_weights - T(0.5) * (quadratic[r] + sums[r].log_determinant());
+    sums[r].quadratic = totals[r] + quadratic[r];
+    Vec<T> logits = log_weights - T(0.5) * (sums[r].quadratic + sums[r].log_determinant());
     if constexpr (!kFast) logits = log_weights == -T(__builtin_inf()) ? log_weights : logits;
     store(tile + (row + r) * columns.stride + column, logits);
   }

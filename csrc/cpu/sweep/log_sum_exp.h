@@ -8,14 +8,14 @@
 
 namespace csdiv::cpu {
 
-// The sum is exp(max) * sum where max is finite, and sum itself otherwise; NaN stays in sum.
+// The sum is exp(max) * sum where both are finite, and sum itself otherwise: infinity and NaN stay in it.
 struct LogSumExp {
   double max = -std::numeric_limits<double>::infinity();
   double sum = 0;
 
   void add(double other_max, double other_sum) {
     const double top = other_max > max ? other_max : max;
-    sum = sum * scale(max, top) + other_sum * scale(other_max, top);
+    sum = scaled(sum, max, top) + scaled(other_sum, other_max, top);
     max = top;
   }
 
@@ -32,7 +32,9 @@ struct LogSumExp {
   double value() const { return (std::isfinite(max) ? max : 0.0) + std::log(sum); }
 
  private:
-  static double scale(double from, double to) { return from == to ? 1.0 : std::exp(from - to); }
+  static double scaled(double sum, double from, double to) {
+    return from == to || !std::isfinite(sum) ? sum : sum * std::exp(from - to);
+  }
 };
 
 // Sums that several tasks make the parts of.

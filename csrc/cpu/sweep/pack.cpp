@@ -12,7 +12,9 @@ namespace {
 constexpr int64_t kMinSphericalDim = 9;   // below, the logarithm of each pair costs more than its dimensions save
 constexpr int64_t kMaxStructuredDim = 1 << 16;   // exponents times dim, and scale exponents, are exact in float
 constexpr int64_t kMinProductDim = 16;           // below, sums of squares are as fast
+constexpr int64_t kMaxProductDim = 1024;         // above, products add too many numbers in one accumulator
 constexpr int64_t kMinProductBytes = 64;         // of a vector: shorter ones have ports of their own for differences
+constexpr int64_t kNormTerms = 4;                // dimensions that a norm has in one accumulator
 constexpr int64_t kCenterSample = 16;            // columns of a stripe that its center is the mean of: any will do
 constexpr int64_t kLane = 16;                    // numbers that an array is a multiple of
 
@@ -78,7 +80,7 @@ PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weight
       precision_dims_(form_ == Form::kTiedRows            ? problem.dim
                       : form_ == Form::kSphericalTiedRows ? 1
                                                           : 0),
-      products_(products == Products::kYes && problem.dim >= kMinProductDim &&
+      products_(products == Products::kYes && problem.dim >= kMinProductDim && problem.dim <= kMaxProductDim &&
                 tile_kernels<T>().lanes * int64_t(sizeof(T)) >= kMinProductBytes &&
                 (form_ == Form::kSpherical || form_ == Form::kSphericalTiedRows)),
       stripe_size_((2 * problem.dim + 1) * stride_ + (precision_dims_ ? (precision_dims_ + 1) * stride_ : 0) +
@@ -164,6 +166,7 @@ void PackedColumns<T>::pack_centered(int64_t dim, T* center, Stripe<T>& stripe) 
   T* const centered = center + ceil_div(dim, kLane) * kLane;
   T* const norms = centered + dim * stride_;
   const int64_t step = ceil_div(stripe.count, kCenterSample);
+  double sums[kMaxStride] = {};
   std::fill_n(norms, stride_, T(0));
   for (int64_t d = 0; d < dim; ++d) {
     const T* const means = stripe.means + d * stride_;
@@ -175,7 +178,11 @@ void PackedColumns<T>::pack_centered(int64_t dim, T* center, Stripe<T>& stripe) 
       centered[d * stride_ + j] = mean;
       norms[j] += mean * mean;
     }
+    if ((d + 1) % kNormTerms != 0) continue;
+    for (int64_t j = 0; j < stride_; ++j) sums[j] += norms[j];
+    std::fill_n(norms, stride_, T(0));
   }
+  for (int64_t j = 0; j < stride_; ++j) norms[j] = T(sums[j] + norms[j]);
   stripe.center = center;
   stripe.centered = centered;
   stripe.norms = norms;
