@@ -54,12 +54,14 @@ def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
 
 def _gives_gradients(operator: Operator, backend: str, tensors: _Tensors) -> bool:
     """Whether gradients are to come with the values. Those of rows read the values of the upstream gradient: on a GPU
-    the call would wait for them, and a fake tensor has none. For one row they are quicker made than scaled."""
+    the call would wait for them, and a fake tensor has none. For a batch of one row each they are quicker made than
+    scaled."""
     if operator.at_once == "rows":
         means = tensors[0]
-        if means is None or type(means) not in (Tensor, torch.nn.Parameter) or means.shape[-2] == 1:
+        if means is None or type(means) not in (Tensor, torch.nn.Parameter):
             return False
-        return backend in ("auto", "cpu") and means.device.type == "cpu"
+        of_one = means.ndim > 2 and means.shape[-2] == 1
+        return not of_one and backend in ("auto", "cpu") and means.device.type == "cpu"
     return operator.at_once == "scalars"
 
 

@@ -211,7 +211,8 @@ def cs_regularizer(
     prior = as_mixture(prior, "prior")
     dtype = computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
     log_variances = log_variances.to(dtype)
-    prior_self_overlap = known_self_overlap(prior_self_overlap, widen(prior), "prior", backend)
+    prior = widen(prior)
+    prior_self_overlap = known_self_overlap(prior_self_overlap, prior, "prior", backend)
     # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
     capped = log_variances.clamp(max=85.0 if dtype == torch.float32 else 700.0)
     if _has_steep_codes(capped):

@@ -154,12 +154,12 @@ class Route(NamedTuple):
         if (operands := self._operands()) is None:
             return self._by_component()._evaluate(name, others)
         p, q, log_det = operands
-        operator = self._operator(name)
         if log_det is not None:
-            log_det = log_det.reshape(log_det.shape + (1,) * len(operator.outputs[0].sizes))
+            log_det = log_det.reshape(log_det.shape + (1,) * len(OPERATORS[name].outputs[0].sizes))
         if self.eager:
-            sides = (p, q) if operator.q else (p,)
+            sides = (p, q) if OPERATORS[name].q else (p,)
             return reference.FORMULAS[name](*sides, *others), None, log_det
+        operator = self._operator(name)
         value, offset = autograd.parts(operator.name, self.backend, *_tensors(operator, p, q), *others)
         return value, offset, log_det
 
