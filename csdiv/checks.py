@@ -141,7 +141,7 @@ def checked_weights(means: Tensor, **kinds: Any) -> dict[str, Tensor]:
         return {name: t}
     if name == "logits":
         return {"log_weights": normalised(t)}
-    t = t.to(computing_dtype(t.dtype))
+    t = t.to(computing_dtype(torch.promote_types(t.dtype, means.dtype)))  # before the logarithm rounds
     return {"weights": t, "log_weights": log_of_weights(t)}
 
 

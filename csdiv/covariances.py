@@ -87,6 +87,27 @@ def components(p: GaussianMixture) -> Components:
     return Components(p.means, p.variances, covariances, p.log_weights)
 
 
+def without_absent(p: GaussianMixture) -> GaussianMixture:
+    """p with N(0, I) for its components of weight zero, so that their parameters take no part in what is to come.
+
+    A covariance that components share is the identity where all of them have weight zero.
+    """
+    if p.log_weights is None:
+        return p
+    absent = p.log_weights == -math.inf
+    if p.device.type == "cpu" and has_values(absent) and not bool(absent.any()):
+        return p
+    values = {name: getattr(p, name) for name in ("means", "weights", "log_weights")}
+    values["means"] = torch.where(absent.unsqueeze(-1), 0.0, p.means)
+    if has_one_covariance(p):
+        absent = absent.all(-1, keepdim=True)
+    if p.variances is not None:
+        return p._unchecked(**values, variances=torch.where(absent.unsqueeze(-1), 1.0, p.variances))
+    eye = torch.eye(p.dim, dtype=p.dtype, device=p.device)
+    spreads = {name: t for name in ("scale_tril", "factor", "covariance_matrix") if (t := getattr(p, name)) is not None}
+    return p._unchecked(**values, **{n: torch.where(absent[..., None, None], eye, t) for n, t in spreads.items()})
+
+
 def matrices(p: GaussianMixture) -> Components:
     """p with covariance matrices and given log weights, as the operators for full covariances take them."""
     wide = components(p)
@@ -163,6 +184,8 @@ def _centre(p: GaussianMixture, q: GaussianMixture) -> Tensor:
     items has one; else of all. Neither side is copied for it."""
     few, many = sorted((q, p), key=lambda side: side.means.shape[:-2].numel())
     means, stride = few.means.detach(), -(-few.num_components // SAMPLE)
+    if means.numel() == 0:
+        return full_like_device(means, (1, few.dim), 0.0)
     means = torch.where(_counts(few) & means.isfinite(), means, math.nan)[..., ::stride, :]
     batch = many.means.shape[:-2]
     if broadcast(means.shape[:-2], batch) != batch:

@@ -40,7 +40,7 @@ from csdiv.pairs import (
 from csdiv.transforms import has_values
 
 _LOG_4PI = math.log(4.0 * math.pi)
-_STEEP = -20.0
+_STEEP, _CAP = -20.0, 85.0
 
 
 def cs_divergence(
@@ -211,12 +211,12 @@ def cs_regularizer(
     prior = as_mixture(prior, "prior")
     dtype = computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
     log_variances = log_variances.to(dtype)
+    if dtype == torch.float32 and _are_extreme(log_variances):
+        log_variances = log_variances.double()
     prior = widen(prior)
     prior_self_overlap = known_self_overlap(prior_self_overlap, prior, "prior", backend)
     # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
-    capped = log_variances.clamp(max=85.0 if dtype == torch.float32 else 700.0)
-    if _has_steep_codes(capped):
-        capped = capped.double()  # the gradient to s may overflow where that to log s, s times it, does not
+    capped = log_variances.clamp(max=_CAP if log_variances.dtype == torch.float32 else 700.0)
     codes = GaussianMixture._unchecked(means=means, variances=capped.exp())  # B may be 0
     codes, prior = as_pair(codes, prior, "means", "prior")
     row_lse, offset = row_overlap(codes, prior, backend)
@@ -228,12 +228,17 @@ def cs_regularizer(
     return (own + constant - cross).to(dtype)
 
 
-def _has_steep_codes(log_variances: Tensor) -> bool:
-    """Whether codes are so narrow that float32 gradients to their variances may overflow; known on CPUs alone."""
-    if log_variances.dtype != torch.float32 or not log_variances.requires_grad or not torch.is_grad_enabled():
-        return False
+def _are_extreme(log_variances: Tensor) -> bool:
+    """Whether codes are so wide or, for gradients, so narrow that float32 may overflow; known on CPUs alone.
+
+    The gradient to a variance s may overflow where that to log s, s times it, does not.
+    """
     known = log_variances.device.type == "cpu" and has_values(log_variances) and log_variances.numel() > 0
-    return known and bool(log_variances.detach().min() < _STEEP)
+    if not known:
+        return False
+    least, largest = torch.aminmax(log_variances.detach())
+    narrow = log_variances.requires_grad and torch.is_grad_enabled() and bool(least < _STEEP)
+    return narrow or bool(largest > _CAP)
 
 
 def log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
@@ -253,10 +258,11 @@ def pointwise_log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") 
 def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """See :meth:`GaussianMixture.responsibilities`."""
     codes, p = as_pair(points(x), p, "x", "p")
-    logits = pairwise_log_overlap(codes, p, backend=backend)
+    logits = route(codes, p, backend).value("pairwise")
     if p.log_weights is not None:
         logits = reference.weighted(logits, p.log_weights.unsqueeze(-2))
-    return logits.clamp(max=torch.finfo(logits.dtype).max).softmax(-1)  # infinite densities share equally
+    shares = logits.clamp(max=torch.finfo(logits.dtype).max).softmax(-1)  # infinite densities share equally
+    return shares.to(p.means.dtype)
 
 
 def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from csdiv.covariances import (
     log_weights,
     matrices,
     whitened,
+    without_absent,
 )
-from csdiv.mixture import GaussianMixture
+from csdiv.mixture import MATRICES, GaussianMixture
 from csdiv.operators import OPERATORS, Operator
 from csdiv.reference import Components
 from csdiv.shapes import broadcast
@@ -115,18 +117,17 @@ class Route(NamedTuple):
     def parts(self, name: str, *others: Tensor) -> tuple[Tensor, Tensor | None]:
         """The value of an operator, float64 if a side is full; what is to be added to it in float64, if anything."""
         value, offset, shift = self._evaluate(name, others)
-        return value if shift is None else value - shift, offset
+        return _shifted(value, shift), offset
 
     def value(self, name: str, *others: Tensor) -> Tensor:
         """Both parts together."""
         value, offset, shift = self._evaluate(name, others)
-        value = value if offset is None else value + offset
-        return value if shift is None else value - shift
+        return _shifted(value if offset is None else value + offset, shift)
 
     def assign(self) -> Tensor:
         if self.transposed:
             return self._of_pairs().argmax(-1)
-        if (operands := self._operands()) is None:
+        if (operands := self._operands("assign")) is None:
             return self._by_component().assign()
         p, q, _ = operands
         if self.eager:
@@ -145,18 +146,20 @@ class Route(NamedTuple):
         """The value, the offset, and what is to be subtracted. ``others`` are the tensors of neither side."""
         if others and self.formula != DIAGONAL:
             raise NotImplementedError(f"{name}: diagonal covariances expected")  # others are not whitened
-        if name in _FROM_ROWS.get(self.formula, ()):
+        if name in _FROM_ROWS.get(self.formula, ()) and not self.eager:
             return self._log_overlap(), None, None
         if self.transposed:
             if name == "overlap_lse":
                 return reference.logsumexp(self._of_pairs(), -1), None, None
             return self.swapped().value(name).mT, None, None
-        if (operands := self._operands()) is None:
+        if (operands := self._operands(name)) is None:
             return self._by_component()._evaluate(name, others)
         p, q, log_det = operands
         if log_det is not None:
             log_det = log_det.reshape(log_det.shape + (1,) * len(OPERATORS[name].outputs[0].sizes))
         if self.eager:
+            if name in _FROM_ROWS.get(self.formula, ()):
+                name = "log_overlap"
             sides = (p, q) if OPERATORS[name].q else (p,)
             return reference.FORMULAS[name](*sides, *others), None, log_det
         operator = self._operator(name)
@@ -174,26 +177,56 @@ class Route(NamedTuple):
         pairwise = self.swapped().value("pairwise").mT
         return reference.weighted(pairwise, _log_weights(self.q, pairwise).unsqueeze(-2))
 
-    def _operands(self) -> tuple[Components, Components, Tensor | None] | None:
+    def _operands(self, name: str) -> tuple[Components, Components, Tensor | None] | None:
         """Both sides, and the log determinant of whitening; None where components are too far apart for it."""
         if self.formula == DIAGONAL:
             p, q = (Components(side.means, side.variances, None, side.log_weights) for side in (self.p, self.q))
             return p, q, None
+        operator = OPERATORS[name]
         wide_p = self.p.map(torch.Tensor.double)
         wide_q = wide_p if self.q is self.p else self.q.map(torch.Tensor.double)
+        given = wide_p.log_weights, wide_q.log_weights
+        if operator.channels:  # what has no weight in any channel counts nothing
+            wide_p, wide_q = (_with_strongest_channel(side) for side in (wide_p, wide_q))
+        same = wide_p is wide_q
+        if "log_weights" in operator.p:
+            wide_p = without_absent(wide_p)
+        wide_q = wide_p if same else without_absent(wide_q)
+        found = self._in_formula(wide_p, wide_q)
+        if found is None or not operator.channels:
+            return found
+        p, q, log_det = found
+        return p._replace(log_weights=given[0]), q._replace(log_weights=given[1]), log_det
+
+    def _in_formula(
+        self, p: GaussianMixture, q: GaussianMixture
+    ) -> tuple[Components, Components, Tensor | None] | None:
         if self.formula == WHITENED:
-            return whitened(wide_p, wide_q)
+            return whitened(p, q)
         if self.formula == FACTORED:
-            return *factored(wide_p, wide_q), None
-        p = matrices(wide_p)
-        return p, p if wide_p is wide_q else matrices(wide_q), None
+            return *factored(p, q), None
+        full = matrices(p)
+        return full, full if p is q else matrices(q), None
 
     def _operator(self, name: str) -> Operator:
         return OPERATORS[_PREFIXES.get(self.formula, "") + name]
 
 
+def _with_strongest_channel(p: GaussianMixture) -> GaussianMixture:
+    """p, whose log weights are those of channels, with the largest of each component."""
+    assert p.log_weights is not None
+    log_weights = p.log_weights.amax(-2)
+    spreads = {name: getattr(p, name) for name in ("variances", *MATRICES)}
+    return p._unchecked(means=p.means, log_weights=log_weights, **spreads)
+
+
+def _shifted(value: Tensor, shift: Tensor | None) -> Tensor:
+    """Their difference, without a gradient to the shift where the value is −inf."""
+    return value if shift is None else torch.where(value == -math.inf, -math.inf, value - shift)
+
+
 def _log_weights(p: GaussianMixture, like: Tensor) -> Tensor:
-    return log_weights(p).to(like.dtype)
+    return log_weights(p.map(lambda t: t.to(like.dtype)))
 
 
 def _tensors(operator: Operator, p: Components, q: Components) -> list[Tensor | None]:
@@ -224,13 +257,13 @@ def _by_component(p: GaussianMixture, q: GaussianMixture, backend: str, eager: b
         if not has_any or dim > limit:
             have = f"full covariances up to D = {limit}, got D = {dim}" if has_any else "no full covariances"
             raise NotImplementedError(f'backend "{backend}" has {have}: take backend="auto" or "reference"')
+    one_of_p, one_of_q = has_one_covariance(p), has_one_covariance(q)
     if eager or dim > limit:
-        if has_one_covariance(p):
-            return Route(FACTORED, p, q, backend, True)
-        transposed = has_one_covariance(q)
-        return Route(FACTORED if transposed else FULL, p, q, backend, True, transposed)
-    given = is_points(p) and has_factor(q) and backends.has("factored_overlap_lse", backend, p.device)
-    return Route(FACTORED if given else FULL, p, q, backend, False)
+        transposed = one_of_q and not one_of_p
+        return Route(FACTORED if one_of_p or one_of_q else FULL, p, q, backend, True, transposed)
+    given = (is_points(p) and has_factor(q)) or (one_of_p and one_of_q and (has_factor(p) or has_factor(q)))
+    native = backends.has("factored_overlap_lse", backend, p.device)
+    return Route(FACTORED if given and native else FULL, p, q, backend, False)
 
 
 def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
@@ -251,7 +284,8 @@ def row_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[T
     row_lse, offset = route(p, q, backend).parts("overlap_lse")
     if q.weights is not None:
         total = row_lse if offset is None else row_lse + offset
-        missing = weights.correction(q, total, lambda absent: route(p, absent, backend).value("overlap_lse"))
+        rows = p.detach()
+        missing = weights.correction(q, total, lambda absent: route(rows, absent, backend).value("overlap_lse"))
         row_lse = row_lse if missing is None else row_lse + missing.to(row_lse.dtype)
     return row_lse, offset
 

@@ -138,7 +138,9 @@ def _log_normal_diagonal(delta: Tensor, c: Tensor) -> Tensor:
     """Equation (4). ``delta`` (*batch, N, M, D), ``c`` broadcastable to it; zero and overflow go to their limits."""
     c = c.expand(broadcast(c.shape, delta.shape))
     z = delta.detach() / c.detach().sqrt()
-    far = (z * z).isinf() & (c >= 0)  # the exponent is −inf: cut, so that no gradient is 0 · inf
+    far = ((z * z).isinf() | (c.isinf() & ~delta.isnan())) & (
+        c >= 0
+    )  # the exponent is −inf: cut, so that no gradient is 0 · inf
     same = (c == 0) & (delta == 0)  # two points at one place: +inf, unless another dimension is far
     c = torch.where(far | same, 1.0, c)
     z = torch.where(far | same, 0.0, delta) / c.sqrt()

@@ -40,8 +40,10 @@ def correction(p: GaussianMixture, log_sum: Tensor, overlap: Callable[[GaussianM
 
 def _zero_weights(p: GaussianMixture) -> Tensor | None:
     """Which weights are zero, if any may be and a derivative may be asked for."""
-    backward = p.weights is not None and p.weights.requires_grad and torch.is_grad_enabled()
-    if p.weights is None or not (backward or transforms.forward_level() >= 0):
+    if p.weights is None:
+        return None
+    backward = p.weights.requires_grad and torch.is_grad_enabled()
+    if not (backward or transforms.transforms_active() or transforms.forward_level() >= 0):
         return None
     zero = p.weights == 0.0
     if p.device.type == "cpu" and transforms.has_values(p.weights) and not bool(zero.any()):

@@ -81,7 +81,7 @@ def test_the_form_is_that_of_what_variances_share(
     sides = []
     for name, batch in zip((p, q), batches, strict=True):
         variances = torch.ones(*(batch if name != "points" else ()), *SHAPES[name])
-        sides.append(arrays.make_side(False, False, torch.zeros(*batch, 3, 2), variances))
+        sides.append(arrays.make_side(False, torch.zeros(*batch, 3, 2), variances))
     problem = module._packed(arrays.flattened(arrays.Problem(*sides)))
     own = problem.with_itself(problem.p)
     assert (problem.form(), problem.form(rows_of_q=True), own.form()) == forms

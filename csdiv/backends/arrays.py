@@ -30,10 +30,8 @@ class Side(NamedTuple):
     tied: bool = False  # variances that all components of an item have
 
 
-def make_side(full: bool, wanted: bool, means: Tensor, spread: Tensor, log_weights: Tensor | None = None) -> Side:
-    """``spread`` is variances, or covariances of a full side; ``wanted``: its gradient is."""
-    if not wanted and spread.ndim > 2 and 0 in spread.stride():
-        spread = _as_shared(spread)
+def make_side(full: bool, means: Tensor, spread: Tensor, log_weights: Tensor | None = None) -> Side:
+    """``spread`` is variances, or covariances of a full side."""
     own, items = means.shape[:-2], spread.shape[: -3 if full else -2]
     if items != own or (log_weights is not None and log_weights.shape[:-1] != own):
         own = broadcast(own, items, *([] if log_weights is None else [log_weights.shape[:-1]]))
@@ -45,14 +43,6 @@ def make_side(full: bool, wanted: bool, means: Tensor, spread: Tensor, log_weigh
         return Side(means, _filled(spread, shape + shape[-1:]), log_weights, own)
     same = (spread.shape[-1] == 1, spread.shape[:-1].numel() == 1, spread.shape[-2] == 1)
     return Side(means, _filled(spread, shape), log_weights, own, *same)
-
-
-def _as_shared(t: Tensor) -> Tensor:
-    """``t`` with one item in place of those that an expanded dimension repeats."""
-    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            t = t.narrow(dim, 0, 1)
-    return t
 
 
 def make_points(means: Tensor) -> Side:
@@ -128,8 +118,8 @@ class Call:
         own, full = len(operator.p), operator.full
         end = own + len(operator.q)
         self.operator = operator
-        p = p or make_side(full, needs[1], *tensors[:own])
-        q = make_side(full, needs[own + 1], *tensors[own:end]) if operator.q else p
+        p = p or make_side(full, *tensors[:own])
+        q = make_side(full, *tensors[own:end]) if operator.q else p
         self.problem = Problem(p, q)
         self._others: list[Tensor] = []
         self._grads: list[tuple[Tensor, Tensor]] = []  # each array and the tensor that it is the gradient to

@@ -74,7 +74,8 @@ class Cpu(Backend):
             (value, row_lse), outputs = outputs, outputs[1:]
             value = value.unsqueeze(-1)
             shares = (reference.weighted(row_lse, tensors[2]) - value).exp()
-            grad = grad.unsqueeze(-1) * torch.where(value == -math.inf, 0.0, shares)
+            grad = grad.unsqueeze(-1)
+            grad = torch.where((value == -math.inf) | (grad == 0.0), 0.0, grad * shares)
         arrays = [t.contiguous() for t in (grad.to(tensors[0].dtype), *outputs)]
         _run(f"cpu_{name}_backward", call, arrays)
         return call.gradients()

@@ -69,7 +69,7 @@ class Cuda(Backend):
         elif name == "full_self_overlap":
             # As rows whose own sides alone have gradients, twice: each pair's share of the total, not of its row.
             value = outputs[0].unsqueeze(-1)
-            nothing = (tensors[2] == -math.inf) | (value == -math.inf)
+            nothing = (tensors[2] == -math.inf) | (value == -math.inf) | (grad.unsqueeze(-1) == 0.0)
             grad = torch.where(nothing, 0.0, 2.0 * grad.unsqueeze(-1))
             outputs = [value - tensors[2]]
         arrays = [t.contiguous() for t in (grad.to(tensors[0].dtype), *outputs)]

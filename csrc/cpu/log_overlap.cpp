@@ -77,7 +77,8 @@ void log_overlap_backward(const Problem<T>& problem, T factor, const T* grad_val
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t i = 0; i < n; ++i) {
       const double logit = row_logit(problem, b, i, row_lse[b * n + i]);
-      const double share = logit == -INFINITY || std::isinf(values[b]) ? 0 : std::exp(logit - values[b]);
+      const bool nothing = grad_values[b] == 0 || logit == -INFINITY || std::isinf(values[b]);
+      const double share = nothing ? 0 : std::exp(logit - values[b]);
       grad_row_lse.get()[b * n + i] = share == 0 ? T(0) : T(factor * grad_values[b] * share);
     }
   }

@@ -1,0 +1,160 @@
+"""Faults that tests/fuzz.py found, each with the value that is right."""
+
+import math
+
+import pytest
+import torch
+from entries import BACKENDS, WITH_FULL
+
+import csdiv
+from csdiv import GaussianMixture, testing
+
+F64 = torch.float64
+NOTHING = torch.tensor([-math.inf])
+
+
+@pytest.mark.parametrize("backend", WITH_FULL)
+def test_an_empty_tied_overlap_has_no_gradients(backend: str) -> None:
+    """Not through the determinant of its covariance either."""
+    factor = torch.eye(2).unsqueeze(0).requires_grad_()
+    p = GaussianMixture(torch.zeros(1, 2), scale_tril=factor, log_weights=NOTHING)
+    x = torch.zeros(3, 2)
+    for value in (csdiv.log_overlap(p, backend=backend), p.log_prob(x, backend=backend)):
+        assert bool((value == -math.inf).all())
+        (grad,) = torch.autograd.grad(value.sum(), factor, retain_graph=True)
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_zero_upstream_of_a_nan_item_that_shares_a_leaf(backend: str) -> None:
+    means = torch.zeros(2, 1).requires_grad_()
+    weights = torch.tensor([0.0, math.inf])
+    q = GaussianMixture(torch.zeros(1, 1), torch.ones(1, 1))
+    p, full = (
+        GaussianMixture(means, **{name: torch.ones(shape)}, log_weights=weights)
+        for name, shape in (("variances", (2, 2, 1)), ("scale_tril", (2, 2, 1, 1)))
+    )
+    values = csdiv.log_overlap(p, q, backend=backend), *(csdiv.log_overlap(s, backend=backend) for s in (p, full))
+    for value in values:
+        assert bool(value.isnan().all())
+        assert not torch.autograd.grad(value, means, torch.zeros(2))[0].any()
+
+
+def test_derivatives_at_weights_of_zero_leave_the_points_alone() -> None:
+    means, x = torch.tensor([[0.0], [0.5]], dtype=F64), torch.zeros(1, 1, dtype=F64, requires_grad=True)
+    one = torch.ones(1, 1, dtype=F64)
+    weights = torch.tensor([1.0, 0.0], dtype=F64, requires_grad=True)
+    q = GaussianMixture(means, one, weights=weights)
+    for value in (q.log_prob(x), csdiv.cs_regularizer(x, torch.zeros_like(x), q)):
+        assert torch.autograd.grad(value.sum(), x, retain_graph=True)[0].abs().max() < 1e-16
+
+
+def test_derivatives_at_weights_of_zero_under_vmap() -> None:
+    means, x, one = torch.tensor([[0.0], [1.0]]), torch.zeros(1, 1), torch.ones(1, 1)
+    weights = torch.tensor([[1.0, 0.0]]).requires_grad_()
+    value = torch.vmap(lambda w: GaussianMixture(means, one, weights=w).log_prob(x).sum())(weights)
+    (grad,) = torch.autograd.grad(value.sum(), weights)
+    torch.testing.assert_close(grad, torch.tensor([[1.0, math.exp(-0.5)]]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_far_components_of_one_factor_are_not_squared(backend: str) -> None:
+    """Further apart than whitening takes, with a factor that its product loses."""
+    factor = torch.tensor([[[1.0, 0.0], [1.0, 1e-8]]], dtype=F64)
+    means = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=F64)
+    p = GaussianMixture(means, scale_tril=factor)
+    assert csdiv.log_overlap(p, backend=backend).item() == pytest.approx(15.196509, abs=1e-6)
+    batch = GaussianMixture(means, scale_tril=factor.expand(3, 1, 2, 2))  # which shares the means
+    assert csdiv.log_overlap(batch, backend=backend).tolist() == pytest.approx([15.196509] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", [*WITH_FULL, "auto"])
+def test_channels_of_a_batch_of_tied_covariances(backend: str) -> None:
+    p = testing.random_mixture(3, 2, batch_shape=(4,), structure="tied full", dtype=F64)
+    a, b = torch.randn(4, 2, 3, dtype=F64), torch.randn(4, 3, 3, dtype=F64)
+    a[:, :, 1] = -math.inf
+    found = csdiv.channel_log_overlap(p, p, a, b, backend=backend)
+    for c in range(2):
+        for e in range(3):
+            sides = [GaussianMixture(p.means, scale_tril=p.scale_tril, log_weights=w) for w in (a[:, c], b[:, e])]
+            torch.testing.assert_close(found[:, c, e], csdiv.log_overlap(*sides, backend=backend))
+
+
+@pytest.mark.parametrize("backend", WITH_FULL)
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_absent_component_against_full_covariances(bad: float, backend: str) -> None:
+    full = GaussianMixture(torch.zeros(2, 2), scale_tril=torch.eye(2).repeat(2, 1, 1))
+    means = torch.tensor([[bad, 0.0], [0.0, 0.0]]).requires_grad_()
+    p = GaussianMixture(means, torch.ones(2, 2), log_weights=torch.tensor([-math.inf, 0.0]))
+    value = csdiv.log_overlap(p, full, backend=backend)
+    assert value.isfinite()
+    assert not torch.autograd.grad(value, means)[0].any()
+
+
+@pytest.mark.parametrize("backend", WITH_FULL)
+@pytest.mark.parametrize("bad", [math.nan, -1.0])
+@pytest.mark.parametrize("form", ["variances", "scale_tril"])
+def test_an_absent_side_against_a_tied_covariance(form: str, bad: float, backend: str) -> None:
+    shape = (1, 1) if form == "variances" else (1, 2, 2)
+    absent = GaussianMixture._unchecked(means=torch.zeros(1, 2), log_weights=NOTHING, **{form: torch.full(shape, bad)})
+    means, factor = torch.zeros(3, 2, requires_grad=True), torch.eye(2).unsqueeze(0).requires_grad_()
+    p = GaussianMixture(means, scale_tril=factor)
+    for value in (
+        csdiv.log_overlap(p, absent, backend=backend),
+        csdiv.component_log_overlap(p, absent, backend=backend),
+    ):
+        assert bool((value == -math.inf).all())
+        grads = torch.autograd.grad(value.sum(), [means, factor], retain_graph=True)
+        assert not any(bool(g.any()) for g in grads)
+
+
+@pytest.mark.parametrize("backend", WITH_FULL)
+def test_empty_batches_of_tied_mixtures(backend: str) -> None:
+    p = GaussianMixture(torch.zeros(0, 1, 2), scale_tril=torch.eye(2)[None])
+    assert csdiv.log_overlap(p, GaussianMixture(torch.zeros(7, 2), torch.ones(1, 2)), backend=backend).shape == (0,)
+    assert csdiv.log_overlap(p, backend=backend).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_variances_that_are_expanded_over_the_batch(backend: str) -> None:
+    base = torch.ones(1, 1, 1).requires_grad_()
+    q, p = (
+        GaussianMixture(torch.zeros(3, 2), base.expand(3, 1, 1)),
+        GaussianMixture(torch.zeros(3, 2, 2), torch.ones(3, 1, 1)),
+    )
+    value = csdiv.log_overlap(p, q, backend=backend)
+    assert value.shape == (3,)
+    assert torch.autograd.grad(value.sum(), base)[0].item() == pytest.approx(-1.5)
+    assert csdiv.log_overlap(
+        GaussianMixture(torch.zeros(3, 2), torch.ones(1, 3, 2).expand(3, 3, 2)), backend=backend
+    ).shape == (3,)
+
+
+def test_weights_take_the_precision_of_the_parameters() -> None:
+    weights = torch.tensor([0.1, 0.7])
+    p = GaussianMixture(torch.zeros(2, 1, dtype=F64), torch.ones(1, 1, dtype=F64), weights=weights)
+    assert torch.equal(p.log_weights, weights.double().log())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_regularizer_of_wide_codes_far_away(requires_grad: bool) -> None:
+    """log s = 140, and a prior 1.8e18 away: as float64 has it."""
+    means, log_variances = torch.zeros(1, 1), torch.full((1, 1), 140.0, requires_grad=requires_grad)
+    prior = GaussianMixture(torch.full((1, 1), 1.8e18), torch.full((1, 1), 1e30))
+    exact = csdiv.cs_regularizer(means.double(), log_variances.double(), prior.to(F64))
+    torch.testing.assert_close(csdiv.cs_regularizer(means, log_variances, prior), exact.float(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["full", "tied full"])
+def test_nise_of_equal_mixtures_of_full_covariances(structure: str) -> None:
+    p = testing.random_mixture(7, 3, structure=structure)
+    p = GaussianMixture(p.means, scale_tril=p.scale_tril)
+    assert csdiv.nise(p, p.map(torch.clone)).abs() < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_mean_against_an_infinite_variance(backend: str) -> None:
+    infinite = torch.tensor([[math.inf]])
+    q = GaussianMixture(torch.zeros(1, 1), torch.ones(1, 1))
+    assert csdiv.log_overlap(GaussianMixture(infinite, infinite), q, backend=backend) == -math.inf
+    assert csdiv.log_overlap(GaussianMixture(infinite * math.nan, infinite), q, backend=backend).isnan()
