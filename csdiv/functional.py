@@ -8,10 +8,11 @@ the dtype of the input. Logarithms are in nats.
 
 ``backend`` is "auto", "reference", "cpu", "cuda" or "triton": :func:`csdiv.backend_status` tells which can run.
 "auto" depends on the device alone, by the table in :mod:`csdiv.backends`; the command ``csdiv info --shape N M D``
-tells its choice. Full covariances, also against others, are computed in float64 with D ≤ 32, by "cpu" and "cuda", and
-rounded to the dtype at the end; above that, and where there are no CUDA kernels, by the reference. Where p has one
-covariance, or points, "cpu" factors each component of q once; where both have one, they are whitened and cost what
-spherical ones do.
+tells its choice. Full covariances, also against others, are computed in float64 and rounded to the dtype at the end.
+Where both sides have one covariance, as points have, they are whitened and cost what spherical ones do, at any D. Where
+one side has, each component of the other is factored once. "cpu" and "cuda" have kernels for D ≤ 32; above that, and
+where there are no CUDA kernels, torch's factorisations take their place. Factors are not multiplied out against points,
+nor between two sides of one covariance ("cuda" does the former).
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Backend(abc.ABC):
     of one dtype (float32 or float64) and device, on any strides; their batch dimensions broadcast. Operators named
     ``full_…`` take covariances (*batch, K or 1, D, D) in place of variances, symmetric, with D up to
     ``csdiv.backends.MAX_FULL_DIM``, and weights that are always given; all is float64. NaN is the value where a sum of
-    two covariances is not positive definite.
+    two covariances is not positive definite. Operators named ``factored_…`` take points on one side, their means alone,
+    and on the other lower triangular factors (*batch, K or 1, D, D) of the covariances.
 
     A logarithm comes as a value and an offset, whose sum it is: a backend moves what cancels in D_CS, the scale of
     log c and constants, to the offset, where it is not rounded to float32.
@@ -56,7 +57,7 @@ class Backend(abc.ABC):
     def assign(self, name: str, tensors: Tensors) -> Tensor:
         """argmax_j of log b_j + log N(μ_i; ν_j, S_i + T_j), (*batch, N) int64; the lowest j of equal ones.
 
-        ``name`` is "assign" or "full_assign".
+        ``name`` is "assign", "full_assign" or "factored_assign".
         """
 
     def elements_of_pair(self, elements: int) -> int:
