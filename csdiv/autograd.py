@@ -177,7 +177,9 @@ def _unsqueezed(grad: Tensor, like: Tensor) -> Tensor:
 def _can_be_scaled(grads: list[Tensor], grad: Tensor) -> bool:
     """Whether the gradients times ``grad`` are right: not where one overflowed whose product with something below 1 may
     not, or is 0. Known on CPUs alone: elsewhere one would have to wait for it."""
-    if grad.device.type != "cpu" or not transforms.has_values(grad) or bool((grad.abs() >= 1.0).all()):
+    if grad.device.type != "cpu" or not transforms.has_values(grad):
+        return True
+    if abs(grad.item()) >= 1.0 if grad.ndim == 0 else bool((grad.abs() >= 1.0).all()):
         return True
     return all(math.isfinite(float(g.sum())) for g in grads)
 

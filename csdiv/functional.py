@@ -237,9 +237,8 @@ def _are_extreme(log_variances: Tensor) -> bool:
     known = log_variances.device.type == "cpu" and has_values(log_variances) and log_variances.numel() > 0
     if not known:
         return False
-    least, largest = torch.aminmax(log_variances.detach())
-    narrow = log_variances.requires_grad and torch.is_grad_enabled() and bool(least < _STEEP)
-    return narrow or bool(largest > _CAP)
+    least, largest = (t.item() for t in torch.aminmax(log_variances.detach()))
+    return largest > _CAP or (least < _STEEP and log_variances.requires_grad and torch.is_grad_enabled())
 
 
 def log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") -> Tensor:

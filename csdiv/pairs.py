@@ -144,6 +144,9 @@ class Route(NamedTuple):
 
     def _evaluate(self, name: str, others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The value, the offset, and what is to be subtracted. ``others`` are the tensors of neither side."""
+        if self.formula == DIAGONAL and not self.eager:
+            value, offset = autograd.parts(name, self.backend, *_tensors(OPERATORS[name], self.p, self.q), *others)
+            return value, offset, None
         if others and self.formula != DIAGONAL:
             raise NotImplementedError(f"{name}: diagonal covariances expected")  # others are not whitened
         if name in _FROM_ROWS.get(self.formula, ()) and not self.eager:
@@ -229,7 +232,7 @@ def _log_weights(p: GaussianMixture, like: Tensor) -> Tensor:
     return log_weights(p.map(lambda t: t.to(like.dtype)))
 
 
-def _tensors(operator: Operator, p: Components, q: Components) -> list[Tensor | None]:
+def _tensors(operator: Operator, p: Any, q: Any) -> list[Tensor | None]:
     return [getattr(p, field) for field in operator.p] + [getattr(q, field) for field in operator.q]
 
 
