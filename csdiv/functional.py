@@ -214,7 +214,7 @@ def cs_regularizer(
     log_variances = log_variances.to(dtype)
     if dtype == torch.float32 and _are_extreme(log_variances):
         log_variances = log_variances.double()
-    prior = widen(prior)
+    prior = widen(prior, dtype)
     prior_self_overlap = known_self_overlap(prior_self_overlap, prior, "prior", backend)
     # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
     capped = log_variances.clamp(max=_CAP if log_variances.dtype == torch.float32 else 700.0)

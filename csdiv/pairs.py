@@ -149,6 +149,8 @@ class Route(NamedTuple):
             return value, offset, None
         if others and self.formula != DIAGONAL:
             raise NotImplementedError(f"{name}: diagonal covariances expected")  # others are not whitened
+        if self.formula == FACTORED and not self.eager and name == "channel_overlap":
+            return self._replace(formula=FULL)._evaluate(name, others)
         if name in _FROM_ROWS.get(self.formula, ()) and not self.eager:
             return self._log_overlap(), None, None
         if self.transposed:

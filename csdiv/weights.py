@@ -57,7 +57,7 @@ def _only(p: GaussianMixture, zero: Tensor) -> GaussianMixture:
     fixed = p.detach()
     finite = fixed.means.isfinite().all(-1)
     if fixed.variances is not None:
-        finite = finite & fixed.variances.isfinite().all(-1)
+        finite = finite & (fixed.variances.isfinite() & (fixed.variances >= 0.0)).all(-1)
     else:
         assert fixed.matrices is not None
         finite = finite & fixed.matrices.isfinite().all(-1).all(-1)

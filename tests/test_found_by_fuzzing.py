@@ -158,3 +158,45 @@ def test_infinite_mean_against_an_infinite_variance(backend: str) -> None:
     q = GaussianMixture(torch.zeros(1, 1), torch.ones(1, 1))
     assert csdiv.log_overlap(GaussianMixture(infinite, infinite), q, backend=backend) == -math.inf
     assert csdiv.log_overlap(GaussianMixture(infinite * math.nan, infinite), q, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, -1.0])
+@pytest.mark.parametrize("k", [1, 2])
+def test_an_absent_side_of_any_variance(k: int, bad: float, backend: str) -> None:
+    """In the form of one variance for all columns as well."""
+    weights = torch.full((k,), -math.inf)
+    q = GaussianMixture(torch.zeros(k, 2), torch.full((1, 2), bad), log_weights=weights)
+    p = GaussianMixture(torch.zeros(2, 2).requires_grad_(), torch.ones(2, 2).requires_grad_())
+    for value in (csdiv.log_overlap(p, q, backend=backend), csdiv.component_log_overlap(p, q, backend=backend)):
+        assert bool((value == -math.inf).all())
+        grads = torch.autograd.grad(value.sum(), [p.means, p.variances])
+        assert not any(bool(g.any()) for g in grads)
+
+
+def test_a_negative_variance_of_weight_zero_leaves_the_other_derivatives() -> None:
+    means, variances = torch.zeros(3, 1), torch.tensor([[1.0], [1.0], [-1.0]])
+    p = GaussianMixture(means[:1], variances[:1])
+
+    def value(weights: torch.Tensor) -> torch.Tensor:
+        return csdiv.log_overlap(p, GaussianMixture(means, variances, weights=weights))
+
+    weights = torch.tensor([1.0, 0.0, 0.0]).requires_grad_()
+    expected = torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(torch.autograd.grad(value(weights), weights)[0], expected)
+    torch.testing.assert_close(torch.func.vjp(value, weights.detach())[1](torch.tensor(1.0))[0], expected)
+
+
+def test_regularizer_of_float64_codes_takes_a_float32_prior_in_float64() -> None:
+    prior = testing.random_mixture(5, 3)
+    means, log_variances = torch.randn(4, 3, dtype=F64), torch.randn(4, 3, dtype=F64)
+    found = csdiv.cs_regularizer(means, log_variances, prior)
+    torch.testing.assert_close(found, csdiv.cs_regularizer(means, log_variances, prior.to(F64)), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", WITH_FULL)
+def test_channels_of_factors_far_apart(backend: str) -> None:
+    p = GaussianMixture(torch.tensor([[0.0, 0.0], [1e6, 0.0]], dtype=F64), scale_tril=torch.eye(2, dtype=F64)[None])
+    a = torch.zeros(2, 2, dtype=F64)
+    found = csdiv.channel_log_overlap(p, p, a, a, backend=backend)
+    torch.testing.assert_close(found, csdiv.log_overlap(p).expand(2, 2) + 2.0 * math.log(2.0))

@@ -188,9 +188,22 @@ void PackedColumns<T>::pack_centered(int64_t dim, T* center, Stripe<T>& stripe) 
   stripe.norms = norms;
 }
 
+namespace {
+
+template <class T>
+bool any_counts(const Mixture<T>& side) {
+  return !side.log_weights || std::any_of(side.log_weights, side.log_weights + side.batch * side.n, counts<T>);
+}
+
+}   // namespace
+
 template <class T>
 RowPrecisions<T>::RowPrecisions(Problem<T>& problem) {
   if (form_of(problem) != Form::kTiedColumns) return;
+  if (!any_counts(problem.q)) {   // their variances may be anything, as those of packed columns may
+    problem.q.same_components = false;
+    return;
+  }
   Mixture<T>& p = problem.p;
   precisions_ = AlignedArray<T>(p.batch * p.n * problem.dim);
   log_determinants_ = AlignedArray<T>(p.batch * p.n);
