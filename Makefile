@@ -15,7 +15,7 @@ studies: .venv/built  ## the studies on scikit-learn's digits; reports go to run
 	$(BIN)/csdiv study faces
 
 test: .venv/built  ## every test but those that compile or train for minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: .venv/built  ## those: sanitizers, wheels, kernels for every architecture, seeded bugs, killed runs
 	$(BIN)/python -m pytest -m slow

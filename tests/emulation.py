@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -21,13 +22,16 @@ PROCESSORS = 2  # multiprocessors: so few that work is cut at the sizes of tests
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Builds the module in ``folder``, what has changed of it; its file."""
+    """Builds the module in ``folder``, what has changed of it; its file. One process at a time builds there."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     common = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options]
     configure = ["cmake", "-GNinja", "-S", str(ROOT / "tests" / "native"), "-B", str(folder), *common]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stdout + done.stderr
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(folder)]):
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stdout + done.stderr
     (module,) = folder.glob("csdiv_emulation.*.so")
     return module
 
