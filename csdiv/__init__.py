@@ -10,7 +10,7 @@ from csdiv import process  # noqa: F401 - prepares it for forks
 if TYPE_CHECKING:
     from csdiv import nn
     from csdiv.backends import BackendStatus, available_backends, backend_status
-    from csdiv.distances import channel_log_overlap, cosine_similarity, ise, mmd2, nise, renyi2_entropy
+    from csdiv.distances import cosine_similarity, ise, mmd2, nise, renyi2_entropy
     from csdiv.functional import (
         component_log_overlap,
         cs_divergence,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         warmup,
     )
     from csdiv.mixture import GaussianMixture
+    from csdiv.weightings import channel_cs_divergence, channel_log_overlap
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "GaussianMixture",
     "available_backends",
     "backend_status",
+    "channel_cs_divergence",
     "channel_log_overlap",
     "component_log_overlap",
     "cosine_similarity",
@@ -46,7 +48,8 @@ __all__ = [
 _MODULES = (
     {"GaussianMixture": "mixture"}
     | dict.fromkeys(("BackendStatus", "available_backends", "backend_status"), "backends")
-    | dict.fromkeys(("channel_log_overlap", "cosine_similarity", "ise", "mmd2", "nise", "renyi2_entropy"), "distances")
+    | dict.fromkeys(("channel_cs_divergence", "channel_log_overlap"), "weightings")
+    | dict.fromkeys(("cosine_similarity", "ise", "mmd2", "nise", "renyi2_entropy"), "distances")
 )
 
 

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from csdiv import pairs, reference
-from csdiv.checks import as_bandwidth, as_float_tensor
+from csdiv.checks import as_bandwidth
 from csdiv.covariances import components
 from csdiv.functional import cs_divergence, known_self_overlap, log_overlap
-from csdiv.mixture import MATRICES, GaussianMixture
+from csdiv.mixture import GaussianMixture
 from csdiv.pairs import MixtureLike
-from csdiv.shapes import broadcast
 
 _LOG_4PI = math.log(4.0 * math.pi)
-
-COSTS = (8, 28, 2**20)
-"""Of passes over the pairs of components, measured on CPUs, in dimensions of a pair: each costs 8 + D for a pair, or
-8 + D² with full covariances; one for all channels 28 more, and 2²⁰ for the call."""
 
 
 def renyi2_entropy(p: MixtureLike, *, backend: str = "auto") -> Tensor:
@@ -132,39 +127,6 @@ def mmd2(
     return _unscaled(scale + log_factor, (pp - pq) + (qq - pq), log).to(p.dtype)
 
 
-def channel_log_overlap(
-    p: MixtureLike, q: MixtureLike, p_log_weights: Tensor, q_log_weights: Tensor, *, backend: str = "auto"
-) -> Tensor:
-    """log V of every pair of channels: weightings c of p's components with weightings c′ of q's, equation (16).
-
-    Soft assignments, class posteriors and bags of samples are such weightings. ``log_overlap`` of a batch of mixtures
-    that share their components would go over all pairs of components C C′ times; this goes over them once, and takes
-    the sums of all channels from matrix products in float64. Where that is slower, for few channels or few pairs, it
-    goes min(C, C′) times, by a rule that depends on sizes alone; "reference" always does.
-
-    Args:
-        p, q: mixtures with N and M components; their own weights are not used.
-        p_log_weights: (*batch, C, N), as given; −inf is a weight of zero.
-        q_log_weights: (*batch, C′, M).
-        backend: see the module.
-
-    Returns:
-        (*batch, C, C′) nats.
-
-    Gradients: to means and covariances of both sides, and to the weights, in one more pass. Memory
-    O((N + M) (D + C + C′)) and a few times ``csdiv.reference.CHUNK_ELEMENTS`` numbers.
-
-    Raises: as :func:`cs_divergence`.
-    """
-    p, q = pairs.as_pair(p, q)
-    (p, p_batch), (q, q_batch) = _with_channels(p, p_log_weights, "p"), _with_channels(q, q_log_weights, "q")
-    pairs.check_batches(p_batch, q_batch, "p", "q")
-    p, q = pairs.one_dtype(p, q)
-    if _num_channels(p) < _num_channels(q):
-        return _overlap_of_channels(q, p, backend).mT
-    return _overlap_of_channels(p, q, backend)
-
-
 def _scaled_overlaps(
     p: GaussianMixture, q: GaussianMixture, backend: str, known: tuple[Tensor | None, Tensor | None] = (None, None)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,52 +169,3 @@ def _convolved(p: GaussianMixture, variance: Tensor) -> GaussianMixture:
     return GaussianMixture._unchecked(
         means=p.means, covariance_matrix=covariance, weights=p.weights, log_weights=p.log_weights
     )
-
-
-def _with_channels(p: GaussianMixture, log_weights: Tensor, name: str) -> tuple[GaussianMixture, torch.Size]:
-    """p with the log weights of its channels, (*batch, C, K), in place of its own; and *batch."""
-    log_weights = as_float_tensor(log_weights, f"{name}_log_weights")
-    if log_weights.ndim < 2 or log_weights.shape[-1] != p.num_components:
-        raise ValueError(
-            f"{name}_log_weights: (*batch, C, K) with K = {p.num_components} expected, got {tuple(log_weights.shape)}"
-        )
-    if log_weights.device != p.device:
-        raise ValueError(f"one device expected, got {name} on {p.device} and weights on {log_weights.device}")
-    pairs.check_batches(p.batch_shape, log_weights.shape[:-2], name, f"{name}_log_weights")
-    batch = broadcast(p.batch_shape, log_weights.shape[:-2])
-    full = {n: t for n in MATRICES if (t := getattr(p, n)) is not None}
-    p = GaussianMixture._unchecked(means=p.means, variances=p.variances, log_weights=log_weights, **full)
-    return p, batch
-
-
-def _num_channels(p: GaussianMixture) -> int:
-    assert p.log_weights is not None
-    return p.log_weights.shape[-2]
-
-
-def _overlap_of_channels(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
-    """log V of p's channels with q's, (*batch, C, C'), C ≥ C'."""
-    way = pairs.route(p, q, backend)
-    if way.eager or _takes_one_pass(p, q, way.formula):
-        return way.value("channel_overlap").to(p.dtype)
-    assert p.log_weights is not None
-    row_lse, offset = pairs.route(_by_channel(p), _by_channel(q), backend).parts("overlap_lse")
-    value = reference.channel_lse(p.log_weights.to(row_lse.dtype), row_lse)
-    return (value if offset is None else value + offset.mT).to(p.dtype)
-
-
-def _takes_one_pass(p: GaussianMixture, q: GaussianMixture, formula: str) -> bool:
-    """Whether one pass for all channels costs less than one for each of q's."""
-    pair, added, call = COSTS
-    pair += p.dim if formula == pairs.DIAGONAL else p.dim**2
-    batch = broadcast(p.means.shape[:-2], q.means.shape[:-2])
-    count = math.prod(batch) * p.num_components * q.num_components
-    return ((_num_channels(q) - 1) * pair - added) * count >= call
-
-
-def _by_channel(p: GaussianMixture) -> GaussianMixture:
-    """The channels of p as a batch of mixtures that share their components."""
-    full = {n: t.unsqueeze(-4) for n in MATRICES if (t := getattr(p, n)) is not None}
-    variances = None if p.variances is None else p.variances.unsqueeze(-3)
-    means = p.means.unsqueeze(-3)
-    return GaussianMixture._unchecked(means=means, variances=variances, log_weights=p.log_weights, **full)

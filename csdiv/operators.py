@@ -59,7 +59,7 @@ def _operator(
     at_once: str = "nothing",
     others: tuple[Other, ...] = (),
 ) -> Operator:
-    sides, channels = (tuple(p.split()), tuple(q.split())), name.endswith("channel_overlap")
+    sides, channels = (tuple(p.split()), tuple(q.split())), "channel_" in name
     names = tuple(f"{side}_{kind}" for side, kinds in zip("pq", sides, strict=True) for kind in kinds)
     event_dims = tuple(_EVENT_DIMS[k] + (channels and k == "log_weights") for kinds in sides for k in kinds)
     names += tuple(other.name for other in others)
@@ -76,7 +76,9 @@ _F64 = torch.float64
 _LOG, _ROW_LSE = (Output("value", "", _F64), Output("offset", "", _F64)), Output("row_lse", "N")
 _ROW_OFFSET, _OVERLAPS = Output("offset", "1", _F64), Output("overlaps", "3", _F64)  # log V(p, q), V(p, p), V(q, q)
 _DENSITIES, _INDEX = (Output("value", "NM"),), (Output("value", "N", torch.int64),)
-_CHANNELS = (Output("value", "CE", _F64), Output("offset", "CE", _F64), Output("row_lse", "NE", _F64, "p_log_weights"))
+_OF_CHANNELS = (Output("value", "CE", _F64), Output("offset", "CE", _F64))
+_CHANNELS = (*_OF_CHANNELS, Output("row_lse", "NE", _F64, "p_log_weights"))
+_OWN_CHANNELS = (*_OF_CHANNELS, Output("row_lse", "NE", _F64))
 
 _ALL = (
     _operator("overlap_lse", _PART, _MIXTURE, (_ROW_LSE, _ROW_OFFSET), "row_lse offset", "rows"),
@@ -87,11 +89,13 @@ _ALL = (
     ),
     _operator("pairwise", _PART, _PART, _DENSITIES),
     _operator("channel_overlap", _MIXTURE, _MIXTURE, _CHANNELS, "value row_lse"),
+    _operator("channel_self_overlap", _MIXTURE, "", _OWN_CHANNELS, "value row_lse"),
     _operator("assign", _PART, _MIXTURE, _INDEX),
     _operator("full_overlap_lse", _FULL_PART, _FULL_MIXTURE, (_ROW_LSE,), "row_lse"),
     _operator("full_self_overlap", _FULL_MIXTURE, "", (Output("value"), _ROW_LSE), "value row_lse"),
     _operator("full_pairwise", _FULL_PART, _FULL_PART, _DENSITIES),
     _operator("full_channel_overlap", _FULL_MIXTURE, _FULL_MIXTURE, _CHANNELS, "value row_lse"),
+    _operator("full_channel_self_overlap", _FULL_MIXTURE, "", _OWN_CHANNELS, "value row_lse"),
     _operator("full_assign", _FULL_PART, _FULL_MIXTURE, _INDEX),
     _operator("factored_overlap_lse", _POINTS, _FACTORED_MIXTURE, (_ROW_LSE,), "row_lse"),
     _operator("factored_pairwise", _POINTS, _FACTORED_PART, _DENSITIES),

@@ -160,6 +160,8 @@ class Route(NamedTuple):
         if (operands := self._operands(name)) is None:
             return self._by_component()._evaluate(name, others)
         p, q, log_det = operands
+        if self.formula == FACTORED and name == "channel_self_overlap":
+            name = "channel_overlap"  # q alone has the factors
         if log_det is not None:
             log_det = log_det.reshape(log_det.shape + (1,) * len(OPERATORS[name].outputs[0].sizes))
         if self.eager:

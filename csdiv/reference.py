@@ -126,6 +126,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "cs_divergence": cs_divergence,
     "pairwise": pairwise_log_overlap,
     "channel_overlap": channel_overlap,
+    "channel_self_overlap": lambda p: channel_overlap(p, p),
     "assign": assign,
 }
 """The value of each operator, see :mod:`csdiv.operators`, from p, q and the tensors of neither."""

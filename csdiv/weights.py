@@ -19,19 +19,22 @@ _LARGEST = 700.0
 """The largest exponent of which the exponential is finite in float64, about."""
 
 
-def correction(p: GaussianMixture, log_sum: Tensor, overlap: Callable[[GaussianMixture], Tensor]) -> Tensor | None:
+def correction(
+    p: GaussianMixture, log_sum: Tensor, overlap: Callable[[GaussianMixture], Tensor], *, channels: bool = False
+) -> Tensor | None:
     """Zeros whose gradient is what ``log_sum`` lacks of its derivative with respect to p's weights that are zero.
 
     Args:
         log_sum: log Σ_k w_k v_k, in any shape.
         overlap: the same as a function of p, whose log weights are those of the components of weight zero.
+        channels: whether p's weights are those of channels, (*batch, C, K).
 
     Returns:
         float64 in the shape of ``log_sum``; None where nothing is missing.
     """
     if (zero := _zero_weights(p)) is None:
         return None
-    absent = _only(p, zero)
+    absent = _only(p, zero, channels)
     with torch.enable_grad():
         exponent = overlap(absent).double() - log_sum.detach().double()
         share = torch.where(exponent < _LARGEST, exponent, -math.inf).exp()
@@ -51,7 +54,7 @@ def _zero_weights(p: GaussianMixture) -> Tensor | None:
     return zero
 
 
-def _only(p: GaussianMixture, zero: Tensor) -> GaussianMixture:
+def _only(p: GaussianMixture, zero: Tensor, channels: bool) -> GaussianMixture:
     """The components of weight zero, with log weights of value 0; those with parameters that are not finite are out."""
     assert p.weights is not None
     fixed = p.detach()
@@ -61,6 +64,7 @@ def _only(p: GaussianMixture, zero: Tensor) -> GaussianMixture:
     else:
         assert fixed.matrices is not None
         finite = finite & fixed.matrices.isfinite().all(-1).all(-1)
+    finite = finite.unsqueeze(-2) if channels else finite
     log_weights = torch.where(zero & finite, p.weights - p.weights.detach(), -math.inf)
     values = {name: getattr(fixed, name) for name in ("means", "variances", *MATRICES)}
     return GaussianMixture._unchecked(**values, log_weights=log_weights)

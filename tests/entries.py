@@ -40,6 +40,21 @@ def _channels_at_once(*t: Tensor, backend: str = "auto") -> Tensor:
     return pairs.route(p, q, backend).value("channel_overlap").to(p.dtype)
 
 
+def _divergences(*t: Tensor, backend: str = "auto") -> Tensor:
+    """Of two channels of p from one of q, linear weights."""
+    p, q = sides(t[0], t[1], None, t[3], t[4], None)
+    a, b = torch.stack([t[2].exp(), (2.0 * t[2]).exp()], -2), t[5].exp().unsqueeze(-2)
+    return csdiv.channel_cs_divergence(p, q, p_weights=a, q_weights=b, backend=backend)
+
+
+def _channels_of_one(*t: Tensor, backend: str = "auto") -> Tensor:
+    """Three channels of one mixture with each other, in one pass over half of the pairs."""
+    w = torch.stack([t[2], 2.0 * t[2], -t[2]], -2)
+    p = pairs.widen(GaussianMixture._unchecked(means=t[0], variances=t[1], log_weights=w))
+    way = pairs.route(p, p, backend)
+    return way.value("channel_overlap" if way.eager else "channel_self_overlap").to(p.dtype)
+
+
 ENTRIES: dict[str, tuple[int, Entry]] = {
     "cs_divergence": (6, lambda *t, backend="auto": csdiv.cs_divergence(*sides(*t), backend=backend)),
     "log_overlap": (6, lambda *t, backend="auto": csdiv.log_overlap(*sides(*t), backend=backend)),
@@ -60,6 +75,8 @@ ENTRIES: dict[str, tuple[int, Entry]] = {
     "cosine_similarity": (6, lambda *t, backend="auto": csdiv.cosine_similarity(*sides(*t), backend=backend)),
     "channel_log_overlap": (6, _channels),
     "channels at once": (6, _channels_at_once),
+    "channel_cs_divergence": (6, _divergences),
+    "channels of one mixture": (3, _channels_of_one),
 }
 """Each entry as a function of the tensors that it depends on, and how many these are."""
 

@@ -14,18 +14,19 @@ from entries import BACKENDS
 from torch import Tensor
 
 import csdiv
-from csdiv import GaussianMixture, backends, distances, reference, testing
+from csdiv import GaussianMixture, backends, reference, testing, weightings
 
 # Channels
 
 
-COSTS = {"one for all": (1, 0, 0), "one for each": (1, 2**40, 1)}
+COSTS = {"one for all": (1, 0, 0, 2**80), "one for each": (1, 2**40, 1, 2**80)}
 """What makes each of the two ways the cheaper one."""
 
 
 @pytest.fixture(params=list(COSTS))
 def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(distances, "COSTS", COSTS[request.param])
+    monkeypatch.setattr(weightings, "COSTS", COSTS[request.param])
+    monkeypatch.setattr(weightings, "SMALL", (0, 0))
     return request.param
 
 
@@ -86,7 +87,8 @@ def test_channels_go_over_the_pairs_once(backend: str, monkeypatch: pytest.Monke
         return outputs, grads
 
     monkeypatch.setattr(chosen, "forward", counted)
-    monkeypatch.setattr(distances, "COSTS", (8, 28, 10_000))
+    monkeypatch.setattr(weightings, "COSTS", (8, 28, 10_000, 2**80))
+    monkeypatch.setattr(weightings, "SMALL", (0, 0))
     p, q, a, b = mixture(30, 8), mixture(50, 8), torch.randn(7, 5, 30), torch.randn(4, 50)
     with torch.no_grad():
         csdiv.channel_log_overlap(p, q, a, b, backend=backend)
@@ -159,9 +161,16 @@ def test_channels_stay_within_the_budget(scale: float, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_channels_are_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    p, q = mixture(403, 8, dtype=dtype), mixture(1900, 8, dtype=dtype)
-    a, b = torch.randn(7, 403, dtype=dtype), torch.randn(5, 1900, dtype=dtype)
+@pytest.mark.parametrize("small", [(0, 0), weightings.SMALL])
+@pytest.mark.parametrize("sizes", [(403, 1900, 7, 5), (403, 37, 3, 10), (403, 512, 20, 3), (37, 256, 2, 2)])
+def test_channels_are_the_same_bits_for_any_number_of_threads(
+    sizes: tuple[int, ...], small: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weightings, "SMALL", small)
+    monkeypatch.setattr(weightings, "COSTS", COSTS["one for all"])
+    n, m, c, e = sizes
+    p, q = mixture(n, 8, dtype=dtype), mixture(m, 8, dtype=dtype)
+    a, b = torch.randn(c, n, dtype=dtype), torch.randn(e, m, dtype=dtype)
     runs = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ LAYERS = {
     "models": {"nn", "distances", "functional", "mixture"},
     "testing": {"functional", "mixture", "reference"},
     "nn": {"checks", "functional", "mixture"},
+    "weightings": {"pairs", "mixture", "checks", "shapes", "transforms", "reference", "weights"},
     "distances": {"checks", "covariances", "functional", "mixture", "pairs", "reference", "shapes"},
     "functional": {"backends", "checks", "mixture", "pairs", "reference", "transforms"},
     "pairs": {

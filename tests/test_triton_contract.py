@@ -23,7 +23,7 @@ from contract import (
 from triton_marks import NAME, interpreted
 
 import csdiv
-from csdiv import backends, distances, testing
+from csdiv import backends, testing, weightings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # NumPy's, of infinities and NaN
 
@@ -71,7 +71,8 @@ def test_the_chosen_cases_cover_the_kernels() -> None:
 
 @interpreted
 def test_channels_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distances, "COSTS", (1, 0, 0))
+    monkeypatch.setattr(weightings, "COSTS", (1, 0, 0, 2**80))
+    monkeypatch.setattr(weightings, "SMALL", (0, 0))
     p, q = (testing.random_mixture(k, 3, dtype=torch.float64).map(lambda t: t.requires_grad_()) for k in (5, 6))
     a, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     values = [csdiv.channel_log_overlap(p, q, a, b, backend=backend) for backend in (NAME, "reference")]
