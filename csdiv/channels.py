@@ -165,7 +165,9 @@ def log_product_gradients(
         torch.matmul(scaled, w, out=grad_x).mul_(e)
     if of_y:
         grad_y = _product(scaled.mT, e.mT).mul_(w)
-    for c in () if inexact is None else _channels_with(inexact):
+    if inexact is None:
+        return grad_x, grad_y
+    for c in _channels_with(inexact):
         weight, (own, upstream, taken) = y[..., c : c + 1, :], (t[..., c : c + 1] for t in (value, grad, inexact))
         shares = torch.where(taken & (weight != -math.inf), upstream * (x + weight - own).exp(), 0.0)
         if of_x:
@@ -269,7 +271,7 @@ def _in_units(sides: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     leave the range.
     """
     logs = [t.abs().log2() for t in sides[1::2]]
-    middle = sum(t.mean(dtype=torch.float64) for t in logs) / len(logs)
+    middle = torch.stack([t.mean(dtype=torch.float64) for t in logs]).mean()
     if not math.isfinite(_limits(middle)[0]):
         middles = [torch.where(t.isfinite(), t, math.nan).nanmean(dtype=torch.float64) for t in logs]
         middle = torch.stack(middles).nanmean().nan_to_num(0.0)

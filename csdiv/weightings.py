@@ -184,15 +184,16 @@ def _joined(p: GaussianMixture, q: GaussianMixture) -> GaussianMixture | None:
 def _overlaps(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """log V of p's channels with q's, (*batch, C, C'), in float64 where the backend has it."""
     value = _without_zeros(p, q, backend)
-    for side, other, transposed in ((p, q, False), (q, p, True)):
+    for side, other, swapped in ((p, q, False), (q, p, True)):
         if side.weights is not None:
-            found = value.mT if transposed else value
-            fixed = other.detach()
-            missing = weights.correction(
-                side, found, lambda absent, fixed=fixed: _without_zeros(absent, fixed, backend), channels=True
-            )
+            fixed, log_sum = other.detach(), value.mT if swapped else value
+
+            def overlap(absent: GaussianMixture, fixed: GaussianMixture = fixed) -> Tensor:
+                return _without_zeros(absent, fixed, backend)
+
+            missing = weights.correction(side, log_sum, overlap, channels=True)
             if missing is not None:
-                value = value + (missing.mT if transposed else missing).to(value.dtype)
+                value = value + (missing.mT if swapped else missing).to(value.dtype)
     return value
 
 
@@ -225,9 +226,9 @@ def _without_zeros(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tens
 def _is_small(p: GaussianMixture, q: GaussianMixture, route: pairs.Route) -> bool:
     """Whether :func:`_of_all_pairs` may be tried: few pairs, and values to be read without waiting for a GPU."""
     components, count = SMALL
-    if route.eager or max(p.num_components, q.num_components) > components or p.device.type != "cpu":
+    if route.eager or p.device.type != "cpu" or not has_values(p.means) or forward_level() >= 0:
         return False
-    return _num_pairs(p, q) <= count and has_values(p.means) and forward_level() < 0
+    return max(p.num_components, q.num_components) <= components and _num_pairs(p, q) <= count
 
 
 def _num_pairs(p: GaussianMixture, q: GaussianMixture) -> int:
@@ -290,22 +291,26 @@ def _way(p: GaussianMixture, q: GaussianMixture, route: pairs.Route) -> str:
     pair += p.dim if route.formula == pairs.DIAGONAL else p.dim**2
     half, channels = 0.5 if q is p else 1.0, (_num_channels(p), _num_channels(q))
     count = _num_pairs(p, q)
-    costs = {ONE: call + half * (pair + added) * count, EACH: pair * count * channels[1]}
-    calls *= half * math.prod(channels)
-    if calls < min(costs.values()) and _can_be_split(p) and _can_be_split(q):
-        costs[SPLIT] = calls + half * pair * _num_weights(p) * _num_weights(q)
-    return min(costs, key=lambda way: costs[way])
+    way, cost = EACH, float(pair * count * channels[1])
+    if (one := call + half * (pair + added) * count) <= cost:
+        way, cost = ONE, one
+    all_calls = calls * half * math.prod(channels)
+    if all_calls < cost and _can_be_split(p) and _can_be_split(q):
+        split = all_calls + half * pair * _num_weights(p) * _num_weights(q)
+        way = SPLIT if split < cost else way
+    return way
 
 
 def _can_be_split(p: GaussianMixture) -> bool:
     """Whether p has no batch, and values to be read without waiting for a GPU."""
     assert p.log_weights is not None
-    return p.device.type == "cpu" and not _batch_shape(p) and has_values(p.log_weights)
+    return p.device.type == "cpu" and has_values(p.log_weights) and not _batch_shape(p)
 
 
 def _num_weights(p: GaussianMixture) -> int:
     """How many weights of all channels are not zero."""
-    return int((p.log_weights != -math.inf).sum())
+    assert p.log_weights is not None
+    return int(p.log_weights.ne(-math.inf).sum())
 
 
 def _split(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:

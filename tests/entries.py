@@ -43,7 +43,7 @@ def _channels_at_once(*t: Tensor, backend: str = "auto") -> Tensor:
 def _divergences(*t: Tensor, backend: str = "auto") -> Tensor:
     """Of two channels of p from one of q, linear weights."""
     p, q = sides(t[0], t[1], None, t[3], t[4], None)
-    a, b = torch.stack([t[2].exp(), (2.0 * t[2]).exp()], -2), t[5].exp().unsqueeze(-2)
+    a, b = torch.stack([-t[2], -2.0 * t[2]], -2), -t[5].unsqueeze(-2)
     return csdiv.channel_cs_divergence(p, q, p_weights=a, q_weights=b, backend=backend)
 
 

@@ -162,7 +162,7 @@ def test_channels_stay_within_the_budget(scale: float, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("small", [(0, 0), weightings.SMALL])
-@pytest.mark.parametrize("sizes", [(403, 1900, 7, 5), (403, 37, 3, 10), (403, 512, 20, 3), (37, 256, 2, 2)])
+@pytest.mark.parametrize("sizes", [(403, 1900, 7, 5), (403, 512, 7, 5)])
 def test_channels_are_the_same_bits_for_any_number_of_threads(
     sizes: tuple[int, ...], small: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
