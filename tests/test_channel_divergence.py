@@ -210,3 +210,22 @@ def test_channels_in_tiles_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     expected = divergences(p, p, a, a)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16)
     check(csdiv.channel_cs_divergence(p, p_weights=a), expected, [*leaves, a])
+
+
+@on_every_backend
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("distance", [18.0, 40.0])
+def test_channels_in_float32_whose_sums_underflow_there(distance: float, backend: str) -> None:
+    """Terms e^-162 and e^-800 of the largest: as float64 exponentials, and as logarithms."""
+    means = distance * torch.arange(4, dtype=torch.float32).unsqueeze(-1) + torch.rand(4, 2)
+    (p,), leaves = leaves_of(GaussianMixture(means, torch.full((1, 1), 0.5)))
+    labels = torch.eye(4).log().clamp(min=-300.0)
+    found = csdiv.channel_log_overlap(p, None, labels, backend=backend)
+    (wide,), wide_leaves = leaves_of(p.to(torch.float64))
+    pairwise = csdiv.pairwise_log_overlap(wide, wide, backend="reference") + labels.double()[:, None, :, None]
+    expected = torch.logsumexp((pairwise + labels.double()[None, :, None, :]).flatten(-2), -1)
+    close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    upstream = torch.linspace(-1.0, 2.0, 16).view(4, 4)
+    grads = torch.autograd.grad(found, leaves, upstream)
+    exact = torch.autograd.grad(expected, wide_leaves, upstream.double())
+    close([g.double() for g in grads], list(exact), rtol=1e-4, atol=1e-4)
