@@ -157,11 +157,13 @@ class Route(NamedTuple):
             if name == "overlap_lse":
                 return reference.logsumexp(self._of_pairs(), -1), None, None
             return self.swapped().value(name).mT, None, None
+        if self.formula == FACTORED and OPERATORS[name].channels:
+            if not self.eager:
+                return self._replace(formula=FULL)._evaluate(name, others)
+            name = "channel_overlap"  # q alone has the factors
         if (operands := self._operands(name)) is None:
             return self._by_component()._evaluate(name, others)
         p, q, log_det = operands
-        if self.formula == FACTORED and name == "channel_self_overlap":
-            name = "channel_overlap"  # q alone has the factors
         if log_det is not None:
             log_det = log_det.reshape(log_det.shape + (1,) * len(OPERATORS[name].outputs[0].sizes))
         if self.eager:

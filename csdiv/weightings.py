@@ -241,7 +241,8 @@ def _of_all_pairs(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tenso
     not finite."""
     wide = p.map(torch.Tensor.double)
     other = wide if q is p else q.map(torch.Tensor.double)
-    logits = pairs.route(wide, other, backend).value("pairwise")
+    bare = [GaussianMixture._unchecked(**{name: t for name, t, _ in _components(side)}) for side in (wide, other)]
+    logits = pairs.route(bare[0], bare[0 if q is p else 1], backend).value("pairwise")
     largest = logits.detach().amax((-2, -1), keepdim=True)
     sides = [wide] if q is p else [wide, other]
     log_weights = [t for side in sides if (t := side.log_weights) is not None]
