@@ -41,11 +41,25 @@ def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
         return lower_factor(q if is_points(p) else p)
     if p is q and p.covariance_matrix is None:
         return math.sqrt(2.0) * lower_factor(p)
-    if (has_factor(p) and q.variances is None) or (has_factor(q) and p.variances is None):
-        given = [lower_factor(side) for side in (p, q)]
+    if (has_factor(p) and not _has_edge(q)) or (has_factor(q) and not _has_edge(p)):
+        given = [_roots(side) if side.matrices is None else lower_factor(side) for side in (p, q)]
         shape = broadcast(*(t.shape for t in given))
         return triangular(torch.cat([t.expand(shape) for t in given], -1))
     return cholesky(reference.matrices(components(p)) + reference.matrices(components(q)))
+
+
+def _has_edge(p: GaussianMixture) -> bool:
+    """Whether p has variances of zero that want a gradient, which their square roots do not have."""
+    if p.variances is None or not p.variances.requires_grad:
+        return False
+    return not (p.device.type == "cpu" and has_values(p.variances) and bool((p.variances > 0.0).all()))
+
+
+def _roots(p: GaussianMixture) -> Tensor:
+    """The diagonal factor of variances."""
+    assert p.variances is not None
+    roots = reference.nan_if_negative(p.variances).sqrt()
+    return torch.diag_embed(roots.expand(*roots.shape[:-1], p.dim))
 
 
 def _lower(matrices: Tensor) -> Tensor:
@@ -68,8 +82,11 @@ def cholesky(covariances: Tensor) -> Tensor:
 
 
 def is_points(p: GaussianMixture) -> bool:
-    """Whether p was made of points, which have no covariance."""
-    return p.structure == "points"
+    """Whether p has points, made as such or with variances of zero, as far as these may decide: not if they want a
+    gradient."""
+    if p.structure == "points" or p.variances is None or p.variances.requires_grad:
+        return p.structure == "points"
+    return p.device.type == "cpu" and has_values(p.variances) and not bool(p.variances.any())
 
 
 def has_factor(p: GaussianMixture) -> bool:
@@ -128,21 +145,22 @@ def factored(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Compon
 def has_one_covariance(p: GaussianMixture) -> bool:
     """Whether all components have the same, as points have."""
     if p.variances is not None:
-        return p.variances.shape[-2] == 1
+        return p.variances.shape[-2] == 1 or is_points(p)
     assert p.matrices is not None
     return p.matrices.shape[-3] == 1
 
 
 def can_be_whitened(p: GaussianMixture, q: GaussianMixture) -> bool:
     """Not if a side has several covariances, or if a batch of them shares means, which would be copied for each."""
-    if not (has_one_covariance(p) and has_one_covariance(q)):
-        return False
+    return has_one_covariance(p) and has_one_covariance(q) and shares_no_means(p, q, p) and shares_no_means(p, q, q)
+
+
+def shares_no_means(p: GaussianMixture, q: GaussianMixture, side: GaussianMixture) -> bool:
+    """Whether the means of ``side`` have all batch dimensions that the covariances of p and q have."""
     spreads = [(p.variances, p.matrices), (q.variances, q.matrices)]
     items = [t.shape[:-event] for both in spreads for t, event in zip(both, (2, 3), strict=True) if t is not None]
-    if not any(items):
-        return True
-    batch = broadcast(*items)
-    return all(broadcast(side.means.shape[:-2], batch) == side.means.shape[:-2] for side in (p, q))
+    own = side.means.shape[:-2]
+    return not any(items) or broadcast(own, *items) == own
 
 
 def whitened(p: GaussianMixture, q: GaussianMixture) -> tuple[Components, Components, Tensor] | None:

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from csdiv import backends, reference
+from csdiv import backends, reference, weights
 from csdiv.checks import as_float_tensor, computing_dtype
 from csdiv.mixture import GaussianMixture, Points
 from csdiv.pairs import (
@@ -258,10 +258,13 @@ def pointwise_log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") 
 def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
     """See :meth:`GaussianMixture.responsibilities`."""
     codes, p = as_pair(points(x), p, "x", "p")
-    logits = route(codes, p, backend).value("pairwise")
+    densities = route(codes, p, backend).value("pairwise")
+    logits = densities
     if p.log_weights is not None:
         logits = reference.weighted(logits, p.log_weights.unsqueeze(-2))
     shares = logits.clamp(max=torch.finfo(logits.dtype).max).softmax(-1)  # infinite densities share equally
+    if (missing := weights.share_correction(p, densities, logits)) is not None:
+        shares = (shares + missing) / (1.0 + missing.sum(-1, keepdim=True))
     return shares.to(p.means.dtype)
 
 

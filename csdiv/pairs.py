@@ -18,6 +18,7 @@ from csdiv.covariances import (
     is_points,
     log_weights,
     matrices,
+    shares_no_means,
     whitened,
     without_absent,
 )
@@ -149,14 +150,13 @@ class Route(NamedTuple):
             return value, offset, None
         if others and self.formula != DIAGONAL:
             raise NotImplementedError(f"{name}: diagonal covariances expected")  # others are not whitened
-        if self.formula == FACTORED and not self.eager and name == "channel_overlap":
-            return self._replace(formula=FULL)._evaluate(name, others)
         if name in _FROM_ROWS.get(self.formula, ()) and not self.eager:
             return self._log_overlap(), None, None
         if self.transposed:
             if name == "overlap_lse":
                 return reference.logsumexp(self._of_pairs(), -1), None, None
-            return self.swapped().value(name).mT, None, None
+            value = self.swapped().value(name)
+            return value.mT if OPERATORS[name].outputs[0].sizes else value, None, None
         if self.formula == FACTORED and OPERATORS[name].channels:
             if not self.eager:
                 return self._replace(formula=FULL)._evaluate(name, others)
@@ -197,10 +197,11 @@ class Route(NamedTuple):
         given = wide_p.log_weights, wide_q.log_weights
         if operator.channels:  # what has no weight in any channel counts nothing
             wide_p, wide_q = (_with_strongest_channel(side) for side in (wide_p, wide_q))
-        same = wide_p is wide_q
-        if "log_weights" in operator.p:
-            wide_p = without_absent(wide_p)
-        wide_q = wide_p if same else without_absent(wide_q)
+        if "log_weights" in (operator.q or operator.p):
+            same = wide_p is wide_q
+            wide_q = without_absent(wide_q)
+            if "log_weights" in operator.p:
+                wide_p = wide_q if same else without_absent(wide_p)
         found = self._in_formula(wide_p, wide_q)
         if found is None or not operator.channels:
             return found
@@ -270,9 +271,10 @@ def _by_component(p: GaussianMixture, q: GaussianMixture, backend: str, eager: b
     if eager or dim > limit:
         transposed = one_of_q and not one_of_p
         return Route(FACTORED if one_of_p or one_of_q else FULL, p, q, backend, True, transposed)
-    given = (is_points(p) and has_factor(q)) or (one_of_p and one_of_q and (has_factor(p) or has_factor(q)))
-    native = backends.has("factored_overlap_lse", backend, p.device)
-    return Route(FACTORED if given and native else FULL, p, q, backend, False)
+    of_one = one_of_p and one_of_q and (has_factor(p) or has_factor(q)) and shares_no_means(p, q, q)
+    given = of_one or (is_points(p) and has_factor(q))
+    native = given and backends.has_factors(backend, p.device)
+    return Route(FACTORED if native else FULL, p, q, backend, False)
 
 
 def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:

@@ -41,6 +41,22 @@ def correction(
         return share - share.detach()
 
 
+def share_correction(p: GaussianMixture, densities: Tensor, logits: Tensor) -> Tensor | None:
+    """Zeros whose gradient is that of w_k N_k / Σ_j w_j N_j to p's weights that are zero, the sum held fixed.
+
+    Args:
+        densities: (*batch, N, K) log N_k of each row. logits: the same with the log weights.
+
+    Returns:
+        float64 (*batch, N, K); None where nothing is missing.
+    """
+    if p.weights is None or (zero := _zero_weights(p)) is None:
+        return None
+    exponent = densities.detach().double() - logits.detach().double().logsumexp(-1, keepdim=True)
+    factor = torch.where(zero.unsqueeze(-2) & (exponent < _LARGEST), exponent, -math.inf).exp()
+    return factor * (p.weights - p.weights.detach()).unsqueeze(-2)
+
+
 def _zero_weights(p: GaussianMixture) -> Tensor | None:
     """Which weights are zero, if any may be and a derivative may be asked for."""
     if p.weights is None:

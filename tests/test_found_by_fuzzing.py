@@ -64,8 +64,6 @@ def test_far_components_of_one_factor_are_not_squared(backend: str) -> None:
     means = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=F64)
     p = GaussianMixture(means, scale_tril=factor)
     assert csdiv.log_overlap(p, backend=backend).item() == pytest.approx(15.196509, abs=1e-6)
-    batch = GaussianMixture(means, scale_tril=factor.expand(3, 1, 2, 2))  # which shares the means
-    assert csdiv.log_overlap(batch, backend=backend).tolist() == pytest.approx([15.196509] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("backend", [*WITH_FULL, "auto"])
@@ -200,3 +198,59 @@ def test_channels_of_factors_far_apart(backend: str) -> None:
     a = torch.zeros(2, 2, dtype=F64)
     found = csdiv.channel_log_overlap(p, p, a, a, backend=backend)
     torch.testing.assert_close(found, csdiv.log_overlap(p).expand(2, 2) + 2.0 * math.log(2.0))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dim", [2, 40])
+@pytest.mark.parametrize("structure", ["diagonal", "points", "tied full"])
+def test_several_covariances_against_one_in_batches(structure: str, dim: int, backend: str) -> None:
+    """In the order of the batch, and each component without weight with its own covariance."""
+    p = testing.random_mixture(4, dim, batch_shape=(2, 2), structure="full", dtype=F64)
+    q = testing.random_mixture(5, dim, batch_shape=(2, 2), structure=structure, dtype=F64)
+    q = q if structure != "diagonal" else GaussianMixture(q.means, q.variances[..., :1, :], log_weights=q.log_weights)
+    p.log_weights[..., 1] = -math.inf
+    for entry in ("log_overlap", "component_log_overlap", "pairwise_log_overlap"):
+        for sides in ((p, q), (q, p)):
+            found = getattr(csdiv, entry)(*sides, backend=backend)
+            torch.testing.assert_close(found, testing.eager(entry, *sides), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_variances_of_zero_are_points_to_a_factor(shape: tuple[int, int], backend: str) -> None:
+    factor = torch.tensor([[[1.0, 0.0], [1.0, 1e-9]]], dtype=F64)
+    x = GaussianMixture(torch.zeros(3, 2, dtype=F64), torch.zeros(shape, dtype=F64))
+    for k in (1, 3):
+        q = GaussianMixture(torch.zeros(k, 2, dtype=F64), scale_tril=factor.repeat(k, 1, 1))
+        found = csdiv.component_log_overlap(x, q, backend=backend)
+        assert found.tolist() == pytest.approx([18.885388770537] * 3, rel=1e-12)
+
+
+def test_gradients_to_variances_beside_a_factor() -> None:
+    """Of S = s I and T = R Rᵀ, also at s = 0, which square roots have no derivative at."""
+    factor = torch.tensor([[[1.0, 0.0], [0.5, 0.7]]], dtype=F64)
+    q = GaussianMixture(torch.zeros(2, 2, dtype=F64), scale_tril=factor)
+    wide = GaussianMixture(q.means, covariance_matrix=factor @ factor.mT)
+    for s in (0.0, 0.3):
+        leaf = torch.full((1, 1), s, dtype=F64, requires_grad=True)
+        p = GaussianMixture(torch.ones(1, 2, dtype=F64), leaf)
+        grads = [torch.autograd.grad(csdiv.log_overlap(p, side), leaf)[0] for side in (q, wide)]
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "tied full", "full"])
+def test_derivatives_of_responsibilities_at_weights_of_zero(structure: str) -> None:
+    p = testing.random_mixture(4, 2, structure=structure, dtype=F64, generator=torch.Generator().manual_seed(1))
+    x, given = torch.randn(3, 2, dtype=F64), torch.tensor([0.5, 0.0, 0.5, 0.0], dtype=F64)
+    spread = {"variances": p.variances} if p.variances is not None else {"scale_tril": p.scale_tril}
+
+    def value(weights: torch.Tensor) -> torch.Tensor:
+        shares = GaussianMixture(p.means, weights=weights, **spread).responsibilities(x)
+        return (shares * torch.arange(12, dtype=F64).view(3, 4).cos()).sum()
+
+    (grad,) = torch.autograd.grad(value(given.requires_grad_()), given)
+    step, given = 1e-5, given.detach()
+    for k in range(4):
+        one = step * torch.eye(4, dtype=F64)[k]
+        difference = (-3.0 * value(given) + 4.0 * value(given + one) - value(given + 2.0 * one)) / (2.0 * step)
+        assert grad[k].item() == pytest.approx(difference.item(), rel=1e-5, abs=1e-7)

@@ -22,7 +22,7 @@ LAYERS = {
     "nn": {"checks", "functional", "mixture"},
     "weightings": {"pairs", "mixture", "checks", "shapes", "transforms", "reference", "weights"},
     "distances": {"checks", "covariances", "functional", "mixture", "pairs", "reference", "shapes"},
-    "functional": {"backends", "checks", "mixture", "pairs", "reference", "transforms"},
+    "functional": {"backends", "checks", "mixture", "pairs", "reference", "transforms", "weights"},
     "pairs": {
         "autograd",
         "backends",

@@ -44,6 +44,7 @@ class _Registered(NamedTuple):
     status: Callable[[], BackendStatus]
     device: str | None  # the kind of device that it computes on, None: CPUs and CUDA devices
     full: bool  # whether it has full covariances, up to MAX_FULL_DIM
+    factors: bool  # whether it takes factors of them against points
 
 
 _registered: dict[str, _Registered] = {}
@@ -57,6 +58,7 @@ def register(
     *,
     device: str | None = None,
     full: bool = False,
+    factors: bool = False,
     status: Callable[[], BackendStatus] = lambda: BackendStatus(True, ""),
 ) -> None:
     """Adds a backend, or replaces the one of this name.
@@ -66,6 +68,7 @@ def register(
         load: gives the backend; called when it is first needed.
         device: the kind of device whose tensors it computes on, "cpu" or "cuda"; default both.
         full: whether it has the operators for full covariances, with D ≤ ``MAX_FULL_DIM``.
+        factors: whether it has those named "factored_…" as well; else factors are multiplied out for it.
         status: whether it can run here. By default it can.
 
     Raises:
@@ -73,7 +76,7 @@ def register(
     """
     if name == "auto":
         raise ValueError('name: any but "auto" expected')
-    _registered[name] = _Registered(functools.cache(load), status, device, full)
+    _registered[name] = _Registered(functools.cache(load), status, device, full, factors)
     resolve.cache_clear()
 
 
@@ -116,6 +119,11 @@ def has_full(name: str) -> bool:
     return _registered[name].full
 
 
+def has_factors(name: str, device: torch.device) -> bool:
+    """Whether a backend, or the one that "auto" prefers on ``device``, has kernels for factors against points."""
+    return _registered[AUTO[device.type][0][0] if name == "auto" else name].factors
+
+
 @functools.cache
 def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
     """The backend that computes ``operator``, "": any, on ``device``.
@@ -152,11 +160,6 @@ def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
             return resolve("reference", device)
         raise NotImplementedError(f'backend "{name}" has no {operator}: take backend="auto" or "reference"')
     return backend
-
-
-def has(operator: str, name: str, device: torch.device) -> bool:
-    """Whether the backend of this name, or the one that "auto" takes on the device, computes an operator."""
-    return operator not in resolve(name, device).lacks
 
 
 def _first_able(device: torch.device) -> str:
@@ -272,7 +275,7 @@ def _module(name: str) -> Callable[[], Backend]:
     return lambda: importlib.import_module(f"csdiv.backends.{name}").backend
 
 
-register("reference", _module("reference"), full=True)
-register("cpu", _module("cpu"), device="cpu", full=True, status=_native_status)
+register("reference", _module("reference"), full=True, factors=True)
+register("cpu", _module("cpu"), device="cpu", full=True, factors=True, status=_native_status)
 register("cuda", _module("cuda"), device="cuda", full=True, status=_cuda_status)
 register("triton", _module("triton"), device="cuda", status=_triton_status)
