@@ -180,7 +180,9 @@ def cs_regularizer(
 
     Args:
         means: (*batch, B, D) code means.
-        log_variances: (*batch, B, D) log s; finite results for ±200 in float32, with prior variances up to 1e30.
+        log_variances: (*batch, B, D) log s; finite results for ±200 in float32, with prior variances up to 1e30. So are
+            gradients on the CPU; in ``torch.func``, ``torch.compile`` and on GPUs, where values decide nothing, float32
+            may overflow in those of codes below −20 beside a prior as narrow.
         prior: a GaussianMixture, a :class:`csdiv.nn.GaussianMixturePrior` or a torch distribution; K components.
         prior_self_overlap: (*batch,) ``csdiv.log_overlap(prior)`` computed before, which skips the K² self term.
             To compute it every n steps only, use :class:`csdiv.nn.SelfOverlapExpansion`. A detached one is for priors
@@ -261,7 +263,8 @@ def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend
     densities = route(codes, p, backend).value("pairwise")
     logits = densities
     if p.log_weights is not None:
-        logits = reference.weighted(logits, p.log_weights.unsqueeze(-2))
+        log_weights = torch.where(p.log_weights == math.inf, math.nan, p.log_weights)
+        logits = reference.weighted(logits, log_weights.unsqueeze(-2))
     shares = logits.clamp(max=torch.finfo(logits.dtype).max).softmax(-1)  # infinite densities share equally
     if (missing := weights.share_correction(p, densities, logits)) is not None:
         shares = (shares + missing) / (1.0 + missing.sum(-1, keepdim=True))

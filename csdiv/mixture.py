@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,15 @@ class GaussianMixture:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, ({name: t for name in _FIELDS if (t := getattr(self, name)) is not None},)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GaussianMixture:
+        values = {name: t for name in _FIELDS if (t := getattr(self, name)) is not None}
+        if self.weights is not None:
+            del values["log_weights"]
+        copied = copy.deepcopy(values, memo)
+        if self.weights is not None:  # of which the logarithms are no leaf, which torch would not copy
+            copied["log_weights"] = log_of_weights(copied["weights"])
+        return self._unchecked(**copied)
 
     def __repr__(self) -> str:
         batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
@@ -406,16 +416,19 @@ def _restore(values: dict[str, Tensor]) -> GaussianMixture:
     return GaussianMixture._unchecked(**values)
 
 
-def _flatten(mixture: GaussianMixture) -> tuple[list[Any], None]:
-    return [getattr(mixture, name) for name in _FIELDS], None
+def _flatten(mixture: GaussianMixture) -> tuple[list[Any], str]:
+    """The tensors that there are, and their names."""
+    names = [name for name in _FIELDS if getattr(mixture, name) is not None]
+    return [getattr(mixture, name) for name in names], " ".join(names)
 
 
-def _unflatten(values: Any, context: None) -> GaussianMixture:
-    return GaussianMixture._unchecked(**dict(zip(_FIELDS, values, strict=True)))
+def _unflatten(values: Any, names: str) -> GaussianMixture:
+    return GaussianMixture._unchecked(**dict(zip(names.split(), values, strict=True)))
 
 
-def _flatten_with_keys(mixture: GaussianMixture) -> tuple[list[tuple[Any, Any]], None]:
-    return [(pytree.GetAttrKey(name), getattr(mixture, name)) for name in _FIELDS], None
+def _flatten_with_keys(mixture: GaussianMixture) -> tuple[list[tuple[Any, Any]], str]:
+    values, names = _flatten(mixture)
+    return [(pytree.GetAttrKey(name), t) for name, t in zip(names.split(), values, strict=True)], names
 
 
 pytree.register_pytree_node(

@@ -1,5 +1,6 @@
 """Faults that tests/fuzz.py found, each with the value that is right."""
 
+import copy
 import math
 
 import pytest
@@ -254,3 +255,41 @@ def test_derivatives_of_responsibilities_at_weights_of_zero(structure: str) -> N
         one = step * torch.eye(4, dtype=F64)[k]
         difference = (-3.0 * value(given) + 4.0 * value(given + one) - value(given + 2.0 * one)) / (2.0 * step)
         assert grad[k].item() == pytest.approx(difference.item(), rel=1e-5, abs=1e-7)
+
+
+def test_a_mixture_is_an_argument_of_torch_func() -> None:
+    """Its gradient is a mixture; tensors that were not given are no leaves."""
+    p = testing.random_mixture(3, 2, dtype=F64)
+    found = torch.func.grad(csdiv.log_overlap)(p)
+    leaves = p.map(lambda t: t.clone().requires_grad_())
+    expected = torch.autograd.grad(csdiv.log_overlap(leaves), leaves._tensors())
+    torch.testing.assert_close(found._tensors(), list(expected))
+
+
+def test_deepcopy_of_linear_weights_that_want_gradients() -> None:
+    weights = torch.tensor([0.5, 0.0], requires_grad=True)
+    p = GaussianMixture(torch.zeros(2, 1), torch.ones(1, 1), weights=weights)
+    copied = copy.deepcopy(p)
+    assert torch.equal(copied.weights, weights)
+    assert copied.weights is not weights
+    (grad,) = torch.autograd.grad(csdiv.log_overlap(copied), copied.weights)
+    torch.testing.assert_close(grad, torch.autograd.grad(csdiv.log_overlap(p), weights)[0])
+
+
+def test_an_infinite_log_weight_makes_responsibilities_nan() -> None:
+    p = GaussianMixture(torch.zeros(2, 2), torch.ones(2, 2), log_weights=torch.tensor([0.0, math.inf]))
+    assert bool(p.responsibilities(torch.zeros(1, 2)).isnan().all())
+
+
+def test_components_without_weight_do_not_set_the_scale() -> None:
+    """Of float32 sums on the CPU, by their variances: errors are as without them."""
+    g = torch.Generator().manual_seed(0)
+    p = GaussianMixture(torch.randn(40, 64, generator=g), torch.rand(40, 64, generator=g) + 0.5)
+    means, variances = torch.randn(8, 64, generator=g), torch.rand(8, 64, generator=g) + 0.5
+    log_weights = torch.zeros(8)
+    log_weights[3:] = -math.inf
+    variances[3:] = 1e30
+    q = GaussianMixture(means, variances, log_weights=log_weights)
+    kept = GaussianMixture(means[:3], variances[:3], log_weights=log_weights[:3])
+    for function in (csdiv.component_log_overlap, csdiv.cs_divergence):
+        torch.testing.assert_close(function(p, q, backend="cpu"), function(p, kept, backend="cpu"), rtol=3e-7, atol=0)

@@ -52,10 +52,13 @@ ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(si
   for (int64_t item = 0; item < side.batch; ++item) {
     SumOfLog2 log2;
     const T* const variances = side.variances + item * side.n * dim;
-    if (step == 1 && different == dim)
+    const T* const log_weights = side.log_weights ? side.log_weights + item * side.n : nullptr;
+    if (step == 1 && different == dim && !log_weights) {
       log2.add(variances, side.n * dim);
-    else
-      for (int64_t k = 0; k < side.n; k += step) log2.add(variances + k * dim, different);
+    } else {
+      for (int64_t k = 0; k < side.n; k += step)
+        if (!log_weights || counts(log_weights[k])) log2.add(variances + k * dim, different);
+    }
     const double mean = log2.count ? 1 + log2.sum / double(log2.count) : 0;
     exponents_.get()[item] = 2 * std::llround(0.5 * mean * double(dim));
   }

@@ -7,7 +7,8 @@
 namespace csdiv::cpu {
 
 // Gives a side its scale exponents, for as long as this lives: per item an even integer near the mean of
-// sum_d log2(2 s_d) over its components, evenly spaced ones where they are many: any value near it serves.
+// sum_d log2(2 s_d) over its components that have a weight, of evenly spaced ones where they are many: any value near
+// it serves.
 template <class T>
 class ScaleExponents {
  public:
