@@ -15,8 +15,9 @@ import time
 import numpy as np
 import torch
 from fuzz_cases import ENTRIES, Case, draw
-from fuzz_expected import Expected, wide
+from fuzz_expected import Expected
 from fuzz_truth import LD, Array
+from fuzz_values import PQ, wide
 from torch import Tensor
 
 from csdiv import GaussianMixture, testing
@@ -94,15 +95,10 @@ def evaluate(case: Case, upstream: Tensor) -> tuple[Tensor, tuple[Tensor, ...] |
     if case.mode == "vjp":
         value, pull = torch.func.vjp(function, *(t.detach() for t in wanted))
         return value, pull(upstream)
-    if case.mode == "vmap":
-        value = torch.vmap(lambda own: case.call(own))(leaves)
-    else:
-        value = function(*wanted)
+    value = torch.vmap(case.call)(leaves) if case.mode == "vmap" else function(*wanted)
     if not value.requires_grad:  # of pairs there are none to weights
         return value, tuple(torch.zeros_like(t) for t in wanted)
-    return value.detach(), torch.autograd.grad(
-        value, wanted, upstream, materialize_grads=True, allow_unused=True
-    )
+    return value.detach(), torch.autograd.grad(value, wanted, upstream, materialize_grads=True, allow_unused=True)
 
 
 def eager(case: Case, upstream: Tensor) -> dict[str, Tensor]:
@@ -144,33 +140,32 @@ def eager(case: Case, upstream: Tensor) -> dict[str, Tensor]:
 
 def logarithms(value: Tensor, expected: Expected) -> tuple[Tensor, Array, Array]:
     """A logarithm of a difference, whose relative error is not bounded, as the difference that it is of."""
-    combined = expected.combined
-    plain = np.isfinite(combined.ratio) & (combined.ratio_band < 0.5)
+    combined, got = expected.combined, wide(value).reshape(expected.value.shape)
+    limit = torch.finfo(value.dtype).max
     with np.errstate(all="ignore"):
-        ratio = np.exp(wide(value).reshape(plain.shape) - combined.shift)
+        plain = np.isfinite(combined.ratio) & (combined.ratio_band < 0.5) & ~(np.abs(expected.value) > limit)
+        plain |= expected.value == -np.inf
         rounding = expected.computed.eps * (1 + np.abs(expected.value)) * (combined.ratio + combined.ratio_band)
-    rounding = np.where(np.isfinite(rounding), rounding, 0)
-    found = np.where(plain, ratio, wide(value).reshape(plain.shape))
-    shape = expected.shape
-    inside = np.isinf(expected.value.astype(np.float32 if value.dtype == torch.float32 else np.float64))
-    plain &= ~inside | (expected.value == -np.inf)
-    found = np.where(plain, ratio, wide(value).reshape(plain.shape))
+        found = np.where(plain, np.exp(got - combined.shift), got)
+    band = combined.ratio_band + np.where(np.isfinite(rounding), rounding, 0)
+    band = np.where(plain, band, np.where(np.isfinite(band), 0, np.inf))
     exact = np.where(plain, combined.ratio, expected.value)
-    band = np.where(plain, combined.ratio_band + rounding, np.where(np.isfinite(combined.ratio_band), 0, np.inf))
-    return torch.from_numpy(found.astype(np.float64)).reshape(shape), exact.reshape(shape), band.reshape(shape)
+    found, exact, band = (np.reshape(t, expected.shape) for t in (found, exact, band))
+    return torch.from_numpy(np.asarray(found, np.float64)), exact, band
 
 
 def compare(found: Tensor, exact: Array, band: Array, steep: bool = False) -> str | None:
-    """The worst element that is out of budget, if any. Infinities and NaNs are those of the truth; from a quarter of the
-    largest number on, where squares overflow, there may be an infinity. ``steep``: a gradient, which is anything where
-    the sum of its terms' sizes, band / 4 ε at most, leaves the format."""
+    """The worst element that is out of budget, if any. Infinities and NaNs are those of the truth; from a quarter of
+    the largest number on, where squares overflow, there may be an infinity. ``steep``: a gradient, which is anything
+    where the sum of its terms' sizes, band / 4 ε at most, leaves the format."""
     info = torch.finfo(found.dtype)
     got = wide(found)
     with np.errstate(all="ignore"):
         special = ~np.isfinite(exact) | (np.abs(exact) > LD(info.max) * (1 + LD(info.eps) / 4))
         rounded = np.where(np.abs(exact) > info.max, np.sign(exact) * np.inf, exact)
         near_end = (np.abs(exact) + band > 0.25 * info.max) & ~np.isnan(exact)
-        allowed = band + (0.5 * info.eps) * np.abs(exact) + max(info.tiny * (info.dtype != "float16"), info.smallest_normal * info.eps)
+        smallest = info.tiny * (info.eps if found.dtype == torch.float16 else 1.0)  # float16 is rounded, not flushed
+        allowed = band + (0.5 * info.eps) * np.abs(exact) + smallest
         right = np.where(special, (got == rounded) | (np.isnan(got) & np.isnan(exact)), np.abs(got - exact) <= allowed)
         right |= near_end & ((got == np.sign(exact) * np.inf) | (np.abs(got - exact) <= allowed))
         unknown = np.isnan(band) | ((band == np.inf) & ~special)
@@ -186,21 +181,19 @@ def compare(found: Tensor, exact: Array, band: Array, steep: bool = False) -> st
         excess = np.where(right, -1, np.nan_to_num(np.abs(got - exact) / allowed, nan=np.inf))
     at = np.unravel_index(int(excess.argmax()), excess.shape)
     return (
-        f"{int((~right).sum())} of {right.size}, at {tuple(map(int, at))}: {float(got[at]):.9g} for {float(exact[at]):.9g}, "
+        f"{int((~right).sum())} of {right.size}, at {tuple(map(int, at))}: "
+        f"{float(got[at]):.9g} for {float(exact[at]):.9g}, "
         f"error {float(abs(got[at] - exact[at])):.3g}, allowed {float(allowed[at]):.3g}"
     )
 
 
 def assigned(case: Case, expected: Expected) -> list[str]:
     """Each index is one of the largest share, as far as the budget can tell."""
-    if case.mode == "vmap":
-        found = torch.vmap(case.call)(case.leaves)
-    else:
-        found = case.call(case.leaves)
+    found = torch.vmap(case.call)(case.leaves) if case.mode == "vmap" else case.call(case.leaves)
     shape = expected.shape[:-1]
     if found.dtype != torch.int64 or tuple(found.shape) != shape:
         return [f"index: {found.dtype} {tuple(found.shape)}"]
-    term = expected.terms[(0, 1)]
+    term = expected.terms[PQ]
     index = found.numpy().reshape(term.value.shape)
     if index.size == 0:
         return []
@@ -222,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=ENTRIES)
     parser.add_argument("--case", type=int, help="run this one and print it")
     options = parser.parse_args(arguments)
+    torch.use_deterministic_algorithms(True)  # unwritten memory is NaN
     first, count = (options.start, options.cases) if options.case is None else (options.case, 1)
     return sweep(options.seed, range(first, first + count), options.only, verbose=options.case is not None)
 

@@ -46,7 +46,16 @@ REGIMES = {
 }
 SIZES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 70)
 DIMS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40)
-BATCHES = (((3,), (3,)), ((3,), ()), ((), (2,)), ((2, 1), (1, 3)), ((2,), (1,)), ((0,), ()), ((2, 1), (2, 0)), ((4,), (4,)))
+BATCHES = (
+    ((3,), (3,)),
+    ((3,), ()),
+    ((), (2,)),
+    ((2, 1), (1, 3)),
+    ((2,), (1,)),
+    ((0,), ()),
+    ((2, 1), (2, 0)),
+    ((4,), (4,)),
+)
 
 
 @dataclass
@@ -142,7 +151,13 @@ class Generator:
             self.batch = ((2,), (2,))
         self.sizes()
         self.regime = self.pick(REGIMES, REGIMES.values())
-        if self.full and self.regime in ("zero variances", "infinite variance", "infinite mean", "variances mixed", "far"):
+        if self.full and self.regime in (
+            "zero variances",
+            "infinite variance",
+            "infinite mean",
+            "variances mixed",
+            "far",
+        ):
             self.regime = "plain"
         half = torch.float16 in case.dtypes or torch.bfloat16 in case.dtypes
         if half and self.regime in ("variances mixed", "scaled", "outlier", "far"):
@@ -199,7 +214,9 @@ class Generator:
         case.notes.append(" + ".join(structures))
         self.conditions = self.condition(structures, of_points)
         self.centre = 0.0 if self.regime != "shifted" else 10.0 ** self.uniform(1.0, 5.0)
-        self.exponent = self.uniform(-30.0, 30.0) if case.dtype == torch.float64 or not self.full else self.uniform(-8, 8)
+        self.exponent = (
+            self.uniform(-30.0, 30.0) if case.dtype == torch.float64 or not self.full else self.uniform(-8, 8)
+        )
         if case.entry in ("mmd2", "log mmd2", "cs_regularizer"):
             self.exponent = self.uniform(-6.0, 6.0)
         near = self.regime == "near" and case.entry not in OF_POINTS and structures[1] != "points"
@@ -288,11 +305,15 @@ class Generator:
         if absent.any() and self.chance(0.4):
             garbage = (1e20, -1e14, math.inf, math.nan)[: 4 if not structure.endswith("full") else 2]
             means[..., absent, :] = self.pick(garbage)
-            self.case.notes.append(f"{name}: absent components at {means[..., absent, :].flat[0]:g}" if means.size else "")
+            self.case.notes.append(
+                f"{name}: absent components at {means[..., absent, :].flat[0]:g}" if means.size else ""
+            )
         self.tensor(name, "means", means)
         if structure.endswith("full"):
-            form = self.pick(FORMS) if self.conditions < 10.0 ** (2.3 if self.case.dtypes[0] == torch.float32 else 5) else (
-                self.pick(FORMS[:2])
+            form = (
+                self.pick(FORMS)
+                if self.conditions < 10.0 ** (2.3 if self.case.dtypes[0] == torch.float32 else 5)
+                else (self.pick(FORMS[:2]))
             )
             self.tensor(name, form, self.matrices((*batch_of_spread, rows, d, d), form))
             return
@@ -381,7 +402,9 @@ class Generator:
                 self.tensor(side, "channels", channels)
         takes = case.entry in KNOWN or case.entry == "cs_regularizer"
         for side in "pq" if takes and case.mode != "vmap" and self.chance(0.15) else "":
-            if (self.chance(0.6) and case.entry != "cs_regularizer") or (side == "q" and case.entry == "cs_regularizer"):
+            if (self.chance(0.6) and case.entry != "cs_regularizer") or (
+                side == "q" and case.entry == "cs_regularizer"
+            ):
                 own = self.batch["pq".index(side)]
                 case.leaves[f"{side}_self_overlap"] = torch.as_tensor(rng.uniform(-3.0, 3.0, own), dtype=torch.float64)
 

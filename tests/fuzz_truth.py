@@ -1,4 +1,4 @@
-"""The fuzzer's truth: values, gradients and error budgets in NumPy's 80-bit numbers, by none of csdiv's or torch's code.
+"""The fuzzer's truth: log-sums, gradients and error budgets in NumPy's 80-bit numbers, without csdiv's or torch's code.
 
 Numbers in parentheses are the equations of docs/math.md. Where a pair has full covariances its factor comes from a QR
 decomposition of both factors side by side, or from a Cholesky decomposition if a covariance was given; 80 bits have 11
@@ -6,8 +6,9 @@ more than float64, so the truth errs by 1/2000 of what float64 does on the same 
 with mpmath.
 
 The budgets are those of equation (11) and of csdiv.testing, with the number format that csdiv states for a pair:
-float64 where a covariance is full, else the dtype. Full covariances: with σ_d = √C_dd, what is computed is the factor of
-C + E, |E| ≤ ε σσᵀ, or where factors are promised not to be multiplied out that of L + E, |E| ≤ ε σ in each row.
+float64 where a covariance is full, else the dtype. Full covariances: with σ_d = √C_dd, what is computed is the factor
+of C + E, |E| ≤ ε σσᵀ, or where factors are promised not to be multiplied out L + E, |E| ≤ ε σ in each row. Errors of
+shares are not taken to first order: far from every component the exponents' rounding decides between shares of 0 and 1.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def pairs_of(p: Side, q: Side, extra: Array, scaled: bool, plain: bool) -> Pairs
 
 
 def _diagonal_pairs(p: Side, q: Side, extra: Array, scaled: bool, plain: bool) -> Pairs:
-    assert p.variances is not None and q.variances is not None
+    assert p.variances is not None
+    assert q.variances is not None
     delta = p.means[:, :, None] - q.means[:, None]
     c = p.variances[:, :, None] + q.variances[:, None] + extra[:, None, None, None]
     c = np.broadcast_to(c, delta.shape)
@@ -234,13 +236,19 @@ class Term(NamedTuple):
     errors: Array  # (B, N, M) of the shares
     band: Array  # in the shape of value
     sizes: Array  # S in the shape of value
-    pairs: Pairs
+    pairs: Pairs | None  # None: the value was given
+
+    @property
+    def relative(self) -> Array:
+        """The errors of the shares relative to them, 0 where there is none."""
+        there = self.shares > 0
+        return np.where(there, self.errors / np.where(there, self.shares, 1), 0)
 
 
 def reduced(pairs: Pairs, a: Array | None, b: Array | None, unit: float, weight_unit: float) -> Term:
     """Sums over i with the log weights ``a`` (B, N) and over j with ``b`` (B, M); None: not summed over.
 
-    ``unit`` is 4 ε of the format that logits are computed in, ``weight_unit`` of that in which logarithms of weights are taken.
+    ``unit`` is 4 ε of the format that logits are computed in, ``weight_unit`` of that of the logarithms of weights.
     """
     logits, weights = pairs.logits, np.zeros_like(pairs.logits)
     with np.errstate(all="ignore"):
@@ -303,15 +311,17 @@ class Sums:
         old = self.found.get((side, name))
         self.found[side, name] = [grad, band] if old is None else [old[0] + grad, old[1] + band]
 
-    def pull(self, term: Term, slopes: Array, errors: Array, sides: tuple[int, int], tiny: float) -> Array:
+    def pull(
+        self, term: Term, slopes: Array, errors: Array, sides: tuple[int, int], tiny: float
+    ) -> tuple[Array, Array]:
         """Adds what upstream ``slopes`` with ``errors``, (B, N, M) or broadcast, give to means and covariances, (5)
-        and (7); gives the logits' own gradient back."""
+        and (7); gives the logits' own gradient and its budget back."""
         shares = term.shares
         grad = np.where(shares == 0, 0, slopes * shares)
         size = np.abs(slopes) * np.ones_like(shares)
         band = size * term.errors + shares * errors + 2 * tiny * np.maximum(size, 1)
         self.spread(term.pairs, grad, np.where((shares == 0) & (term.errors == 0), 0, band), sides)
-        return grad
+        return grad, band
 
     def spread(self, pairs: Pairs, grad: Array, band: Array, sides: tuple[int, int]) -> None:
         """Gradients of Σ grad · logits."""
