@@ -149,7 +149,7 @@ def logarithms(value: Tensor, expected: Expected) -> tuple[Tensor, Array, Array]
         found = np.where(plain, np.exp(got - combined.shift), got)
     band = combined.ratio_band + np.where(np.isfinite(rounding), rounding, 0)
     band = np.where(plain, band, np.where(np.isfinite(band), 0, np.inf))
-    exact = np.where(plain, combined.ratio, expected.value)
+    exact = np.where(plain, np.maximum(combined.ratio, 0), expected.value)  # −inf below 0
     found, exact, band = (np.reshape(t, expected.shape) for t in (found, exact, band))
     return torch.from_numpy(np.asarray(found, np.float64)), exact, band
 

@@ -322,7 +322,7 @@ class Generator:
         if structure == "points":
             variances = np.zeros_like(variances)
         if absent.any() and rows == k and self.chance(0.3):
-            variances[..., absent, :] = self.pick((0.0, math.inf, math.nan, -1.0, 1e30))
+            variances[..., absent, :] = self.pick((0.0, math.nan, -1.0, 1e30))
         self.tensor(name, "variances", variances)
 
     def matrices(self, shape: tuple[int, ...], form: str) -> np.ndarray:
@@ -346,7 +346,7 @@ class Generator:
     def weights(self, name: str, k: int, batch: tuple[int, ...]) -> np.ndarray:
         """Makes the weights of a side, and tells which are zero in all of the batch."""
         rng, kind = self.rng, self.pick(("none", "log_weights", "weights"), (20, 50, 30))
-        unused = ("component_log_overlap",) if name == "p" else ()
+        unused = ("component_log_overlap", *OF_POINTS) if name == "p" else ()
         if self.case.entry in ("pairwise_log_overlap", *unused) and batch:
             kind = "none"  # weights that are not used give the result no batch
         absent = np.zeros(k, bool)

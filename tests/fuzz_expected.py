@@ -68,14 +68,20 @@ class Expected(Values):
             self._pull(PQ, g)
 
     def _of_cap(self, g: Array) -> None:
-        """Equation (10) puts e^U, the cap, for larger variances of codes: δ/s is off by δ e^−U."""
-        cap = np.exp(LD(-85 if self.computed.bits == 32 else -700))
+        """Equation (10) puts e^U, the cap, for larger variances s of codes: 1/s is off by e^−U."""
+        off = np.exp(LD(-85 if self.computed.bits == 32 else -700))
         p, q = self.sides
-        delta = np.where(p.variances * cap > 1, 1, 0)[:, :, None] * np.abs(p.means[:, :, None] - q.means[:, None]) * cap
-        size = np.where(self.terms[PQ].shares > 0, np.abs(g)[..., None], 0)[..., None] * delta
-        size = np.where(np.isnan(size), 0, size)
+        delta = np.abs(p.means[:, :, None] - q.means[:, None])
+        if q.full:
+            delta = np.broadcast_to(delta.sum(-1, keepdims=True), delta.shape)
+        size = np.where(self.terms[PQ].shares > 0, 4 * np.abs(g)[..., None], 0)[..., None]
+        size = size * ((p.variances * off > 1) * off).astype(LD)[:, :, None]
         for side, axis in ((0, 2), (1, 1)):
-            self.sums.add(side, "means", np.zeros_like(size.sum(axis)), size.sum(axis))
+            for name, band in (("means", size * delta), ("spread", size * (1 + off * delta * delta))):
+                band = np.where(np.isnan(band), 0, band).sum(axis)
+                if name == "spread" and self.sides[side].full:
+                    band = band[..., None] * np.ones(band.shape[-1])
+                self.sums.add(side, name, np.zeros_like(band), band)
 
     def _pull(self, sides: tuple[int, int], slope: Array, extra: Array | None = None) -> None:
         term = self.terms[sides]
@@ -125,7 +131,7 @@ class Expected(Values):
                 usable = usable & np.isfinite(t).all(tuple(range(2, t.ndim)))
         usable = usable | own.counts
         usable = usable[:, :, None] if place == 0 else usable[:, None]
-        shares = np.where(usable & (slope != 0), shares, 0)
+        shares = np.where(usable & ((slope != 0) | (extra > 0)), shares, 0)
         if self.case.entry == "responsibilities":
             grad = np.where(term.shares > 0, slope * shares, 0)
         else:
@@ -178,6 +184,8 @@ class Expected(Values):
         if kind == "covariance_matrix":
             return grad, band
         grad, band = 2 * grad @ own.factor, 2 * band @ np.abs(own.factor)
+        if kind == "factor":  # R = L Q, and Q mixes the columns
+            band = np.broadcast_to(band.max(-1, keepdims=True), band.shape)
         return (np.tril(grad), np.tril(band)) if kind == "scale_tril" else (grad, band)
 
     def _summed(self, full: Array, leaf: Tensor) -> Array:

@@ -107,7 +107,10 @@ class Values:
 
     def _pairs(self, sides: tuple[int, int]) -> Pairs:
         plain = not self.scaled or self.computed.bits == 64
-        return pairs_of(self.sides[sides[0]], self.sides[sides[1]], self.extra, self.scaled, plain)
+        p, q = (self.sides[k] for k in sides)
+        if self.case.entry == "pairwise_log_overlap":  # weights are not used
+            p, q = (side._replace(log_weights=np.zeros_like(side.log_weights)) for side in (p, q))
+        return pairs_of(p, q, self.extra, self.scaled, plain)
 
     def _term(self, sides: tuple[int, int], over: int = 2) -> Term:
         p, q = (self.sides[k] for k in sides)
