@@ -80,6 +80,7 @@ def upstream_of(case: Case, expected: Expected) -> Tensor:
     usable = expected.usable(expected.value)
     if expected.combined is None and case.entry not in ("pairwise_log_overlap", "cs_regularizer", "renyi2_entropy"):
         usable |= expected.value == -np.inf
+    usable &= ~np.isnan(expected.band)
     return torch.as_tensor(np.where(usable, size, 0.0).reshape(expected.shape)).to(case.dtype)
 
 

@@ -279,6 +279,8 @@ def reduced(pairs: Pairs, a: Array | None, b: Array | None, unit: float, weight_
             most = np.where(known & ~np.isnan(x), np.fmin(1, np.exp(x - whole + errors)), 0)
             errors = np.maximum(most - shares, shares * np.expm1(np.fmin(errors, 1))) + unit * most
         band = unit * np.maximum(1, total) + weight_unit * np.maximum(1, total_of_weights)
+        if a is None and b is not None:  # a sum over nothing for a component that is NaN itself: −inf or NaN
+            band = np.where(np.isnan(logits).all(-1) & (value == -np.inf), np.nan, band)
     return Term(value, shares, errors, band, total, pairs)
 
 
