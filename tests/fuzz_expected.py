@@ -132,10 +132,7 @@ class Expected(Values):
         usable = usable | own.counts
         usable = usable[:, :, None] if place == 0 else usable[:, None]
         shares = np.where(usable & ((slope != 0) | (extra > 0)), shares, 0)
-        if self.case.entry == "responsibilities":
-            grad = np.where(term.shares > 0, slope * shares, 0)
-        else:
-            grad = np.where(shares == 0, 0, slope * shares)
+        grad = np.where(shares == 0, 0, slope * shares)
         unit = self._unit(sides) + self._weight_unit(sides)
         sizes = term.sizes.reshape(value.shape)
         errors = np.where(np.isfinite(term.pairs.sizes), unit * (1 + term.pairs.sizes + np.abs(x) + sizes), 0)
