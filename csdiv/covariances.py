@@ -15,7 +15,7 @@ from torch import Tensor
 from csdiv import reference
 from csdiv.reference import Components
 from csdiv.shapes import broadcast
-from csdiv.transforms import full_like_device, has_values
+from csdiv.transforms import full_like_device, has_values, transforms_active
 
 if TYPE_CHECKING:
     from csdiv.mixture import GaussianMixture
@@ -50,7 +50,7 @@ def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
 
 def _has_edge(p: GaussianMixture) -> bool:
     """Whether p has variances of zero that want a gradient, which their square roots do not have."""
-    if p.variances is None or not p.variances.requires_grad:
+    if p.variances is None or not (p.variances.requires_grad or transforms_active()):
         return False
     return not (p.device.type == "cpu" and has_values(p.variances) and bool((p.variances > 0.0).all()))
 

@@ -41,7 +41,8 @@ from csdiv.pairs import (
 from csdiv.transforms import has_values
 
 _LOG_4PI = math.log(4.0 * math.pi)
-_STEEP, _CAP = -20.0, 85.0
+_STEEP, _WIDE, _CAP = -20.0, 60.0, 85.0
+"""Log variances of codes: below, above which float32 gradients may leave the range; at most what is exponentiated."""
 
 
 def cs_divergence(
@@ -232,15 +233,15 @@ def cs_regularizer(
 
 
 def _are_extreme(log_variances: Tensor) -> bool:
-    """Whether codes are so wide or, for gradients, so narrow that float32 may overflow; known on CPUs alone.
+    """Whether codes are so wide or, for gradients, so narrow that float32 may leave its range; known on CPUs alone.
 
-    The gradient to a variance s may overflow where that to log s, s times it, does not.
+    The gradient to a variance s may overflow or vanish where that to log s, s times it, does not.
     """
     known = log_variances.device.type == "cpu" and has_values(log_variances) and log_variances.numel() > 0
     if not known:
         return False
     least, largest = (t.item() for t in torch.aminmax(log_variances.detach()))
-    return largest > _CAP or (least < _STEEP and log_variances.requires_grad and torch.is_grad_enabled())
+    return largest > _WIDE or (least < _STEEP and log_variances.requires_grad and torch.is_grad_enabled())
 
 
 def log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") -> Tensor:
@@ -267,7 +268,7 @@ def responsibilities(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend
         logits = reference.weighted(logits, log_weights.unsqueeze(-2))
     shares = logits.clamp(max=torch.finfo(logits.dtype).max).softmax(-1)  # infinite densities share equally
     if (missing := weights.share_correction(p, densities, logits)) is not None:
-        shares = (shares + missing) / (1.0 + missing.sum(-1, keepdim=True))
+        shares = shares + (missing - shares.detach() * missing.sum(-1, keepdim=True))
     return shares.to(p.means.dtype)
 
 

@@ -361,8 +361,9 @@ class GaussianMixture:
     def responsibilities(self, x: Tensor, *, backend: str = "auto") -> Tensor:
         """Posterior weight of each component for points x (*batch, n, D) or for the components of a mixture.
 
-        Shape (*batch, n, K), rows sum to one; components whose density is infinite share a row equally. Materialises
-        (*batch, n, K): for the index alone see :meth:`assign`.
+        Shape (*batch, n, K), rows sum to one; components whose density is infinite share a row equally. Logits are
+        rounded to the dtype, with full covariances to float64. Materialises (*batch, n, K): for the index alone see
+        :meth:`assign`.
         """
         from csdiv import functional
 

@@ -50,7 +50,7 @@ def overlap_lse(p: Components, q: Components) -> Tensor:
     """ℓ_i = log Σ_j b_j N(μ_i; ν_j, S_i + T_j), shape (*batch, N); equation (3). p's weights are not used."""
     q = neutralise(q)
     log_b = log_weights(q).unsqueeze(-2)
-    return _by_rows(lambda rows: logsumexp(pairwise_log_overlap(rows, q) + log_b, -1), p, q)
+    return _by_rows(lambda rows: logsumexp(weighted(pairwise_log_overlap(rows, q), log_b), -1), p, q)
 
 
 def log_overlap(p: Components, q: Components) -> Tensor:

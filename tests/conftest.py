@@ -1,4 +1,4 @@
-"""What every test starts from: NaN in unwritten memory, two threads, fixed seeds."""
+"""What every test starts from: NaN in unwritten memory, a number of threads, fixed seeds."""
 
 import os
 
@@ -10,6 +10,9 @@ import torch
 from hypothesis import settings
 
 from bench import static
+
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+"""Of torch in a test: threads of several processes wait for each other where there are more than processors."""
 
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True)
@@ -27,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

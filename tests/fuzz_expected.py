@@ -148,6 +148,9 @@ class Expected(Values):
         grad, band = zero, zero
         if name[1] == "_" and name[2:] not in ("self_overlap",):
             grad, band = self._of_parameter(name, "pq".index(name[0]), zero)
+            if name == "p_log_variances" and self.case.mode != "plain" and leaf.dtype != torch.float64:
+                logs = self._leaf(name)  # of which values decide nothing there, see csdiv.cs_regularizer
+                band = np.where((logs < -20) | (logs > 60), np.inf, band)
         elif name == "bandwidth":
             spreads = [self.sums.found.get((side, "spread")) for side in (0, 1)]
             for found in spreads:

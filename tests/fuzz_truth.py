@@ -37,6 +37,7 @@ class Side(NamedTuple):
     spherical: bool = False
     linear: bool = False  # whether weights themselves were given
     rounded: bool = False  # whether the logarithms of weights are taken by csdiv
+    multiplied: bool = False  # whether csdiv says that it multiplies the factor out: in channels, and for shared means
 
     @property
     def full(self) -> bool:
@@ -170,7 +171,7 @@ def _keeps_factors(p: Side, q: Side) -> bool:
     if p.points or q.points:
         return (q if p.points else p).factor is not None
     both = p.factor is not None and q.factor is not None
-    return both and p.factor.shape[1] == q.factor.shape[1] == 1
+    return both and p.factor.shape[1] == q.factor.shape[1] == 1 and not (p.multiplied or q.multiplied)
 
 
 def _reach(p: Side, q: Side, inverse: Array) -> Array:

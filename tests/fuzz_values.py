@@ -45,7 +45,10 @@ class Values:
         self.full = any(n[2:] in FORMS for n in case.leaves)
         self.computed = torch.finfo(case.dtype)
         self.tiny = float(self.computed.tiny)
-        self.scaled = case.backend != "reference"
+        if case.entry == "channel_log_overlap":
+            self.tiny = max(self.tiny, 1e-200)  # below, sums of (19) need not be taken anew
+        # Responsibilities round logits with the constant that they have in common.
+        self.scaled = case.backend != "reference" and case.entry != "responsibilities"
         self.sides = [self._side("p"), self._side("q")]
         self.extra = np.zeros(self.count, LD)
         if "bandwidth" in case.leaves:
@@ -92,7 +95,11 @@ class Values:
         if variances is not None:
             variances = np.broadcast_to(variances, (*variances.shape[:2], means.shape[-1]))
         rounded = f"{name}_log_weights" not in self.case.leaves
-        return Side(means, logs, variances, factor, covariance, points, spherical, linear is not None, rounded)
+        own = self._batch_of(f"{name}_means", self.case.leaves[f"{name}_means"])
+        multiplied = self.case.entry == "channel_log_overlap" or own != self.batch
+        return Side(
+            means, logs, variances, factor, covariance, points, spherical, linear is not None, rounded, multiplied
+        )
 
     def _unit(self, sides: tuple[int, int]) -> float:
         """4 ε of the format in which a pair of sides is computed."""
