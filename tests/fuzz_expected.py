@@ -134,6 +134,8 @@ class Expected(Values):
         shares = np.where(usable & ((slope != 0) | (extra > 0)), shares, 0)
         grad = np.where(shares == 0, 0, slope * shares)
         unit = self._unit(sides) + self._weight_unit(sides)
+        if self.case.entry == "responsibilities":
+            extra = extra + 4 * unit  # the slope is a difference, of upstream gradients near 1
         sizes = term.sizes.reshape(value.shape)
         errors = np.where(np.isfinite(term.pairs.sizes), unit * (1 + term.pairs.sizes + np.abs(x) + sizes), 0)
         errors = np.expm1(errors + term.relative) + 4 * self.computed.eps

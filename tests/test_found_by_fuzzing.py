@@ -293,3 +293,13 @@ def test_components_without_weight_do_not_set_the_scale() -> None:
     kept = GaussianMixture(means[:3], variances[:3], log_weights=log_weights[:3])
     for function in (csdiv.component_log_overlap, csdiv.cs_divergence):
         torch.testing.assert_close(function(p, q, backend="cpu"), function(p, kept, backend="cpu"), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_an_empty_item_beside_others_of_one_variance(dtype: torch.dtype) -> None:
+    """All items have one scale, also one without any weight."""
+    p = testing.random_mixture(16, 5, structure="spherical", dtype=dtype)
+    weights = torch.tensor([[-math.inf], [-1.3], [0.2]], dtype=dtype)
+    q = GaussianMixture(torch.zeros(3, 1, 5, dtype=dtype), torch.full((1, 1), 0.07, dtype=dtype), log_weights=weights)
+    found, expected = (csdiv.component_log_overlap(p, q, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(found, expected)

@@ -52,7 +52,8 @@ ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(si
   for (int64_t item = 0; item < side.batch; ++item) {
     SumOfLog2 log2;
     const T* const variances = side.variances + item * side.n * dim;
-    const T* const log_weights = side.log_weights ? side.log_weights + item * side.n : nullptr;
+    // Items of the same variances have one scale, whatever their weights.
+    const T* const log_weights = side.log_weights && !side.same_components ? side.log_weights + item * side.n : nullptr;
     if (step == 1 && different == dim && !log_weights) {
       log2.add(variances, side.n * dim);
     } else {
