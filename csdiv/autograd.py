@@ -41,7 +41,7 @@ def parts(name: str, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Ten
 def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
     """The outputs of an operator; the reference formula has the value alone."""
     if torch.compiler.is_compiling():
-        return _Value.apply(name, backend, False, *tensors)
+        return _Value.apply(name, backend, False, *_distinct(tensors))
     if transforms.transforms_active() or transforms.forward_level() >= 0:
         if transforms.higher_derivatives():
             if backend != "auto":
@@ -50,6 +50,14 @@ def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
         return _TransformableValue.apply(name, backend, *tensors)
     at_once = torch.is_grad_enabled() and _gives_gradients(OPERATORS[name], backend, tensors)
     return _Value.apply(name, backend, at_once, *tensors)
+
+
+def _distinct(tensors: _Tensors) -> list[Tensor | None]:
+    """The tensors, repeated ones as views: torch.compile takes no Function of the same one twice."""
+    seen: list[Tensor | None] = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return seen
 
 
 def _gives_gradients(operator: Operator, backend: str, tensors: _Tensors) -> bool:

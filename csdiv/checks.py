@@ -166,26 +166,32 @@ def _first(mask: Tensor) -> tuple[int, ...]:
 
 
 def check_factors(p: GaussianMixture) -> None:
-    """Raises ValueError unless scale_tril has positive diagonals and every covariance is positive definite."""
+    """Raises ValueError unless every covariance of a component that has a weight is positive definite, every factor
+    invertible and the diagonal of every scale_tril positive."""
     if p.scale_tril is not None:
-        positive = p.scale_tril.detach().diagonal(dim1=-2, dim2=-1) > 0
-        if not bool(positive.all()):
-            raise ValueError(
-                f"scale_tril: a positive diagonal expected, component {_first(~positive.all(-1))} has none"
-            )
+        bad = ~(p.scale_tril.detach().diagonal(dim1=-2, dim2=-1) > 0)
+        _refuse(p, bad.any(-1) if bool(bad.any()) else None, "scale_tril: a positive diagonal expected", "has none")
     if p.factor is not None:
         bad = torch.linalg.slogdet(p.factor.detach().double()).sign.abs() != 1.0
-        if bool(bad.any()):
-            raise ValueError(f"factor: invertible matrices expected, component {_first(bad)} is not")
+        _refuse(p, bad, "factor: invertible matrices expected", "is not")
     if p.covariance_matrix is not None:
         s = p.covariance_matrix.detach().double()  # the precision that kernels factor in
         tolerance = 1e3 * torch.finfo(p.covariance_matrix.dtype).eps * s.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
         bad = ~((s - s.mT).abs().amax((-2, -1)) <= tolerance)
-        if bool(bad.any()):
-            raise ValueError(f"covariance_matrix: symmetric matrices expected, component {_first(bad)} is not")
-        bad = torch.linalg.cholesky_ex(s).info != 0
-        if bool(bad.any()):
-            raise ValueError(f"covariance_matrix: positive definite expected, component {_first(bad)} is not")
+        _refuse(p, bad, "covariance_matrix: symmetric matrices expected", "is not")
+        _refuse(p, torch.linalg.cholesky_ex(s).info != 0, "covariance_matrix: positive definite expected", "is not")
+
+
+def _refuse(p: GaussianMixture, bad: Tensor | None, expected: str, what: str) -> None:
+    """Raises ValueError for the first component with a weight that is ``bad``, (*batch, K or 1)."""
+    if bad is None or not bool(bad.any()):
+        return
+    if p.log_weights is not None:
+        counts = p.log_weights != -math.inf
+        counts = counts.any(-1, keepdim=True) if bad.shape[-1] == 1 else counts
+        bad = bad & counts
+    if bool(bad.any()):
+        raise ValueError(f"{expected}, component {_first(bad)} {what}")
 
 
 def check_values(p: GaussianMixture) -> None:
@@ -213,6 +219,6 @@ def check_values(p: GaussianMixture) -> None:
 
 
 def _are_shares(t: Tensor) -> bool:
-    """Whether all values are ≥ 0 and sum to one in every mixture, as probabilities do and logarithms of them cannot."""
+    """Whether all values are ≥ 0 and sum to one in every mixture, as probabilities do; logarithms hardly ever would."""
     sums = t.sum(-1, dtype=torch.float64)
     return t.shape[-1] > 1 and bool((t >= 0.0).all()) and bool(((sums - 1.0).abs() < 1e-3).all())

@@ -36,7 +36,7 @@ from csdiv.pairs import (
     row_overlap,
     self_overlap,
     widen,
-    with_weights_of_zero,
+    with_derivatives_at_zero,
 )
 from csdiv.transforms import has_values
 
@@ -88,7 +88,11 @@ def cs_divergence(
     way, dtype = route(p, q, backend), p.means.dtype
     if way.formula == DIAGONAL and p_self_overlap is None and q_self_overlap is None:
         value = way.value("cs_divergence")
-        return value if p.weights is None and q.weights is None else _with_weights_of_zero(value, p, q, backend)
+        return (
+            value
+            if p.weights is None and q.weights is None
+            else _divergence_with_derivatives_at_zero(value, p, q, backend)
+        )
     if way.formula != DIAGONAL:
         p, q = (side.map(torch.Tensor.double) for side in (p, q))
     own_p = known_self_overlap(p_self_overlap, p, "p", backend)
@@ -96,13 +100,13 @@ def cs_divergence(
     return (0.5 * (own_p + own_q) - cross_overlap(p, q, backend)).to(dtype)
 
 
-def _with_weights_of_zero(value: Tensor, p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
+def _divergence_with_derivatives_at_zero(value: Tensor, p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:
     """D_CS with the gradients to linear weights that are zero."""
     with torch.no_grad():
         cross, *own = cross_overlap(p, q, backend), self_overlap(p, backend), self_overlap(q, backend)
     for side, other, self_term in ((p, q, own[0]), (q, p, own[1])):
-        value = with_weights_of_zero(value, side, other, backend, -1.0, cross)
-        value = with_weights_of_zero(value, side, side, backend, 1.0, self_term)
+        value = with_derivatives_at_zero(value, side, other, backend, -1.0, cross)
+        value = with_derivatives_at_zero(value, side, side, backend, 1.0, self_term)
     return value
 
 

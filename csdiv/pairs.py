@@ -48,7 +48,8 @@ def as_mixture(value: Any, name: str) -> GaussianMixture:
         return GaussianMixture.from_sklearn(value)
     if conversions.is_scipy(value):
         return GaussianMixture.from_scipy(value)
-    raise TypeError(f"{name}: a csdiv.GaussianMixture or a torch distribution expected, got {type_name(value)}")
+    expected = "a csdiv.GaussianMixture, a module that returns one, or a mixture of torch, scikit-learn or SciPy"
+    raise TypeError(f"{name}: {expected} expected, got {type_name(value)}")
 
 
 def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[GaussianMixture, GaussianMixture]:
@@ -281,13 +282,13 @@ def cross_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> Tenso
     """log V(p, q), (*batch,), in float64 where the backend has it."""
     value = route(p, q, backend).value("log_overlap")
     for side, other in ((p, q), (q, p)):
-        value = with_weights_of_zero(value, side, other, backend)
+        value = with_derivatives_at_zero(value, side, other, backend)
     return value
 
 
 def self_overlap(p: GaussianMixture, backend: str) -> Tensor:
     """log V(p, p), (*batch,), in float64 where the backend has it."""
-    return with_weights_of_zero(route(p, p, backend).value("self_overlap"), p, p, backend, 2.0)
+    return with_derivatives_at_zero(route(p, p, backend).value("self_overlap"), p, p, backend, 2.0)
 
 
 def row_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[Tensor, Tensor | None]:
@@ -301,7 +302,7 @@ def row_overlap(p: GaussianMixture, q: GaussianMixture, backend: str) -> tuple[T
     return row_lse, offset
 
 
-def with_weights_of_zero(
+def with_derivatives_at_zero(
     value: Tensor, p: GaussianMixture, q: GaussianMixture, backend: str, factor: float = 1.0, of: Tensor | None = None
 ) -> Tensor:
     """``value``, with the gradient of ``factor`` · log V(p, q) to those linear weights of p that are zero.

@@ -195,7 +195,5 @@ def test_tensors_on_different_devices() -> None:
 
 @on_every_backend
 def test_things_that_are_no_mixture(backend: str) -> None:
-    with pytest.raises(
-        TypeError, match=r"q: a csdiv.GaussianMixture or a torch distribution expected, got torch\.Tensor"
-    ):
+    with pytest.raises(TypeError, match=r"q: a csdiv.GaussianMixture, .* expected, got torch\.Tensor"):
         csdiv.cs_divergence(mixture(), ones(4, 3), backend=backend)

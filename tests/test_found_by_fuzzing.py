@@ -303,3 +303,28 @@ def test_an_empty_item_beside_others_of_one_variance(dtype: torch.dtype) -> None
     q = GaussianMixture(torch.zeros(3, 1, 5, dtype=dtype), torch.full((1, 1), 0.07, dtype=dtype), log_weights=weights)
     found, expected = (csdiv.component_log_overlap(p, q, backend=b) for b in ("cpu", "reference"))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("form", ["scale_tril", "factor", "covariance_matrix"])
+def test_padding_of_weight_zero_may_have_any_covariance(form: str) -> None:
+    matrices = torch.stack([torch.eye(2), torch.zeros(2, 2)])
+    weights = torch.tensor([1.0, 0.0])
+    p = GaussianMixture(torch.zeros(2, 2), weights=weights, **{form: matrices})
+    assert csdiv.log_overlap(p).item() == pytest.approx(-math.log(4.0 * math.pi))
+    with pytest.raises(ValueError, match=rf"{form}: .* component \(1,\)"):
+        GaussianMixture(torch.zeros(2, 2), **{form: matrices})
+
+
+def test_compile_takes_one_tensor_on_both_sides() -> None:
+    means, variances = torch.randn(3, 2).requires_grad_(), torch.rand(3, 2) + 0.5
+    q = testing.random_mixture(4, 2)
+
+    def value(m: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        p = GaussianMixture(m, v)
+        return csdiv.cs_divergence(p, GaussianMixture(q.means, v[:1])) + csdiv.ise(p, p) + p.log_prob(m).sum()
+
+    compiled = torch.compile(value, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(means, variances), value(means, variances)
+    torch.testing.assert_close(found, expected)
+    grads = (torch.autograd.grad(v, means)[0] for v in (found, expected))
+    torch.testing.assert_close(*grads)
