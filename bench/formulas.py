@@ -34,7 +34,7 @@ def is_full(means: Tensor, spreads: Tensor) -> bool:
 
 
 def full_pairs(mu: Tensor, r: Tensor, nu: Tensor, t: Tensor) -> Tensor:
-    """:func:`pairs` of covariances R Rᵀ and T Tᵀ, R and T lower triangular, by torch.linalg on the batch of all sums."""
+    """:func:`pairs` of covariances R Rᵀ and T Tᵀ, both lower triangular, by torch.linalg on all sums."""
     r, t = r.tril(), t.tril()  # so that gradients are
     c = (r @ r.mT)[..., :, None, :, :] + (t @ t.mT)[..., None, :, :, :]
     delta = mu[..., :, None, :] - nu[..., None, :, :]
