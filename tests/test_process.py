@@ -271,6 +271,15 @@ def stop_on_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """A process that was started in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("name", LONG)
 def test_interrupt_ends_a_long_call(name: str) -> None:
     p, q = make("diagonal", 0), make("diagonal", 1)
