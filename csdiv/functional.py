@@ -24,7 +24,7 @@ from torch import Tensor
 
 from csdiv import backends, reference, weights
 from csdiv.checks import as_float_tensor, computing_dtype
-from csdiv.mixture import GaussianMixture, Points
+from csdiv.mixture import GaussianMixture
 from csdiv.pairs import (
     DIAGONAL,
     MixtureLike,
@@ -38,7 +38,7 @@ from csdiv.pairs import (
     widen,
     with_derivatives_at_zero,
 )
-from csdiv.transforms import has_values
+from csdiv.transforms import full_like_device, has_values
 
 _LOG_4PI = math.log(4.0 * math.pi)
 _STEEP, _WIDE, _CAP = -20.0, 60.0, 85.0
@@ -282,6 +282,16 @@ def assign(x: Tensor | GaussianMixture, p: GaussianMixture, *, backend: str = "a
     return route(codes, p, backend).assign()
 
 
+class Points(GaussianMixture):
+    """Components that are known to be points, whatever may be asked of values."""
+
+    __slots__ = ()
+
+    @property
+    def structure(self) -> str:
+        return "points"
+
+
 def points(x: Tensor | GaussianMixture) -> GaussianMixture:
     """Points x (*batch, n, D) as components of zero variance; a mixture stays what it is.
 
@@ -293,7 +303,7 @@ def points(x: Tensor | GaussianMixture) -> GaussianMixture:
     x = as_float_tensor(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x: (*batch, n, D) expected, got {tuple(x.shape)}")
-    return Points(x)
+    return Points._unchecked(means=x, variances=full_like_device(x, (1, 1), 0.0))  # n may be 0
 
 
 def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:

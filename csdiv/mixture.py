@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from csdiv import conversions, samples, sampling
+from csdiv import conversions, samples, sampling, trees
 from csdiv.checks import (
     as_float_tensor,
     check_covariance_shape,
@@ -26,23 +25,15 @@ from csdiv.checks import (
     shares,
 )
 from csdiv.shapes import broadcast
-from csdiv.transforms import full_like_device, has_values
+from csdiv.transforms import has_values
 
 if TYPE_CHECKING:
     from torch.distributions import Distribution, MixtureSameFamily
 
-EVENT_DIMS = {
-    "means": 2,
-    "variances": 2,
-    "weights": 1,
-    "log_weights": 1,
-    "scale_tril": 3,
-    "factor": 3,
-    "covariance_matrix": 3,
-}
+MATRICES = ("scale_tril", "factor", "covariance_matrix")
+EVENT_DIMS = {"means": 2, "variances": 2, "weights": 1, "log_weights": 1} | dict.fromkeys(MATRICES, 3)
 """The tensors of a mixture, and their dimensions beside those of the batch."""
 _FIELDS = tuple(EVENT_DIMS)
-MATRICES = _FIELDS[4:]
 
 
 @dataclass(init=False, eq=False, repr=False, frozen=True)  # torch.distributed looks through dataclasses for tensors
@@ -400,43 +391,9 @@ class GaussianMixture:
         return sampling.rsample(self, n)
 
 
-class Points(GaussianMixture):
-    """Points x (*batch, n, D) as components of zero variance; n may be 0."""
-
-    __slots__ = ()
-
-    def __init__(self, x: Tensor) -> None:
-        self._set(dict.fromkeys(_FIELDS) | {"means": x, "variances": full_like_device(x, (1, 1), 0.0)})
-
-    @property
-    def structure(self) -> str:
-        return "points"
-
-
 def _restore(values: dict[str, Tensor]) -> GaussianMixture:
     return GaussianMixture._unchecked(**values)
 
 
-def _flatten(mixture: GaussianMixture) -> tuple[list[Any], str]:
-    """The tensors that there are, and their names."""
-    names = [name for name in _FIELDS if getattr(mixture, name) is not None]
-    return [getattr(mixture, name) for name in names], " ".join(names)
-
-
-def _unflatten(values: Any, names: str) -> GaussianMixture:
-    return GaussianMixture._unchecked(**dict(zip(names.split(), values, strict=True)))
-
-
-def _flatten_with_keys(mixture: GaussianMixture) -> tuple[list[tuple[Any, Any]], str]:
-    values, names = _flatten(mixture)
-    return [(pytree.GetAttrKey(name), t) for name, t in zip(names.split(), values, strict=True)], names
-
-
-pytree.register_pytree_node(
-    GaussianMixture,
-    _flatten,
-    _unflatten,
-    serialized_type_name="csdiv.GaussianMixture",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
+trees.register(GaussianMixture, _FIELDS)
 torch.serialization.add_safe_globals([_restore])  # torch.load's weights_only=True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from csdiv.checks import computing_dtype
+from csdiv.covariances import lower_factor
 
 if TYPE_CHECKING:
     from csdiv.mixture import GaussianMixture
@@ -26,7 +27,7 @@ def rsample(p: GaussianMixture, n: int) -> Tensor:
         means = torch.where(p.log_weights.amax(-1).isfinite()[..., None, None], means, math.nan)
     if p.variances is not None:
         return means + _chosen(p.variances.to(dtype), index, 1).sqrt() * noise  # of those drawn: sqrt'(0) is infinite
-    factor = _factor(p).to(dtype)
+    factor = (lower_factor(p.map(torch.Tensor.double)) if p.factor is None else p.factor).to(dtype)
     with torch.autocast(p.device.type, enabled=False):
         if factor.shape[-3] == 1:
             return means + noise @ factor.squeeze(-3).mT
@@ -66,16 +67,6 @@ def _draw_components(p: GaussianMixture, n: int) -> Tensor:
     total = ends[..., -1:]
     drawn = (torch.rand(*batch, n, dtype=torch.float64, device=p.device) * total).long()
     return torch.searchsorted(ends, torch.minimum(drawn, total - 1), right=True)
-
-
-def _factor(p: GaussianMixture) -> Tensor:
-    """R with S = R Rᵀ, (*batch, K or 1, D, D); NaN if a covariance is not positive definite."""
-    if p.covariance_matrix is None:
-        factor = p.factor if p.scale_tril is None else p.scale_tril.tril()
-        assert factor is not None
-        return factor
-    factor, info = torch.linalg.cholesky_ex(p.covariance_matrix.double())
-    return torch.where((info == 0)[..., None, None], factor, math.nan)
 
 
 def _chosen(parameter: Tensor, index: Tensor, event_dims: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What every test starts from: NaN in unwritten memory, a number of threads, fixed seeds."""
 
 import os
+from collections.abc import Callable, Iterator
 
 import emulation
 import gpu
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import csdiv._C as _C
 from bench import static
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
@@ -31,6 +33,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def _reproducible() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def isa() -> Iterator[Callable[[str], None]]:
+    """Sets an instruction set, or skips the test where the machine has not got it; the widest comes back afterwards."""
+    widest = _C.cpu_isa()
+
+    def use(name: str) -> None:
+        try:
+            _C.cpu_set_isa(name)
+        except ValueError:
+            pytest.skip(f"this machine does not have {name}")
+
+    yield use
+    _C.cpu_set_isa(widest)
 
 
 @pytest.fixture(scope="session")

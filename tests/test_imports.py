@@ -36,7 +36,8 @@ LAYERS = {
         "weights",
     },
     "weights": {"mixture", "transforms"},
-    "mixture": {"checks", "conversions", "samples", "sampling", "shapes", "transforms"},
+    "mixture": {"checks", "conversions", "samples", "sampling", "shapes", "transforms", "trees"},
+    "trees": set(),
     "conversions": {"checks", "covariances", "shapes"},
     "covariances": {"reference", "shapes", "transforms"},
     "checks": {"transforms"},
@@ -44,7 +45,7 @@ LAYERS = {
     "ops": {"backends", "channels", "operators", "shapes"},
     "channels": {"backends", "operators", "reference", "shapes"},
     "backends": {"_C", "kernels", "operators", "reference", "shapes", "transforms"},
-    "sampling": {"checks"},
+    "sampling": {"checks", "covariances"},
     "samples": {"checks", "shapes", "transforms"},
     "operators": set(),
     "kernels": set(),
@@ -75,10 +76,11 @@ LOADED |= {
     "sampling",
     "shapes",
     "transforms",
+    "trees",
     "weights",
 }
 """What csdiv.nn and csdiv.cs_divergence load of csdiv. csdiv._C is loaded when a backend needs it."""
-MOST_LOADED = 26
+MOST_LOADED = 27
 """Modules; there were 20 when this was written."""
 STANDARD = set(sys.stdlib_module_names)
 

@@ -23,14 +23,6 @@ ALLOWED = {"<cstdint>", "<immintrin.h>", "<type_traits>", "<utility>", '"isas.h"
 """What kernels may include besides each other: no code that two instruction sets could share; see KERNELS/README.md."""
 
 
-@pytest.fixture
-def isa():
-    """Sets an instruction set; the widest comes back afterwards."""
-    widest = _C.cpu_isa()
-    yield _C.cpu_set_isa
-    _C.cpu_set_isa(widest)
-
-
 def supported_isas():
     widest = _C.cpu_isa()
     names = []
