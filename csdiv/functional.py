@@ -31,6 +31,8 @@ from csdiv.pairs import (
     as_mixture,
     as_pair,
     check_batches,
+    check_fit,
+    component_divergence,
     cross_overlap,
     route,
     row_overlap,
@@ -38,11 +40,10 @@ from csdiv.pairs import (
     widen,
     with_derivatives_at_zero,
 )
-from csdiv.transforms import full_like_device, has_values
+from csdiv.transforms import full_like_device
+from csdiv.weights import correction, zero_weights
 
 _LOG_4PI = math.log(4.0 * math.pi)
-_STEEP, _WIDE, _CAP = -20.0, 60.0, 85.0
-"""Log variances of codes: below, above which float32 gradients may leave the range; at most what is exponentiated."""
 
 
 def cs_divergence(
@@ -207,6 +208,26 @@ def cs_regularizer(
         >>> kl = csdiv.cs_regularizer(means, log_variances, prior)      # was: 0.5 * (means**2 + ...).sum(-1)
     """
     means, log_variances = as_float_tensor(means, "means"), as_float_tensor(log_variances, "log_variances")
+    _check_codes(means, log_variances)
+    prior = as_mixture(prior, "prior")
+    check_fit(means, prior, "means", "prior")
+    check_batches(means.shape[:-2], prior.batch_shape, "means", "prior")
+    known = None
+    if prior_self_overlap is not None:
+        known = known_self_overlap(prior_self_overlap, prior, "prior", backend)
+    if prior.variances is None:
+        return _regularizer_by_terms(means, log_variances, prior, known, backend)
+    dtype = computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
+    prior, means, log_variances = widen(prior, dtype), means.to(dtype), log_variances.to(dtype)
+    q = (prior.means, prior.variances, prior.log_weights)
+    value = component_divergence("regularizer", backend, means, log_variances, *q, known)
+    if zero_weights(prior) is None:
+        return value
+    codes = GaussianMixture._unchecked(means=means.detach(), variances=log_variances.detach().exp())
+    return value + _regularizer_derivatives_at_zero(codes, prior, known is None, backend).to(dtype)
+
+
+def _check_codes(means: Tensor, log_variances: Tensor) -> None:
     if means.shape != log_variances.shape or means.ndim < 2:
         raise ValueError(
             "means and log_variances of one shape (*batch, B, D) expected, "
@@ -216,36 +237,35 @@ def cs_regularizer(
         raise ValueError(
             f"one device expected, got means on {means.device} and log_variances on {log_variances.device}"
         )
-    prior = as_mixture(prior, "prior")
+
+
+def _regularizer_derivatives_at_zero(
+    codes: GaussianMixture, prior: GaussianMixture, self_term: bool, backend: str
+) -> Tensor:
+    """Zeros, (*batch, B), with the gradients of :func:`cs_regularizer` to the prior's linear weights that are zero."""
+    fixed = prior.detach()
+    rows = _row_lse(codes, fixed, backend).double()
+    missing = correction(prior, rows, lambda absent: route(codes, absent, backend).value("overlap_lse"))
+    assert missing is not None
+    if self_term:
+        own = self_overlap(fixed, backend).double()
+        missing = missing - with_derivatives_at_zero(own - own, prior, prior, backend, 1.0, own).unsqueeze(-1)
+    return -missing
+
+
+def _regularizer_by_terms(
+    means: Tensor, log_variances: Tensor, prior: GaussianMixture, known: Tensor | None, backend: str
+) -> Tensor:
+    """:func:`cs_regularizer` for priors with full covariances, in float64."""
     dtype = computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
-    log_variances = log_variances.to(dtype)
-    if dtype == torch.float32 and _are_extreme(log_variances):
-        log_variances = log_variances.double()
-    prior = widen(prior, dtype)
-    prior_self_overlap = known_self_overlap(prior_self_overlap, prior, "prior", backend)
-    # Above the cap s + t is s to rounding: exp(cap) stands in for s, and the rest of log s is added outside, (10).
-    capped = log_variances.clamp(max=_CAP if log_variances.dtype == torch.float32 else 700.0)
-    codes = GaussianMixture._unchecked(means=means, variances=capped.exp())  # B may be 0
-    codes, prior = as_pair(codes, prior, "means", "prior")
+    prior, logs = widen(prior, torch.float64), log_variances.double()
+    capped = logs.clamp(max=reference.LOG_VARIANCE_CAPS[torch.float64])
+    codes = GaussianMixture._unchecked(means=means.double(), variances=capped.exp())  # B may be 0
     row_lse, offset = row_overlap(codes, prior, backend)
-    cross = row_lse.double() if offset is None else row_lse + offset
-    # −log V(q, p) + ½ log V(q, q) + ½ log V(p, p) in float64, where the scales that cancel cost no accuracy;
-    # log V(q, q) = −½ Σ log 4πs, and −log V(q, p) misses ½ Σ (log s − capped).
-    own = 0.25 * log_variances.sum(-1, dtype=torch.float64) - 0.5 * capped.sum(-1, dtype=torch.float64)
-    constant = 0.5 * prior_self_overlap.unsqueeze(-1) - 0.25 * means.shape[-1] * _LOG_4PI
-    return (own + constant - cross).to(dtype)
-
-
-def _are_extreme(log_variances: Tensor) -> bool:
-    """Whether codes are so wide or, for gradients, so narrow that float32 may leave its range; known on CPUs alone.
-
-    The gradient to a variance s may overflow or vanish where that to log s, s times it, does not.
-    """
-    known = log_variances.device.type == "cpu" and has_values(log_variances) and log_variances.numel() > 0
-    if not known:
-        return False
-    least, largest = (t.item() for t in torch.aminmax(log_variances.detach()))
-    return largest > _WIDE or (least < _STEEP and log_variances.requires_grad and torch.is_grad_enabled())
+    cross = row_lse if offset is None else row_lse + offset
+    own = torch.where(logs > capped, 0.25 * logs - 0.5 * capped, -0.25 * logs).sum(-1)
+    self_term = self_overlap(prior, backend) if known is None else known
+    return (own + 0.5 * self_term.unsqueeze(-1) - 0.25 * means.shape[-1] * _LOG_4PI - cross).to(dtype)
 
 
 def log_prob(x: Tensor, p: GaussianMixture, *, backend: str = "auto") -> Tensor:

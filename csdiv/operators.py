@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-_EVENT_DIMS = {"means": 2, "variances": 2, "covariances": 3, "factors": 3, "log_weights": 1}
+_EVENT_DIMS = {"means": 2, "variances": 2, "log_variances": 2, "covariances": 3, "factors": 3, "log_weights": 1}
 """Dimensions of a tensor of each kind beside those of the batch; the log weights of channels have one more."""
 
 
@@ -29,6 +29,8 @@ class Other(NamedTuple):
 
     name: str
     sizes: str  # letters as of outputs, and D dimensions
+    dtype: torch.dtype | None = None  # None: that of the tensors of p and q
+    optional: bool = False
 
 
 class Operator(NamedTuple):
@@ -71,9 +73,12 @@ def _operator(
 
 _PART, _MIXTURE = "means variances", "means variances log_weights"
 _FULL_PART, _FULL_MIXTURE = "means covariances", "means covariances log_weights"
+_CODES = "means log_variances"
 _POINTS, _FACTORED_PART, _FACTORED_MIXTURE = "means", "means factors", "means factors log_weights"
 _F64 = torch.float64
 _LOG, _ROW_LSE = (Output("value", "", _F64), Output("offset", "", _F64)), Output("row_lse", "N")
+_KNOWN, _SELF_OVERLAP = Other("q_self_overlap", "", _F64, optional=True), Output("self_overlap", "", _F64)
+_DIVERGENCES = (Output("value", "N"), _ROW_LSE, _SELF_OVERLAP)
 _ROW_OFFSET, _OVERLAPS = Output("offset", "1", _F64), Output("overlaps", "3", _F64)  # log V(p, q), V(p, p), V(q, q)
 _DENSITIES, _INDEX = (Output("value", "NM"),), (Output("value", "N", torch.int64),)
 _OF_CHANNELS = (Output("value", "CE", _F64), Output("offset", "CE", _F64))
@@ -87,6 +92,8 @@ _ALL = (
     _operator(
         "cs_divergence", _MIXTURE, _MIXTURE, (Output("value"), _ROW_LSE, _OVERLAPS), "row_lse overlaps", "scalars"
     ),
+    _operator("regularizer", _CODES, _MIXTURE, _DIVERGENCES, "row_lse self_overlap", "rows", (_KNOWN,)),
+    _operator("component_divergence", _PART, _MIXTURE, _DIVERGENCES, "row_lse self_overlap", "rows", (_KNOWN,)),
     _operator("pairwise", _PART, _PART, _DENSITIES),
     _operator("channel_overlap", _MIXTURE, _MIXTURE, _CHANNELS, "value row_lse"),
     _operator("channel_self_overlap", _MIXTURE, "", _OWN_CHANNELS, "value row_lse"),

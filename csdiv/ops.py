@@ -32,9 +32,11 @@ def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any])
 
 
 def _parameters(operator: Operator) -> str:
-    """Weights may be left out, but for full covariances and channels."""
-    optional = "" if operator.full or operator.channels else "?"
-    return ", ".join(f"Tensor{optional if name.endswith('log_weights') else ''} {name}" for name in operator.names)
+    """Weights may be left out, but for full covariances and channels; and what the table says."""
+    optional = {other.name for other in operator.others if other.optional}
+    if not (operator.full or operator.channels):
+        optional |= {"p_log_weights", "q_log_weights"}
+    return ", ".join(f"Tensor{'?' if name in optional else ''} {name}" for name in operator.names)
 
 
 def _outputs_like(operator: Operator, tensors: Tensors) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from csdiv import autograd, backends, conversions, reference, weights
+from csdiv.backends.reference import formula
 from csdiv.checks import HALF, computing_dtype, type_name
 from csdiv.covariances import (
     can_be_whitened,
@@ -55,16 +56,21 @@ def as_mixture(value: Any, name: str) -> GaussianMixture:
 def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[GaussianMixture, GaussianMixture]:
     """Both sides as mixtures of one dtype, known to fit."""
     p, q = as_mixture(p, p_name), as_mixture(q, q_name)
-    dims, devices = (p.means.shape[-1], q.means.shape[-1]), (p.means.device, q.means.device)
-    if dims[0] != dims[1]:
-        raise ValueError(f"one dimension expected, got D = {dims[0]} in {p_name} and D = {dims[1]} in {q_name}")
-    if devices[0] != devices[1]:
-        raise ValueError(f"one device expected, got {p_name} on {devices[0]} and {q_name} on {devices[1]}")
+    check_fit(p.means, q, p_name, q_name)
     dtype = p.means.dtype
     if dtype not in HALF and _is_plain(p, dtype) and _is_plain(q, dtype):
         return p, q
     check_batches(p.batch_shape, q.batch_shape, p_name, q_name)
     return one_dtype(p, q)
+
+
+def check_fit(means: Tensor, q: GaussianMixture, p_name: str, q_name: str) -> None:
+    """Raises ValueError unless these means and q's have one dimension and device."""
+    dims, devices = (means.shape[-1], q.means.shape[-1]), (means.device, q.means.device)
+    if dims[0] != dims[1]:
+        raise ValueError(f"one dimension expected, got D = {dims[0]} in {p_name} and D = {dims[1]} in {q_name}")
+    if devices[0] != devices[1]:
+        raise ValueError(f"one device expected, got {p_name} on {devices[0]} and {q_name} on {devices[1]}")
 
 
 def _is_plain(p: GaussianMixture, dtype: torch.dtype) -> bool:
@@ -250,14 +256,33 @@ def route(p: GaussianMixture, q: GaussianMixture, backend: str) -> Route:
     Raises:
         ValueError: no such backend. NotImplementedError: one asked for by name that has no such covariances.
     """
-    if backend != "auto" and not (isinstance(backend, str) and backend in backends.NAMES):
-        backends.check_name(backend)
-    eager = backend == "reference" or (backend == "auto" and p.means.device.type not in backends.AUTO)
+    eager = _is_eager(backend, p.means.device)
     if p.variances is not None and q.variances is not None:
         return Route(DIAGONAL, p, q, backend, eager)
     if can_be_whitened(p, q):
         return Route(WHITENED, p, q, backend, eager)
     return _by_component(p, q, backend, eager)
+
+
+def _is_eager(backend: str, device: torch.device) -> bool:
+    """Whether plain differentiable torch computes what is diagonal. Raises ValueError: no such backend."""
+    if backend == "auto":
+        return device.type not in backends.AUTO
+    if not (isinstance(backend, str) and backend in backends.NAMES):
+        backends.check_name(backend)
+    return backend == "reference"
+
+
+def component_divergence(name: str, backend: str, *tensors: Tensor | None) -> Tensor:
+    """D_CS of components from a mixture, (*batch, N): "regularizer" or "component_divergence" of tensors in its order.
+
+    All are of one dtype, but for log V(q, q), float64.
+    """
+    means = tensors[0]
+    assert means is not None
+    if _is_eager(backend, means.device):
+        return formula(name, tensors)
+    return autograd.parts(name, backend, *tensors)[0]
 
 
 def _by_component(p: GaussianMixture, q: GaussianMixture, backend: str, eager: bool) -> Route:

@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from csdiv.shapes import broadcast
-from csdiv.transforms import forward_level, full_like_device, transforms_active
+from csdiv.transforms import forward_level, full_like_device, has_values, transforms_active
 
 CHUNK_ELEMENTS = 2**22
 """Numbers in the largest temporary of one chunk of rows."""
 
 LOG_2PI = math.log(2.0 * math.pi)
+_LOG_4PI = math.log(4.0 * math.pi)
+LOG_VARIANCE_CAPS = {torch.float32: 85.0, torch.float64: 700.0}
+"""Log variances that are exponentiated at most."""
 
 
 class Components(NamedTuple):
@@ -33,6 +36,7 @@ class Components(NamedTuple):
     covariances: Tensor | None = None  # (*batch, K or 1, D, D)
     log_weights: Tensor | None = None  # (*batch, K), None: uniform
     factors: Tensor | None = None  # (*batch, K or 1, D, D) lower triangular, of the sum of both sides' covariances
+    log_variances: Tensor | None = None  # (*batch, K, D) in place of variances
 
 
 def pairwise_log_overlap(p: Components, q: Components) -> Tensor:
@@ -63,6 +67,55 @@ def cs_divergence(p: Components, q: Components) -> Tensor:
     """D_CS(p, q) = −log V(p, q) + ½ log V(p, p) + ½ log V(q, q), shape (*batch,); equation (2)."""
     # Not times 0.5: torch gives that number times a scalar under jacfwd a float64 derivative.
     return torch.stack(torch.broadcast_tensors(log_overlap(p, p), log_overlap(q, q))).mean(0) - log_overlap(p, q)
+
+
+def component_divergence(p: Components, q: Components, q_self_overlap: Tensor | None = None) -> Tensor:
+    """D_CS(N(μ_i, S_i), q) of each component of p, shape (*batch, N); equation (19). p's weights are not used.
+
+    ``q_self_overlap``, (*batch,), is log V(q, q), float64, if that is known.
+    """
+    rows, own = _rows_of_codes(p, q)
+    known = log_overlap(q, q) if q_self_overlap is None else q_self_overlap
+    constant = 0.5 * known.double().unsqueeze(-1) - 0.25 * p.means.shape[-1] * _LOG_4PI
+    return (own + constant - rows).to(p.means.dtype)
+
+
+def _rows_of_codes(p: Components, q: Components) -> tuple[Tensor, Tensor]:
+    """ℓ_i and the own terms of p's components."""
+    wide, own = _with_own_terms(p)
+    return overlap_lse(wide, _double(q) if wide.means.dtype != p.means.dtype else q), own
+
+
+def _double(p: Components) -> Components:
+    return Components._make(None if t is None else t.double() for t in p)
+
+
+def _with_own_terms(p: Components) -> tuple[Components, Tensor]:
+    """p with variances, and −¼ Σ log s of each component, float64.
+
+    Above a cap s + t is s to rounding: exp(cap) stands in for s in ℓ_i, and what −ℓ_i lacks, ½ Σ (log s − cap), comes
+    to the own terms, equation (10).
+    """
+    if p.log_variances is None:
+        assert p.variances is not None
+        variances = nan_if_negative(p.variances).expand(p.means.shape)
+        point = (variances == 0.0).any(-1)
+        own = -0.25 * torch.where(point.unsqueeze(-1), 1.0, variances).double().log().sum(-1)
+        return p, torch.where(point, math.inf, own)
+    if p.log_variances.dtype == torch.float32 and _are_extreme(p.log_variances):
+        p = _double(p)
+    assert p.log_variances is not None
+    cap, logs = LOG_VARIANCE_CAPS[p.log_variances.dtype], p.log_variances.double()
+    own = torch.where(logs > cap, 0.25 * logs - 0.5 * cap, -0.25 * logs).sum(-1)
+    return p._replace(variances=p.log_variances.clamp(max=cap).exp(), log_variances=None), own
+
+
+def _are_extreme(log_variances: Tensor) -> bool:
+    """Whether float32 gradients may leave their range where those to log s do not; known on CPUs alone."""
+    if log_variances.device.type != "cpu" or not has_values(log_variances) or log_variances.numel() == 0:
+        return False
+    least, largest = (t.item() for t in torch.aminmax(log_variances.detach()))
+    return not (least >= -20.0 and largest <= 60.0)
 
 
 def channel_overlap(p: Components, q: Components) -> Tensor:
@@ -124,6 +177,8 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "log_overlap": log_overlap,
     "self_overlap": lambda p: log_overlap(p, p),
     "cs_divergence": cs_divergence,
+    "regularizer": component_divergence,
+    "component_divergence": component_divergence,
     "pairwise": pairwise_log_overlap,
     "channel_overlap": channel_overlap,
     "channel_self_overlap": lambda p: channel_overlap(p, p),
@@ -131,7 +186,10 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
 }
 """The value of each operator, see :mod:`csdiv.operators`, from p, q and the tensors of neither."""
 
-ROW_LSE: dict[str, Callable[..., Tensor]] = {}
+ROW_LSE: dict[str, Callable[..., Tensor]] = {
+    "regularizer": lambda p, q, _: _rows_of_codes(p, q)[0],
+    "component_divergence": lambda p, q, _: overlap_lse(p, q),
+}
 """The output "row_lse" of operators whose is not :func:`overlap_lse`, from the same."""
 
 
@@ -226,7 +284,9 @@ def _by_rows(function: Callable[[Components], Tensor], p: Components, q: Compone
         return function(p)
     pieces = []
     for start in range(0, n, rows):
-        chunk = Components._make(_slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1, -3), strict=True))
+        chunk = Components._make(
+            _slice(t, start, rows, axis) for t, axis in zip(p, (-2, -2, -3, -1, -3, -2), strict=True)
+        )
         pieces.append(_recomputed(lambda *c: function(Components(*c)), *chunk))
     return torch.cat(pieces, -1)
 

@@ -32,7 +32,7 @@ def correction(
     Returns:
         float64 in the shape of ``log_sum``; None where nothing is missing.
     """
-    if (zero := _zero_weights(p)) is None:
+    if (zero := zero_weights(p)) is None:
         return None
     absent = _only(p, zero, channels)
     with torch.enable_grad():
@@ -50,14 +50,14 @@ def share_correction(p: GaussianMixture, densities: Tensor, logits: Tensor) -> T
     Returns:
         float64 (*batch, N, K); None where nothing is missing.
     """
-    if p.weights is None or (zero := _zero_weights(p)) is None:
+    if p.weights is None or (zero := zero_weights(p)) is None:
         return None
     exponent = densities.detach().double() - logits.detach().double().logsumexp(-1, keepdim=True)
     factor = torch.where(zero.unsqueeze(-2) & (exponent < _LARGEST), exponent, -math.inf).exp()
     return factor * (p.weights - p.weights.detach()).unsqueeze(-2)
 
 
-def _zero_weights(p: GaussianMixture) -> Tensor | None:
+def zero_weights(p: GaussianMixture) -> Tensor | None:
     """Which weights are zero, if any may be and a derivative may be asked for."""
     if p.weights is None:
         return None

@@ -113,6 +113,12 @@ struct SelfScale {
   cpu::ScaleExponents<T> p;
 };
 
+// The driver makes its own.
+template <class T>
+struct NoScale {
+  explicit NoScale(const Problem<T>&) {}
+};
+
 // Runs the handlers of signals that have come, as Python does between two instructions; true if one of them raised.
 bool handler_raised() {
   const py::gil_scoped_acquire locked;
@@ -209,6 +215,20 @@ void define_operators(py::module_& module) {
                       cpu::cs_divergence_backward(call.problem, call.at(0), call.at(1), call.template at<double>(2),
                                                   call.grad_p, call.grad_q, call.threads);
                     });
+  for (const bool logarithms : {false, true}) {
+    const std::string prefix = logarithms ? "cpu_regularizer_" : "cpu_component_divergence_";
+    const Kinds kinds{Per::kRow, Per::kRow, Per::kProblem, Per::kOptional, Per::kOptional};
+    define<NoScale>(module, (prefix + "forward").c_str(), kinds, [logarithms](const auto& call) {
+      cpu::component_divergence_forward(call.problem, logarithms, call.template at<const double>(3), call.at(0),
+                                        call.at(1), call.template at<double>(2), call.grad_p, call.grad_q,
+                                        call.template at<double>(4), call.threads);
+    });
+    define<NoScale>(module, (prefix + "backward").c_str(), kinds, [logarithms](const auto& call) {
+      cpu::component_divergence_backward(call.problem, logarithms, call.template at<const double>(3), call.at(0),
+                                         call.at(1), call.template at<double>(2), call.grad_p, call.grad_q,
+                                         call.template at<double>(4), call.threads);
+    });
+  }
   define<PairScale>(module, "cpu_pairwise_forward", {Per::kRow},
                     [](const auto& call) { cpu::pairwise_forward(call.problem, call.at(0), call.threads); });
   define<PairScale>(module, "cpu_pairwise_backward", {Per::kRow}, [](const auto& call) {

@@ -297,5 +297,5 @@ def test_a_frozen_prior_costs_no_gradient() -> None:
     with _Recorder() as recorder:
         function("cs_regularizer")(*inputs[:2], *(t.detach() for t in inputs[2:])).sum().backward()
     assert [(name, needs) for name, needs, _ in recorder.calls] == [
-        ("csdiv::overlap_lse_forward", [True, True, False, False, False])
+        ("csdiv::regularizer_forward", [True, True, False, False, False, False])
     ]

@@ -15,6 +15,7 @@ def side_tensors(names: tuple[str, ...], k: int, batched: bool, full: bool) -> l
     """Tensors of k components; batched ones with a permuted view and uniform weights where these may be left out."""
     p = testing.random_mixture(k, 2, generator=torch.Generator().manual_seed(k))
     given = {"means": p.means, "variances": p.variances, "log_weights": p.log_weights}
+    given["log_variances"] = p.variances.log()
     if batched:
         given = {name: t.expand(2, *t.shape).contiguous() for name, t in given.items()}
         given["means"] = given["means"].mT.contiguous().mT
@@ -29,7 +30,9 @@ def operator_tensors(operator: Operator, batched: bool) -> list[Tensor | None]:
     tensors = [
         t for names, k in ((operator.p, 3), (operator.q, 4)) for t in side_tensors(names, k, batched, operator.full)
     ]
-    tensors += [torch.rand(*batch, *(sizes[letter] for letter in other.sizes)) for other in operator.others]
+    tensors += [
+        torch.rand(*batch, *(sizes[letter] for letter in other.sizes), dtype=other.dtype) for other in operator.others
+    ]
     for k, name in enumerate(operator.names):
         if name.endswith("log_weights") and operator.channels:
             tensors[k] = torch.stack([tensors[k], 2.0 * tensors[k]], -2)

@@ -141,13 +141,20 @@ class Call:
         return addresses[0], addresses[1], addresses[2]
 
     def _add_others(self, tensors: Tensors, needs: Sequence[bool]) -> None:
-        """Tensors of neither side in full shape, (*batch, *sizes), each followed by its gradient, or an empty one."""
+        """Tensors of neither side in full shape, (*batch, *sizes), each followed by its gradient; or empty ones."""
         others, p, q = self.operator.others, self.problem.p, self.problem.q
-        batches = [t.shape[: t.ndim - len(other.sizes)] for t, other in zip(tensors, others, strict=True)]
-        self.problem = Problem(p, q, batches)
+        given = [(t, other) for t, other in zip(tensors, others, strict=True) if t is not None]
+        if given:
+            self.problem = Problem(p, q, [t.shape[: t.ndim - len(other.sizes)] for t, other in given])
         known = {"N": self.problem.n, "M": self.problem.m, "D": p.means.shape[-1], "1": 1}
         for tensor, other, need in zip(tensors, others, needs, strict=True):
-            array = _filled(tensor, self.problem.batch + torch.Size(known[size] for size in other.sizes))
+            if tensor is None:
+                self._others += [p.means.new_empty(0)] * 2
+                continue
+            array = _filled(
+                tensor.to(other.dtype or tensor.dtype),
+                self.problem.batch + torch.Size(known[size] for size in other.sizes),
+            )
             grad = torch.empty_like(array) if need else array.new_empty(0)
             self._others += (array, grad)
             if need:

@@ -46,9 +46,12 @@ class Reference(Backend):
                 extra = value.new_zeros(*value.shape[:-1], 1) if output.sizes == "1" else torch.zeros_like(value)
             elif output.name == "row_lse":
                 extra = reference.ROW_LSE.get(name, reference.overlap_lse)(p, q, *tensors[len(tensors) - count :])
+            elif output.name == "self_overlap":
+                known = reference.log_overlap(q, q) if tensors[-1] is None else tensors[-1]
+                extra = known.expand(value.shape[:-1]).contiguous()
             else:
                 extra = torch.stack(overlaps, -1)
-            outputs.append(extra.to(output.dtype or extra.dtype))
+            outputs.append(extra.to(output.dtype or tensors[0].dtype))
         return outputs, self.backward(name, torch.ones_like(value), tensors, [], needs)
 
     def backward(

@@ -66,6 +66,19 @@ template <class T>
 void cs_divergence_backward(const Problem<T>& problem, const T* grad_values, const T* row_lse, const double* overlaps,
                             const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, int threads);
 
+// values[b, i] = D_CS of component i of p, by itself, from q; nothing is left out. With `logarithms`, the variances of
+// p and the gradients to them are those of log variances. self_overlaps[b] = log V(q, q), which `known`, (batch), holds
+// if it is not null. Scale exponents and precisions are made here. Gradients of the sum of all values in the same pass.
+template <class T>
+void component_divergence_forward(Problem<T> problem, bool logarithms, const double* known, T* values, T* row_lse,
+                                  double* self_overlaps, const SideGradients<T>& grad_p, const SideGradients<T>& grad_q,
+                                  double* grad_known, int threads);
+
+template <class T>
+void component_divergence_backward(Problem<T> problem, bool logarithms, const double* known, const T* grad_values,
+                                   const T* row_lse, const double* self_overlaps, const SideGradients<T>& grad_p,
+                                   const SideGradients<T>& grad_q, double* grad_known, int threads);
+
 // values[b, i, j] = logit_ij without weights; nothing is left out.
 template <class T>
 void pairwise_forward(const Problem<T>& problem, T* values, int threads);

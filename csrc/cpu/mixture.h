@@ -30,10 +30,10 @@ struct Mixture {
   const int64_t* index;             // the item that each problem uses; null: its own, or the only one
   int64_t batch;
   int64_t n;
-  bool same_dims = false;          // each component has one variance, in all dimensions
-  bool same_components = false;    // all components of all items have the same variances
-  int64_t exponent_period = 0;     // components of the only item per scale exponent; 0: one exponent for each item
-  const T* precisions = nullptr;   // (batch, n, dim) and
+  bool same_dims = false;                // each component has one variance, in all dimensions
+  bool same_components = false;          // all components of all items have the same variances
+  int64_t exponent_period = 0;           // components, of all items, per scale exponent; 0: one exponent for each item
+  const T* precisions = nullptr;         // (batch, n, dim) and
   const T* log_determinants = nullptr;   // (batch, n): of rows in the form kTiedColumns, see tile.h
 
   int64_t item(int64_t problem) const { return index ? index[problem] : batch == 1 ? 0 : problem; }
@@ -45,7 +45,7 @@ struct Mixture {
   }
 
   int64_t scale_exponent(int64_t item, int64_t k) const {
-    return scale_exponents[exponent_period ? k / exponent_period : item];
+    return scale_exponents[exponent_period ? (item * n + k) / exponent_period : item];
   }
 };
 
@@ -66,7 +66,7 @@ template <class T>
 Problem<T> flattened(Problem<T> problem) {
   Mixture<T>& p = problem.p;
   if (problem.batch > 1 && p.batch == problem.batch && !p.index && problem.q.batch == 1 && !problem.q.index) {
-    p.exponent_period = p.n;
+    if (!p.exponent_period) p.exponent_period = p.n;
     p.n *= p.batch;
     p.batch = problem.batch = 1;
   }

@@ -245,8 +245,9 @@ inline Vec<T> mantissa(Vec<T> x) {
   return (Vec<T>)(((BitsVec<T>)x & kFraction) | kHalf);
 }
 
-// exp(x) for x <= 0, within about 1 ulp; exact at 0, NaN at NaN. The power of two is one too small and the series twice
-// too large, so that the power is 0 where the value would be subnormal: weights are normal numbers or 0.
+// exp(x) for x below the largest logarithm, within about 1 ulp; exact at 0, NaN at NaN. The power of two is one too
+// small and the series twice too large, so that the power is 0 where the value would be subnormal: weights are normal
+// numbers or 0.
 template <class T>
 inline Vec<T> exp(Vec<T> x) {
   using F = Float<T>;

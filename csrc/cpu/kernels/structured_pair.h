@@ -266,10 +266,9 @@ void spherical_gradients(const RowTile<T>& rows, const Stripe<T>& columns, T* we
   });
 }
 
-// 1 / c of every dimension and log|c| - exponent log 2, for one vector of components; `c` gives their c.
+// 1 / c of every dimension and log|c|, for one vector of components, whose sum has begun; `c` gives their c.
 template <class T, class C, class Store>
-CSDIV_INLINE Vec<T> precisions(int64_t dim, int64_t exponent, const C& c, const Store& store_precision) {
-  PairSum<T> sum(exponent, dim);
+CSDIV_INLINE Vec<T> precisions(PairSum<T> sum, int64_t dim, const C& c, const Store& store_precision) {
   for (int64_t d = 0; d < dim; ++d) {
     const Vec<T> variance = c(d);
     store_precision(d, T(1) / variance);
@@ -289,7 +288,8 @@ void column_precisions(const T* row_variances, int64_t dim, int64_t exponent, co
       continue;
     }
     const Vec<T> log_determinant = precisions<T>(
-        dim, exponent, [&](int64_t d) { return row_variances[d] + load(columns.variances + d * columns.stride + j); },
+        PairSum<T>(exponent, dim), dim,
+        [&](int64_t d) { return row_variances[d] + load(columns.variances + d * columns.stride + j); },
         [&](int64_t d, Vec<T> precision) { store(to + d * columns.stride + j, precision); });
     store(log_scales + j, load(columns.log_weights + j) - T(0.5) * log_determinant);
   }
@@ -299,8 +299,10 @@ template <class T>
 void row_precisions(const RowTile<T>& rows, const T* column_variances, T* to, T* log_determinants) {
   for (int64_t row = 0; row < rows.count; row += kLanes<T>) {
     const int count = int(rows.count - row < kLanes<T> ? rows.count - row : kLanes<T>);
+    PairSum<T> sum(0, rows.dim);
+    for (int k = 0; k < count; ++k) sum.exponent[k] -= rows.exponents[row + k];
     const Vec<T> log_determinant = precisions<T>(
-        rows.dim, rows.exponents[row],
+        sum, rows.dim,
         [&](int64_t d) {
           Vec<T> c = broadcast<T>(1);
           for (int k = 0; k < count; ++k) c[k] = rows.variances[(row + k) * rows.dim + d] + column_variances[d];

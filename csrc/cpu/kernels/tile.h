@@ -129,6 +129,8 @@ struct TileKernels {
   void (*transpose)(const T* from, int64_t count, int64_t dim, T* to, int64_t stride);
   // Range of `size` means and variances.
   Range<T> (*range)(const T* means, const T* variances, int64_t size);
+  // to[k] = exp(min(from[k], cap)) for k < size.
+  void (*exponentials)(const T* from, int64_t size, T cap, T* to);
   // tile[r, j] = log b_j - (quadratic form + log determinant - E ln 2) / 2 for j >= first_column.
   void (*logits)(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile);
   // Logits to exp(logit - max), in place, where a row's max is finite; rows are `stride` apart.

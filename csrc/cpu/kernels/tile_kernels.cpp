@@ -47,6 +47,17 @@ Range<T> range(const T* means, const T* variances, int64_t size) {
           sum<T>(excess) == 0};
 }
 
+template <class T>
+void exponentials(const T* from, int64_t size, T cap, T* to) {
+  int64_t k = 0;
+  for (; k + kLanes<T> <= size; k += kLanes<T>) store(to + k, exp<T>(minimum<T>(broadcast<T>(cap), load(from + k))));
+  if (k == size) return;
+  T rest[kLanes<T>] = {};
+  __builtin_memcpy(rest, from + k, (size - k) * sizeof(T));
+  const Vec<T> last = exp<T>(minimum<T>(broadcast<T>(cap), load(rest)));
+  __builtin_memcpy(to + k, &last, (size - k) * sizeof(T));
+}
+
 // Dimensions [begin, end) of kRows rows against one vector of columns.
 template <bool kFast, int kRows, class T, class Sum>
 CSDIV_INLINE void add_dims(const PairTerms<T>& terms, int64_t begin, int64_t end, Sum (&sums)[kRows]) {
@@ -315,9 +326,10 @@ int64_t arithmetic(int64_t rounds, Arithmetic kind, T* kept) {
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {
-    kLanes<T>, certified<T>, transpose<T>,         range<T>,          logits<T>,       partial_sums<T>, weights<T>,
-    scale<T>,  gradients<T>, column_precisions<T>, row_precisions<T>, tiny_overlap<T>, arithmetic<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>,       certified<T>, transpose<T>,         range<T>,
+                                     exponentials<T>, logits<T>,    partial_sums<T>,      weights<T>,
+                                     scale<T>,        gradients<T>, column_precisions<T>, row_precisions<T>,
+                                     tiny_overlap<T>, arithmetic<T>};
 
 }   // namespace
 
