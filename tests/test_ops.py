@@ -30,9 +30,8 @@ def operator_tensors(operator: Operator, batched: bool) -> list[Tensor | None]:
     tensors = [
         t for names, k in ((operator.p, 3), (operator.q, 4)) for t in side_tensors(names, k, batched, operator.full)
     ]
-    tensors += [
-        torch.rand(*batch, *(sizes[letter] for letter in other.sizes), dtype=other.dtype) for other in operator.others
-    ]
+    for other in operator.others:
+        tensors.append(torch.rand((*batch, *(sizes[letter] for letter in other.sizes)), dtype=other.dtype))
     for k, name in enumerate(operator.names):
         if name.endswith("log_weights") and operator.channels:
             tensors[k] = torch.stack([tensors[k], 2.0 * tensors[k]], -2)

@@ -151,10 +151,8 @@ class Call:
             if tensor is None:
                 self._others += [p.means.new_empty(0)] * 2
                 continue
-            array = _filled(
-                tensor.to(other.dtype or tensor.dtype),
-                self.problem.batch + torch.Size(known[size] for size in other.sizes),
-            )
+            shape = self.problem.batch + torch.Size(known[size] for size in other.sizes)
+            array = _filled(tensor.to(other.dtype or tensor.dtype), shape)
             grad = torch.empty_like(array) if need else array.new_empty(0)
             self._others += (array, grad)
             if need:
