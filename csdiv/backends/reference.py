@@ -48,7 +48,7 @@ class Reference(Backend):
                 extra = reference.ROW_LSE.get(name, reference.overlap_lse)(p, q, *tensors[len(tensors) - count :])
             elif output.name == "self_overlap":
                 known = reference.log_overlap(q, q) if tensors[-1] is None else tensors[-1]
-                extra = known.expand(value.shape[:-1]).contiguous()
+                extra = known.expand(value.shape[:-1]).clone()
             else:
                 extra = torch.stack(overlaps, -1)
             outputs.append(extra.to(output.dtype or tensors[0].dtype))
