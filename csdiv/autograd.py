@@ -16,14 +16,14 @@ A backend named explicitly is never replaced: on path 3 it raises NotImplemented
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from csdiv import ops, transforms
+from csdiv import backends, ops, transforms
+from csdiv.backends.base import unsqueezed
 from csdiv.backends.reference import formula
 from csdiv.operators import OPERATORS, Operator
 from csdiv.shapes import broadcast
@@ -34,8 +34,7 @@ _Tensors = Sequence[Tensor | None]
 def parts(name: str, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The value of an operator, differentiable, and the offset that is to be added to it; None: there is none."""
     outputs = _outputs(name, backend, tensors)
-    has_offset = len(outputs) > 1 and OPERATORS[name].outputs[1].name == "offset"
-    return outputs[0], outputs[1] if has_offset else None
+    return outputs[0], outputs[1] if len(outputs) > 1 and OPERATORS[name].has_offset else None
 
 
 def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
@@ -48,8 +47,9 @@ def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
                 raise _no_derivative(backend, "forward-mode or nested derivatives")
             return (formula(name, tensors),)
         return _TransformableValue.apply(name, backend, *tensors)
-    at_once = torch.is_grad_enabled() and _gives_gradients(OPERATORS[name], backend, tensors)
-    return _Value.apply(name, backend, at_once, *tensors)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return tuple(ops.run_forward(name, tensors, [False] * len(tensors), backend)[0])
+    return _Value.apply(name, backend, _gives_gradients(OPERATORS[name], backend, tensors), *tensors)
 
 
 def _distinct(tensors: _Tensors) -> list[Tensor | None]:
@@ -106,9 +106,10 @@ class _Value(torch.autograd.Function):
         outputs, grads = ops.run_forward(name, tensors, needs if at_once else [False] * len(needs), backend)
         saved = [] if at_once and not rows else [outputs[k] for k in operator.saved]
         ctx.save_for_backward(*tensors, *saved, *grads)
-        if len(outputs) > 1:
-            ctx.mark_non_differentiable(*outputs[1:])
-        return tuple(outputs)
+        if not operator.has_offset:
+            return (outputs[0],)
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs[0], outputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
@@ -152,52 +153,21 @@ class _Gradients(torch.autograd.Function):
 
 def _first_gradients(
     name: str, backend: str, needs: list[bool], at_once: bool, grad: Tensor, saved: Sequence[Any]
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """From what _Value saves: tensors, outputs, and the gradients that came with them."""
     tensors, outputs = list(saved[: len(needs)]), list(saved[len(needs) :])
-    if at_once and OPERATORS[name].at_once == "scalars":
-        if _can_be_scaled(outputs, grad):
-            return _scaled(outputs, grad)
-        found, _ = ops.run_forward(name, tensors, [False] * len(needs), backend)
-        outputs = [found[k] for k in OPERATORS[name].saved]
-        grads = ops.BACKWARD[name](grad, outputs, tensors, needs, backend)
-        return [torch.where(_unsqueezed(grad, g) == 0.0, 0.0, g) for g in grads]
-    elif at_once:
+    if at_once:
+        rows = OPERATORS[name].at_once == "rows"
         outputs, grads = outputs[: -sum(needs)], outputs[-sum(needs) :]
-        if (common := _common_value(grad)) is not None and _can_be_scaled(grads, common):
-            return _scaled(grads, common)
-    return ops.BACKWARD[name](grad, outputs, tensors, needs, backend)
-
-
-def _scaled(grads: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """Gradients of the values, (*batch, ...), times the gradients with respect to the values, (*batch)."""
-    if grad.ndim == 0:
-        scaled = list(torch._foreach_mul(grads, grad))  # one call, where each costs more than what it computes
-        return scaled if grad.device.type == "cpu" else [torch.where(grad == 0.0, 0.0, g) for g in scaled]
-    upstream = [_unsqueezed(grad, g) for g in grads]
-    return [torch.where(u == 0.0, 0.0, u * g) for u, g in zip(upstream, grads, strict=True)]
-
-
-def _unsqueezed(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.to(like.dtype).reshape(grad.shape + (1,) * (like.ndim - grad.ndim))
-
-
-def _can_be_scaled(grads: list[Tensor], grad: Tensor) -> bool:
-    """Whether the gradients times ``grad`` are right: not where one overflowed whose product with something below 1 may
-    not, or is 0. Known on CPUs alone: elsewhere one would have to wait for it."""
-    if grad.device.type != "cpu" or not transforms.has_values(grad):
-        return True
-    if abs(grad.item()) >= 1.0 if grad.ndim == 0 else bool((grad.abs() >= 1.0).all()):
-        return True
-    return all(math.isfinite(float(g.sum())) for g in grads)
-
-
-def _common_value(grad: Tensor) -> Tensor | None:
-    """The one value that ``grad`` consists of, None where there are several or it is 0 or NaN."""
-    if grad.numel() == 0:
-        return None
-    common = grad[(0,) * grad.ndim]
-    return common if common != 0 and torch.equal(grad, common.expand_as(grad)) else None
+        chosen = backends.resolve(backend, grad.device, name)
+        if (scaled := chosen.scaled(grads, grad, one_factor=rows)) is not None:
+            return scaled
+        if not rows:
+            found, _ = ops.run_forward(name, tensors, [False] * len(needs), backend)
+            outputs = [found[k] for k in OPERATORS[name].saved]
+            grads = ops.run_backward(name, grad, outputs, tensors, needs, backend)
+            return [torch.where(unsqueezed(grad, g) == 0.0, 0.0, g) for g in grads]
+    return ops.run_backward(name, grad, outputs, tensors, needs, backend)
 
 
 def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[bool]) -> bool:

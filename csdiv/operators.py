@@ -44,6 +44,7 @@ class Operator(NamedTuple):
     q: tuple[str, ...]  # q's; none: p with itself
     others: tuple[Other, ...]  # after the tensors of p and q
     outputs: tuple[Output, ...]
+    has_offset: bool  # whether the second output is an offset
     saved: tuple[int, ...]  # which outputs the backward pass takes
     at_once: str  # what the forward pass can return gradients of: "scalars", the sum of the "rows", or "nothing"
     names: tuple[str, ...]  # of all tensors
@@ -68,7 +69,8 @@ def _operator(
     event_dims += tuple(len(other.sizes) for other in others)
     back = tuple(k for k, output in enumerate(outputs) if output.name in saved.split())
     full = "covariances" in sides[0] or "factors" in sides[1]
-    return Operator(name, *sides, others, outputs, back, at_once, names, event_dims, full, channels)
+    has_offset = len(outputs) > 1 and outputs[1].name == "offset"
+    return Operator(name, *sides, others, outputs, has_offset, back, at_once, names, event_dims, full, channels)
 
 
 _PART, _MIXTURE = "means variances", "means variances log_weights"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdiv import backends, channels
+from csdiv import backends, channels, transforms
 from csdiv.backends.arrays import empty_output
 from csdiv.backends.base import Tensors
 from csdiv.operators import OPERATORS, Operator
@@ -120,8 +120,19 @@ def run_forward(
     name: str, tensors: Tensors, needs: list[bool], backend: str
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The outputs of an operator, and the gradients that come with the values where they are needed."""
+    if not (OPERATORS[name].channels or transforms.watched(tensors)):
+        return backends.resolve(backend, tensors[0].device, name).forward(name, tensors, needs)
     if OPERATORS[name].at_once != "nothing":
         *outputs, grads = FORWARD[name](*tensors, needs, backend)
         return outputs, grads
     found = FORWARD[name](*tensors, backend)
     return (found,) if isinstance(found, Tensor) else found, ()
+
+
+def run_backward(
+    name: str, grad: Tensor, outputs: list[Tensor], tensors: Tensors, needs: list[bool], backend: str
+) -> Sequence[Tensor]:
+    """The gradients of Σ grad · value to the tensors that need one; ``outputs`` are those that are saved."""
+    if not (OPERATORS[name].channels or transforms.watched((grad, *tensors))):
+        return backends.resolve(backend, grad.device, name).backward(name, grad, tensors, outputs, needs)
+    return BACKWARD[name](grad, outputs, tensors, needs, backend)

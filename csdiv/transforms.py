@@ -20,6 +20,30 @@ forward_level: Callable[[], int] = functools.partial(getattr, forward_ad, "_curr
 """The level of forward-mode differentiation, -1 outside of it."""
 
 
+_watchers: tuple[Callable[[], object] | None, ...] = (
+    getattr(torch._C, "_len_torch_dispatch_stack", None),
+    getattr(torch._C, "_len_torch_function_stack", None),
+    getattr(torch._C, "_get_tracing_state", None),
+    getattr(torch.autograd, "_profiler_enabled", None),
+)
+_is_wrapped: Callable[[torch.Tensor], bool] | None = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None
+)
+
+
+def watched(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether anything but autograd has to see an operator on these tensors: a mode of torch, a trace, a profiler, or
+    what makes a tensor more than its memory. Other calls go to the backend at once, past torch's dispatcher."""
+    if _is_wrapped is None or any(state is None or state() for state in _watchers):
+        return True
+    for t in tensors:
+        if t is not None and (
+            type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_neg() or t._is_zerotensor() or _is_wrapped(t)
+        ):
+            return True
+    return False
+
+
 def higher_derivatives() -> bool:
     """Whether derivatives are under way that only the reference has: forward mode, or a grad within a grad."""
     if forward_level() >= 0:

@@ -17,6 +17,7 @@
 #include "arguments.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels/dispatch.h"
+#include "cpu/scaled_gradients.h"
 #include "cpu/sweep/pack.h"
 #include "cpu/sweep/scale.h"
 #include "cpu/system/thread_pool.h"
@@ -176,6 +177,26 @@ void define_full(py::module_& module, const char* name, const Kinds& kinds, cons
   });
 }
 
+void define_scaled(py::module_& module) {
+  module.def("cpu_scaled", [](const py::tuple& upstream, const py::tuple& gradients, int threads) {
+    check(upstream.size() == 4, "an upstream gradient has 4 fields");
+    const auto count = upstream[1].cast<int64_t>();
+    const cpu::Upstream factors{pointer<const void>(upstream[0].cast<Pointer>(), count > 0), count,
+                                upstream[2].cast<int>() == sizeof(double), upstream[3].cast<bool>()};
+    std::vector<cpu::ScaledArray> arrays;
+    for (const auto& item : gradients) {
+      const auto array = item.cast<py::tuple>();
+      check(array.size() == 4, "a gradient has 4 fields");
+      const auto size = array[2].cast<int64_t>();
+      check(count > 0 || size == 0, "gradients of no value");
+      arrays.push_back({pointer<const void>(array[0].cast<Pointer>(), size > 0),
+                        pointer<void>(array[1].cast<Pointer>(), size > 0), size,
+                        array[3].cast<int>() == sizeof(double)});
+    }
+    return interruptible([&] { return cpu::scaled_gradients(factors, arrays, threads); });
+  });
+}
+
 void define_operators(py::module_& module) {
   define<PairScale>(module, "cpu_overlap_lse_forward", {Per::kRow, Per::kProblem}, [](const auto& call) {
     cpu::offsets(call.problem, cpu::Uniform::kOfQ, call.template at<double>(1));
@@ -290,6 +311,7 @@ PYBIND11_MODULE(_C, module) {
              py::call_guard<py::gil_scoped_release>());
   module.attr("cpu_max_full_dim") = cpu::kMaxFullDim;
   define_operators(module);
+  define_scaled(module);
 #ifdef CSDIV_WITH_CUDA
   bind_cuda(module);
 #endif

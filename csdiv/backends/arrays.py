@@ -32,6 +32,11 @@ class Side(NamedTuple):
 
 def make_side(full: bool, means: Tensor, spread: Tensor, log_weights: Tensor | None = None) -> Side:
     """``spread`` is variances, or covariances of a full side."""
+    size = means.shape
+    if not full and spread.shape == size and (log_weights is None or log_weights.shape == size[:-1]):
+        weights = None if log_weights is None else log_weights.contiguous()
+        k, dim = size[-2:]
+        return Side(means.contiguous(), spread.contiguous(), weights, size[:-2], dim == 1, means.numel() == dim, k == 1)
     own, items = means.shape[:-2], spread.shape[: -3 if full else -2]
     if items != own or (log_weights is not None and log_weights.shape[:-1] != own):
         own = broadcast(own, items, *([] if log_weights is None else [log_weights.shape[:-1]]))
@@ -60,25 +65,29 @@ class Problem:
 
     def __init__(self, p: Side, q: Side, others: Sequence[torch.Size] = ()) -> None:
         self.p, self.q = p, q
-        self.batch = p.own if p.own == q.own and not others else broadcast(p.own, q.own, *others)
         self.n, self.m = p.means.shape[-2], q.means.shape[-2]
-        self.indices = [_batch_index(side.own, self.batch, p.means.device) for side in (p, q)]
+        self.batch, self.indices = p.own, (None, None)
+        if p.own != q.own or others:
+            self.batch = broadcast(p.own, q.own, *others)
+            self.indices = tuple(_batch_index(side.own, self.batch, p.means.device) for side in (p, q))
 
     def pointers(self) -> tuple[tuple[int, ...], ...]:
         """Both sides in the form that csrc/bindings.cpp describes."""
-        return tuple(
-            (
-                side.means.data_ptr(),
-                side.variances.data_ptr(),
-                0 if side.log_weights is None else side.log_weights.data_ptr(),
-                0 if index is None else index.data_ptr(),
-                side.own.numel(),
-                side.means.shape[-2],
-                side.same_dims,
-                side.same_components,
-            )
-            for side, index in zip((self.p, self.q), self.indices, strict=True)
-        )
+        return _pointers(self.p, self.n, self.indices[0]), _pointers(self.q, self.m, self.indices[1])
+
+
+def _pointers(side: Side, n: int, index: Tensor | None) -> tuple[int, ...]:
+    weights = side.log_weights
+    return (
+        side.means.data_ptr(),
+        side.variances.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        0 if index is None else index.data_ptr(),
+        side.own.numel(),
+        n,
+        side.same_dims,
+        side.same_components,
+    )
 
 
 def _batch_index(own: torch.Size, batch: torch.Size, device: torch.device) -> Tensor | None:
@@ -107,8 +116,10 @@ def _one_item(side: Side, n: int) -> Side:
 
 def empty_output(output: Output, means: Tensor, batch: torch.Size, **sizes: int) -> Tensor:
     """An uninitialised output; ``sizes`` are those of the letters in its shape."""
-    own = [sizes[size] if size in sizes else int(size) for size in output.sizes]
-    return means.new_empty((*batch, *own), dtype=output.dtype)
+    shape = batch
+    for size in output.sizes:
+        shape = (*shape, sizes[size] if size in sizes else int(size))
+    return means.new_empty(shape) if output.dtype is None else means.new_empty(shape, dtype=output.dtype)
 
 
 class Call:
@@ -125,18 +136,20 @@ class Call:
         self._grads: list[tuple[Tensor, Tensor]] = []  # each array and the tensor that it is the gradient to
         self._grad_pointers = (_NOT_WANTED, _NOT_WANTED)
         if True in needs:
-            to_p = self._allocate(self.problem.p, tensors[:own], needs[:own])
-            self._grad_pointers = (to_p, self._allocate(self.problem.q, tensors[own:end], needs[own:end]))
+            self._grad_pointers = (
+                self._allocate(p, tensors[:own], needs[:own]),
+                self._allocate(q, tensors[own:end], needs[own:end]) if end > own else _NOT_WANTED,
+            )
         if operator.others:
             self._add_others(tensors[end:], needs[end:])
 
     def _allocate(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> tuple[int, int, int]:
         """Addresses of the gradients to means, variances and log weights, 0 where not wanted."""
         addresses = [0, 0, 0]
-        for k, (like, tensor, need) in enumerate(zip(side[:3], tensors, needs, strict=False)):
-            if need and like is not None:
+        for k, need in enumerate(needs):
+            if need and (like := side[k]) is not None:
                 array = torch.empty_like(like)
-                self._grads.append((array, tensor))
+                self._grads.append((array, tensors[k]))
                 addresses[k] = array.data_ptr()
         return addresses[0], addresses[1], addresses[2]
 
@@ -174,7 +187,7 @@ class Call:
             means.itemsize,
             problem.batch.numel(),
             means.shape[-1],
-            tuple([t.data_ptr() for t in arrays] + [t.data_ptr() for t in self._others]),
+            tuple([t.data_ptr() for t in (*arrays, *self._others)]),
             problem.pointers(),
             self._grad_pointers,
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from csdiv import transforms
 
 Tensors = Sequence[Any]
 """Tensors in the order of the operator, None for weights that were not given."""
@@ -60,6 +63,47 @@ class Backend(abc.ABC):
         ``name`` is "assign", "full_assign" or "factored_assign".
         """
 
+    def scaled(self, grads: Sequence[Tensor], grad: Tensor, *, one_factor: bool) -> list[Tensor] | None:
+        """The gradients that came with the values, times the upstream gradient ``grad`` (*batch), or, with
+        ``one_factor``, the one value that ``grad`` consists of.
+
+        None where that is not possible: there are several values, or a gradient overflowed whose product with
+        something below 1 may not, or is 0. The latter is known on CPUs alone: elsewhere one would have to wait for it.
+        """
+        if one_factor:
+            common = _common_value(grad)
+            if common is None:
+                return None
+            grad = common
+        if not _can_be_scaled(grads, grad):
+            return None
+        if grad.ndim == 0:
+            found = list(torch._foreach_mul(list(grads), grad))  # one call, where each costs more than what it computes
+            return found if grad.device.type == "cpu" else [torch.where(grad == 0.0, 0.0, g) for g in found]
+        upstream = [unsqueezed(grad, g) for g in grads]
+        return [torch.where(u == 0.0, 0.0, u * g) for u, g in zip(upstream, grads, strict=True)]
+
     def elements_of_pair(self, elements: int) -> int:
         """Temporary numbers that "pairwise" takes for a pair whose covariances have ``elements`` each."""
         return 1
+
+
+def unsqueezed(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad`` (*batch) so that it broadcasts to ``like`` (*batch, ...), in its dtype."""
+    return grad.to(like.dtype).reshape(grad.shape + (1,) * (like.ndim - grad.ndim))
+
+
+def _can_be_scaled(grads: Sequence[Tensor], grad: Tensor) -> bool:
+    if grad.device.type != "cpu" or not transforms.has_values(grad):
+        return True
+    if abs(grad.item()) >= 1.0 if grad.ndim == 0 else bool((grad.abs() >= 1.0).all()):
+        return True
+    return all(math.isfinite(float(g.sum())) for g in grads)
+
+
+def _common_value(grad: Tensor) -> Tensor | None:
+    """The one value that ``grad`` consists of, None where there are several or it is 0 or NaN."""
+    if grad.numel() == 0:
+        return None
+    common = grad[(0,) * grad.ndim]
+    return common if common != 0 and torch.equal(grad, common.expand_as(grad)) else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import csdiv._C as _C
-from csdiv import reference
+from csdiv import reference, transforms
 from csdiv.backends.arrays import Call, make_points
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import OPERATORS, Operator
@@ -79,6 +79,22 @@ class Cpu(Backend):
         arrays = [t.contiguous() for t in (grad.to(tensors[0].dtype), *outputs)]
         _run(f"cpu_{name}_backward", call, arrays)
         return call.gradients()
+
+    def scaled(self, grads: Sequence[Tensor], grad: Tensor, *, one_factor: bool) -> list[Tensor] | None:
+        if transforms.watched((grad, grads[0])):
+            return super().scaled(grads, grad, one_factor=one_factor)
+        factors, count = grad, grad.numel()
+        if not grad.is_contiguous():
+            if one_factor and count > 0 and not any(grad.stride()):  # of a sum
+                count = 1
+            else:
+                factors = grad.contiguous()
+        found, arrays = [], []
+        for g in grads:
+            found.append(torch.empty_like(g))
+            arrays.append((g.data_ptr(), found[-1].data_ptr(), g.numel(), g.itemsize))
+        upstream = (factors.data_ptr(), count, factors.itemsize, one_factor)
+        return found if _C.cpu_scaled(upstream, tuple(arrays), torch.get_num_threads()) else None
 
     def assign(self, name: str, tensors: Tensors) -> Tensor:
         call = _call(name, tensors, [False] * len(tensors))
