@@ -47,9 +47,11 @@ def _outputs(name: str, backend: str, tensors: _Tensors) -> tuple[Tensor, ...]:
                 raise _no_derivative(backend, "forward-mode or nested derivatives")
             return (formula(name, tensors),)
         return _TransformableValue.apply(name, backend, *tensors)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return tuple(ops.run_forward(name, tensors, [False] * len(tensors), backend)[0])
-    return _Value.apply(name, backend, _gives_gradients(OPERATORS[name], backend, tensors), *tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return _Value.apply(name, backend, _gives_gradients(OPERATORS[name], backend, tensors), *tensors)
+    return tuple(ops.run_forward(name, tensors, [False] * len(tensors), backend)[0])
 
 
 def _distinct(tensors: _Tensors) -> list[Tensor | None]:

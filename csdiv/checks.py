@@ -27,10 +27,10 @@ def as_float_tensor(value: Any, name: str) -> Tensor:
         TypeError: not a tensor, or not floating point.
         NotImplementedError: sparse, quantised or nested.
     """
-    if isinstance(value, np.ndarray):
-        value = _from_numpy(value, name)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: a tensor expected, got {type_name(value)}")
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{name}: a tensor expected, got {type_name(value)}")
+        value = _from_numpy(value, name)
     if value.layout is not torch.strided or value.is_quantized or value.is_nested:
         kind = "quantised" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
         raise NotImplementedError(f"{name}: a dense tensor expected, got a {kind} one")
@@ -93,10 +93,11 @@ def as_bandwidth(bandwidth: float | Tensor, like: Tensor) -> Tensor:
 
 
 def exactly_one(**values: Any) -> tuple[str, Any]:
-    given = {name: v for name, v in values.items() if v is not None}
+    given = [item for item in values.items() if item[1] is not None]
     if len(given) != 1:
-        raise ValueError(f"exactly one of {', '.join(values)} expected, got {' and '.join(given) or 'none'}")
-    return next(iter(given.items()))
+        names = " and ".join(name for name, _ in given)
+        raise ValueError(f"exactly one of {', '.join(values)} expected, got {names or 'none'}")
+    return given[0]
 
 
 def check_covariance_shape(name: str, covariance: Tensor, means: Tensor) -> None:
@@ -155,10 +156,11 @@ def _are_logarithms(weights: Any, log_weights: Any) -> bool:
     return not has_values(weights) or torch.allclose(logarithms, found, rounding, rounding, equal_nan=True)
 
 
-def check_devices(means: Tensor, *others: Tensor) -> None:
-    for t in others:
-        if t.device != means.device:
-            raise ValueError(f"parameters on one device expected, got {means.device} and {t.device}")
+def check_devices(parameters: dict[str, Tensor]) -> None:
+    device = parameters["means"].device
+    for t in parameters.values():
+        if t.device != device:
+            raise ValueError(f"parameters on one device expected, got {device} and {t.device}")
 
 
 def _first(mask: Tensor) -> tuple[int, ...]:

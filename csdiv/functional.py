@@ -34,6 +34,7 @@ from csdiv.pairs import (
     check_fit,
     component_divergence,
     cross_overlap,
+    is_plain,
     route,
     row_overlap,
     self_overlap,
@@ -211,14 +212,15 @@ def cs_regularizer(
     _check_codes(means, log_variances)
     prior = as_mixture(prior, "prior")
     check_fit(means, prior, "means", "prior")
-    check_batches(means.shape[:-2], prior.batch_shape, "means", "prior")
-    known = None
+    known, dtype = None, means.dtype
     if prior_self_overlap is not None:
         known = known_self_overlap(prior_self_overlap, prior, "prior", backend)
-    if prior.variances is None:
-        return _regularizer_by_terms(means, log_variances, prior, known, backend)
-    dtype = computing_dtype(torch.promote_types(torch.promote_types(means.dtype, log_variances.dtype), prior.dtype))
-    prior, means, log_variances = widen(prior, dtype), means.to(dtype), log_variances.to(dtype)
+    if means.ndim != 2 or log_variances.dtype != dtype or not is_plain(prior, dtype):
+        check_batches(means.shape[:-2], prior.batch_shape, "means", "prior")
+        if prior.variances is None:
+            return _regularizer_by_terms(means, log_variances, prior, known, backend)
+        dtype = computing_dtype(torch.promote_types(torch.promote_types(dtype, log_variances.dtype), prior.dtype))
+        prior, means, log_variances = widen(prior, dtype), means.to(dtype), log_variances.to(dtype)
     q = (prior.means, prior.variances, prior.log_weights)
     value = component_divergence("regularizer", backend, means, log_variances, *q, known)
     if zero_weights(prior) is None:

@@ -34,6 +34,7 @@ MATRICES = ("scale_tril", "factor", "covariance_matrix")
 EVENT_DIMS = {"means": 2, "variances": 2, "weights": 1, "log_weights": 1} | dict.fromkeys(MATRICES, 3)
 """The tensors of a mixture, and their dimensions beside those of the batch."""
 _FIELDS = tuple(EVENT_DIMS)
+_NOTHING: dict[str, Any] = dict.fromkeys(_FIELDS)
 
 
 @dataclass(init=False, eq=False, repr=False, frozen=True)  # torch.distributed looks through dataclasses for tensors
@@ -107,15 +108,16 @@ class GaussianMixture:
         )
         covariance = as_float_tensor(covariance, name)
         check_covariance_shape(name, covariance, means)
-        values = dict.fromkeys(_FIELDS) | {"means": means, name: covariance}
-        values.update(checked_weights(means, weights=weights, log_weights=log_weights, logits=logits))
-        self._set(values)
+        values = {"means": means, name: covariance}
+        if log_weights is not None or weights is not None or logits is not None:
+            values.update(checked_weights(means, weights=weights, log_weights=log_weights, logits=logits))
+        self._set(_NOTHING | values)
         try:
             _ = self.batch_shape
         except RuntimeError:
-            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in values.items() if v is not None)
+            shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in values.items())
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
-        check_devices(*self._tensors())
+        check_devices(values)
         checked = validate or (variances is None and means.device.type == "cpu")
         if checked and has_values(means):
             check_factors(self)
@@ -125,8 +127,9 @@ class GaussianMixture:
     # construction without checks, and immutability
 
     def _set(self, values: dict[str, Any]) -> None:
+        put = object.__setattr__
         for name in _FIELDS:
-            object.__setattr__(self, name, values[name])
+            put(self, name, values[name])
 
     @classmethod
     def _unchecked(cls, **values: Tensor | None) -> GaussianMixture:
@@ -168,10 +171,17 @@ class GaussianMixture:
     @property
     def batch_shape(self) -> torch.Size:
         """The broadcast batch shape of all parameters."""
-        shape = self.means.shape[:-2]
-        for t, event_dims in ((self.variances, 2), (self.log_weights, 1), (self.matrices, 3)):
-            if t is not None and t.shape[:-event_dims] != shape:
-                shape = broadcast(shape, t.shape[:-event_dims])
+        shape, variances, log_weights = self.means.shape[:-2], self.variances, self.log_weights
+        if variances is None:
+            matrices = self.matrices
+            assert matrices is not None
+            own = matrices.shape[:-3]
+        else:
+            own = variances.shape[:-2]
+        if own != shape:
+            shape = broadcast(shape, own)
+        if log_weights is not None and log_weights.shape[:-1] != shape:
+            shape = broadcast(shape, log_weights.shape[:-1])
         return shape
 
     @property

@@ -58,7 +58,7 @@ def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[Gauss
     p, q = as_mixture(p, p_name), as_mixture(q, q_name)
     check_fit(p.means, q, p_name, q_name)
     dtype = p.means.dtype
-    if dtype not in HALF and _is_plain(p, dtype) and _is_plain(q, dtype):
+    if is_plain(p, dtype) and is_plain(q, dtype):
         return p, q
     check_batches(p.batch_shape, q.batch_shape, p_name, q_name)
     return one_dtype(p, q)
@@ -66,18 +66,21 @@ def as_pair(p: Any, q: Any, p_name: str = "p", q_name: str = "q") -> tuple[Gauss
 
 def check_fit(means: Tensor, q: GaussianMixture, p_name: str, q_name: str) -> None:
     """Raises ValueError unless these means and q's have one dimension and device."""
-    dims, devices = (means.shape[-1], q.means.shape[-1]), (means.device, q.means.device)
-    if dims[0] != dims[1]:
-        raise ValueError(f"one dimension expected, got D = {dims[0]} in {p_name} and D = {dims[1]} in {q_name}")
-    if devices[0] != devices[1]:
-        raise ValueError(f"one device expected, got {p_name} on {devices[0]} and {q_name} on {devices[1]}")
+    other = q.means
+    if (dim := means.shape[-1]) != other.shape[-1]:
+        raise ValueError(f"one dimension expected, got D = {dim} in {p_name} and D = {other.shape[-1]} in {q_name}")
+    if means.device != other.device:
+        raise ValueError(f"one device expected, got {p_name} on {means.device} and {q_name} on {other.device}")
 
 
-def _is_plain(p: GaussianMixture, dtype: torch.dtype) -> bool:
-    """Whether p is one mixture with variances whose tensors have this dtype."""
-    tensors = ((p.means, 2), (p.variances, 2), (p.log_weights, 1))
-    plain = all(t is None or (t.dtype == dtype and t.ndim == ndim) for t, ndim in tensors)
-    return plain and p.variances is not None
+def is_plain(p: GaussianMixture, dtype: torch.dtype) -> bool:
+    """Whether p is one mixture with variances whose tensors have this dtype, in which it is computed."""
+    means, variances, log_weights = p.means, p.variances, p.log_weights
+    if variances is None or dtype in HALF or means.dtype != dtype or variances.dtype != dtype:
+        return False
+    if log_weights is not None and (log_weights.dtype != dtype or log_weights.ndim != 1):
+        return False
+    return means.ndim == 2 == variances.ndim
 
 
 def one_dtype(p: GaussianMixture, q: GaussianMixture) -> tuple[GaussianMixture, GaussianMixture]:

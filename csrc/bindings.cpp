@@ -21,6 +21,7 @@
 #include "cpu/sweep/pack.h"
 #include "cpu/sweep/scale.h"
 #include "cpu/system/thread_pool.h"
+#include "plain_call.h"
 #ifdef CSDIV_WITH_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -312,6 +313,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cpu_max_full_dim") = cpu::kMaxFullDim;
   define_operators(module);
   define_scaled(module);
+  module.def("plain_call", &plain_call, "Arguments, outputs and gradients of a call with plain tensors, else None.");
 #ifdef CSDIV_WITH_CUDA
   bind_cuda(module);
 #endif

@@ -51,12 +51,27 @@ def _call(name: str, tensors: Tensors, needs: Sequence[bool]) -> Call:
     return Call(operator, tensors, needs)
 
 
+_PLAIN = {
+    name: (
+        *(len(kinds) for kinds in (operator.p, operator.q, operator.others)),
+        tuple((output.sizes, output.dtype is torch.float64) for output in operator.outputs),
+    )
+    for name, operator in OPERATORS.items()
+    if not (operator.full or operator.channels or operator.name.endswith("assign"))
+}
+"""What csrc/plain_call.h has to know of an operator; it does what :class:`csdiv.backends.arrays.Call` does."""
+
+
 def _run(function: str, call: Call, arrays: Sequence[Tensor]) -> None:
     getattr(_C, function)(*call.arguments(arrays), torch.get_num_threads())
 
 
 class Cpu(Backend):
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+        if name in _PLAIN and (plain := _C.plain_call(_PLAIN[name], tensors, needs, None)) is not None:
+            arguments, outputs, grads = plain
+            getattr(_C, f"cpu_{name}_forward")(*arguments, torch.get_num_threads())
+            return outputs, grads
         call = _call(name, tensors, needs)
         outputs = call.outputs()
         if name == "full_self_overlap":  # the kernel gives rows of the upper triangle
@@ -69,6 +84,11 @@ class Cpu(Backend):
     def backward(
         self, name: str, grad: Tensor, tensors: Tensors, outputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
+        if name in _PLAIN:
+            arrays = (grad.to(tensors[0].dtype), *outputs)
+            if (plain := _C.plain_call(_PLAIN[name], tensors, needs, arrays)) is not None:
+                getattr(_C, f"cpu_{name}_backward")(*plain[0], torch.get_num_threads())
+                return plain[2]
         call = _call(name, tensors, needs)
         if name == "full_self_overlap":
             (value, row_lse), outputs = outputs, outputs[1:]
