@@ -82,6 +82,8 @@ def _no_derivative(backend: str, what: str) -> NotImplementedError:
 
 
 def _full_gradients(grads: Sequence[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    if len(grads) == len(needs):
+        return tuple(grads)
     remaining = iter(grads)
     return tuple(next(remaining) if need else None for need in needs)
 
@@ -157,12 +159,13 @@ def _first_gradients(
     name: str, backend: str, needs: list[bool], at_once: bool, grad: Tensor, saved: Sequence[Any]
 ) -> Sequence[Tensor]:
     """From what _Value saves: tensors, outputs, and the gradients that came with them."""
-    tensors, outputs = list(saved[: len(needs)]), list(saved[len(needs) :])
+    count = len(needs)
+    end = len(saved) - sum(needs) if at_once else len(saved)
+    tensors, outputs = saved[:count], list(saved[count:end])
     if at_once:
         rows = OPERATORS[name].at_once == "rows"
-        outputs, grads = outputs[: -sum(needs)], outputs[-sum(needs) :]
         chosen = backends.resolve(backend, grad.device, name)
-        if (scaled := chosen.scaled(grads, grad, one_factor=rows)) is not None:
+        if (scaled := chosen.scaled(saved[end:], grad, one_factor=rows)) is not None:
             return scaled
         if not rows:
             found, _ = ops.run_forward(name, tensors, [False] * len(needs), backend)
@@ -174,6 +177,8 @@ def _first_gradients(
 
 def _has_all_items(tensors: _Tensors, event_dims: tuple[int, ...], needs: list[bool]) -> bool:
     """Whether every tensor that needs a gradient has all batch dimensions, so that it is of one value of the batch."""
+    if all(t is None or t.ndim == e for t, e in zip(tensors, event_dims, strict=True)):
+        return True
     shapes = [torch.Size() if t is None else t.shape[: t.ndim - e] for t, e in zip(tensors, event_dims, strict=True)]
     batch = broadcast(*shapes) if any(shapes) else torch.Size()
     return all(shape == batch for shape, need in zip(shapes, needs, strict=True) if need)

@@ -66,10 +66,12 @@ class Problem:
     def __init__(self, p: Side, q: Side, others: Sequence[torch.Size] = ()) -> None:
         self.p, self.q = p, q
         self.n, self.m = p.means.shape[-2], q.means.shape[-2]
-        self.batch, self.indices = p.own, (None, None)
+        self.batch = p.own
+        self.indices: tuple[Tensor | None, Tensor | None] = (None, None)
         if p.own != q.own or others:
             self.batch = broadcast(p.own, q.own, *others)
-            self.indices = tuple(_batch_index(side.own, self.batch, p.means.device) for side in (p, q))
+            device = p.means.device
+            self.indices = _batch_index(p.own, self.batch, device), _batch_index(q.own, self.batch, device)
 
     def pointers(self) -> tuple[tuple[int, ...], ...]:
         """Both sides in the form that csrc/bindings.cpp describes."""
@@ -116,7 +118,7 @@ def _one_item(side: Side, n: int) -> Side:
 
 def empty_output(output: Output, means: Tensor, batch: torch.Size, **sizes: int) -> Tensor:
     """An uninitialised output; ``sizes`` are those of the letters in its shape."""
-    shape = batch
+    shape: tuple[int, ...] = batch
     for size in output.sizes:
         shape = (*shape, sizes[size] if size in sizes else int(size))
     return means.new_empty(shape) if output.dtype is None else means.new_empty(shape, dtype=output.dtype)
@@ -146,8 +148,8 @@ class Call:
     def _allocate(self, side: Side, tensors: Tensors, needs: Sequence[bool]) -> tuple[int, int, int]:
         """Addresses of the gradients to means, variances and log weights, 0 where not wanted."""
         addresses = [0, 0, 0]
-        for k, need in enumerate(needs):
-            if need and (like := side[k]) is not None:
+        for k, (need, like) in enumerate(zip(needs, (side.means, side.variances, side.log_weights), strict=False)):
+            if need and like is not None:
                 array = torch.empty_like(like)
                 self._grads.append((array, tensors[k]))
                 addresses[k] = array.data_ptr()

@@ -85,8 +85,8 @@ class Cpu(Backend):
         self, name: str, grad: Tensor, tensors: Tensors, outputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
         if name in _PLAIN:
-            arrays = (grad.to(tensors[0].dtype), *outputs)
-            if (plain := _C.plain_call(_PLAIN[name], tensors, needs, arrays)) is not None:
+            upstream = grad.to(tensors[0].dtype)
+            if (plain := _C.plain_call(_PLAIN[name], tensors, needs, (upstream, *outputs))) is not None:
                 getattr(_C, f"cpu_{name}_backward")(*plain[0], torch.get_num_threads())
                 return plain[2]
         call = _call(name, tensors, needs)
