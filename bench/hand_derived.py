@@ -1,8 +1,8 @@
 """Values and gradients derived by hand, in torch: what an expert writes who writes no kernel.
 
-Each function takes the tensors of :func:`bench.cases.make_inputs`, with variances (N, D), and returns the values of
-:mod:`bench.formulas` and the gradients of their sum. They are put together from ``stages``, which :mod:`bench.peers`
-compiles one by one, so that no stage stores an (N, M, D) array, or all in one graph.
+Each function takes the tensors of :func:`bench.cases.make_inputs`, with variances (N, D) unless it says otherwise, and
+returns the values of :mod:`bench.formulas` and the gradients of their sum. They are put together from ``stages``, which
+:mod:`bench.peers` compiles one by one, so that no stage stores an (N, M, D) array, or all in one graph.
 """
 
 from __future__ import annotations
@@ -48,6 +48,36 @@ def rows(stages: Stages, mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Te
     grad_mu, grad_s = stages.gradients(r, mu, s, nu, t, COLUMNS)
     grad_nu, grad_t = stages.gradients(r, mu, s, nu, t, ROWS)
     return lse, [-grad_mu, grad_s, grad_nu, grad_t, r.sum(-2)]
+
+
+def spherical_rows(stages: Stages, mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Gradients:
+    """:func:`rows` of variances (N, 1) and (M, 1): distances and gradients by products of matrices."""
+    precisions = 1.0 / (s + t.mT)
+    squares = (mu * mu).sum(-1, keepdim=True) + (nu * nu).sum(-1) - 2.0 * (mu @ nu.mT)
+    dim = mu.shape[-1]
+    logits = log_b - 0.5 * (squares * precisions - dim * (precisions.log() - LOG_2PI))
+    lse = torch.logsumexp(logits, -1)
+    r = (logits - lse[:, None]).exp()
+    weights = r * precisions
+    grad_variances = 0.5 * weights * (squares * precisions - dim)
+    grad_mu = weights @ nu - mu * weights.sum(1, keepdim=True)
+    grad_nu = weights.mT @ mu - nu * weights.sum(0)[:, None]
+    return lse, [grad_mu, grad_variances.sum(1)[:, None], grad_nu, grad_variances.sum(0)[:, None], r.sum(0)]
+
+
+def tied_rows(stages: Stages, mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Gradients:
+    """:func:`rows` of variances (1, D) and (1, D), likewise."""
+    precisions = 1.0 / (s + t)
+    scaled = nu * precisions
+    constant = log_b - 0.5 * ((nu * scaled).sum(-1) - (precisions.log() - LOG_2PI).sum())
+    logits = constant - 0.5 * (mu * mu * precisions).sum(-1, keepdim=True) + mu @ scaled.mT
+    lse = torch.logsumexp(logits, -1)
+    r = (logits - lse[:, None]).exp()
+    total, mean = r.sum(0), r @ nu  # rows of r sum to one
+    squares = (mu * (mu - 2.0 * mean)).sum(0) + (nu * nu * total[:, None]).sum(0)
+    grad_variances = 0.5 * precisions * (squares * precisions - len(mu))
+    grad_nu = precisions * (r.mT @ mu - nu * total[:, None])
+    return lse, [precisions * (mean - mu), grad_variances, grad_nu, grad_variances, total]
 
 
 def self_overlap(stages: Stages, nu: Tensor, t: Tensor, log_b: Tensor) -> Gradients:
@@ -135,11 +165,18 @@ def pointwise(stages: Stages, x: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -
 
 VALUES_AND_GRADIENTS: dict[str, Callable[..., Gradients]] = {
     "rows": rows,
+    "rows spherical": spherical_rows,
+    "rows tied": tied_rows,
     "self": self_overlap,
     "divergence": divergence,
     "regularizer": regularizer,
     "log_prob": log_prob,
     "pointwise": pointwise,
 }
-STAGED = {"rows", "self", "divergence", "regularizer"}
-"""Entries that use their stages."""
+STAGED = {rows, self_overlap, divergence, regularizer}
+"""Those that use their stages."""
+
+
+def of(entry: str, structure: str) -> Callable[..., Gradients]:
+    """The function of an entry for covariances of this structure."""
+    return VALUES_AND_GRADIENTS[entry if structure == "diagonal" or entry == "pointwise" else f"{entry} {structure}"]

@@ -102,22 +102,22 @@ class Compiled(Provider):
         self.formula = torch.compile(FORMULAS[entry] if entry != "rows" else rows, dynamic=False)
 
 
-class HandDerived(Compiled):
+class HandDerived(Provider):
     """Gradients derived by hand, compiled: what an expert gets without writing a kernel; stores (N, M) weights.
 
     The first call times the ways to compile them, one graph and one for each stage, and keeps the faster.
     """
 
-    name, bytes_per_element = "torch.compile, hand-derived gradients", 0
+    name = "torch.compile, hand-derived gradients"
 
-    def __init__(self, entry: str = "rows") -> None:
-        super().__init__(entry)
-        plain = hand_derived.VALUES_AND_GRADIENTS[entry]
+    def __init__(self, entry: str = "rows", structure: str = "diagonal") -> None:
+        plain = hand_derived.of(entry, structure)
         compiled = functools.partial(torch.compile, dynamic=False)
+        self.formula = compiled(lambda *x: plain(hand_derived.Stages(), *x)[0])  # the compiler leaves gradients out
         self._ways: list[Callable[..., hand_derived.Gradients]] = [
             compiled(lambda *x: plain(hand_derived.Stages(), *x))
         ]
-        if entry in hand_derived.STAGED:
+        if plain in hand_derived.STAGED:
             stages = hand_derived.Stages(*map(compiled, hand_derived.Stages()))
             self._ways.append(functools.partial(plain, stages))
 
@@ -152,12 +152,12 @@ class EagerHandDerived(Eager):
 
     name, directions = "eager, hand-derived gradients", DIRECTIONS[1:]
 
-    def __init__(self, entry: str = "rows") -> None:
-        self._entry = entry
+    def __init__(self, entry: str = "rows", structure: str = "diagonal") -> None:
+        self._together = functools.partial(hand_derived.of(entry, structure), hand_derived.Stages())
 
     @torch.no_grad()
     def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
-        return hand_derived.VALUES_AND_GRADIENTS[self._entry](hand_derived.Stages(), *inputs)[1]
+        return self._together(*inputs)[1]
 
 
 class HandDerivedFunction(HandDerived):
@@ -165,8 +165,8 @@ class HandDerivedFunction(HandDerived):
 
     name, directions = "torch.compile, hand-derived gradients in a Function", DIRECTIONS[1:]
 
-    def __init__(self, entry: str = "rows") -> None:
-        super().__init__(entry)
+    def __init__(self, entry: str = "rows", structure: str = "diagonal") -> None:
+        super().__init__(entry, structure)
         together = self._together
 
         class Function(torch.autograd.Function):
@@ -178,7 +178,7 @@ class HandDerivedFunction(HandDerived):
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Any:
-                return tuple(grad * gradient for gradient in ctx.saved_tensors)
+                return tuple(torch._foreach_mul(ctx.saved_tensors, grad))
 
         self._apply = Function.apply
 
@@ -315,10 +315,10 @@ def providers(case: Case) -> list[Provider]:
         found.append(ChunkedEager(entry))
     if case.m < 100_000 and (case.structure != "full" or entry == "pointwise"):
         found.append(Compiled(entry))
-    if case.m < 100_000 and (case.structure == "diagonal" or entry == "pointwise"):
-        found.append(HandDerived(entry))
-        if case.elements <= UNCHUNKED or entry == "log_prob":
-            found.append(EagerHandDerived(entry))
+    if case.m < 100_000 and (entry == "pointwise" or case.structure != "full"):
+        found.append(HandDerived(entry, case.structure))
+        if case.elements <= UNCHUNKED or entry == "log_prob" or case.structure != "diagonal":
+            found.append(EagerHandDerived(entry, case.structure))
     if entry == "rows" and case.structure == "diagonal" and case.m < 100_000 and installed("pykeops"):
         found.append(KeOps())
     if entry == "regularizer" and case.m <= 10:
@@ -330,5 +330,5 @@ def providers(case: Case) -> list[Provider]:
     if entry == "pointwise":
         found.append(TorchDistributionsPointwise())
     if case in SMALL_CASES:
-        found += [HandDerivedFunction(entry), Floor()]
+        found += [HandDerivedFunction(entry, case.structure), Floor()]
     return found

@@ -78,8 +78,8 @@ def test_providers_compute_the_same(case: Case) -> None:
     everyone: list[Provider] = [Csdiv("cpu", case.entry), Eager(case.entry)]
     if case.entry != "pointwise":
         everyone.append(ChunkedEager(case.entry, chunk_bytes=99))
-    if case.structure == "diagonal" or case.entry == "pointwise":
-        everyone.append(EagerHandDerived(case.entry))
+    if case.structure != "full" or case.entry == "pointwise":
+        everyone.append(EagerHandDerived(case.entry, case.structure))
     everyone += {
         "rows": [HandDerived()] if case.structure == "diagonal" else [],
         "regularizer": [Textbook()],
