@@ -163,9 +163,9 @@ def swapped_in(found: dict[str, Any]) -> list[str]:
 
 def training_steps(found: dict[str, Any]) -> list[str]:
     return [
-        f"`csdiv bench step`: a perceptron {step.FEATURES}-{step.HIDDEN}-{step.HIDDEN}-D and back; forward, backward,",
-        "Adam; without a regularizer, with the closed-form divergence from N(0, I), and with D_CS from a trained",
-        f"mixture of K components; batches of {step.BATCH}, float32, {machine_line(found)}.",
+        f"`csdiv bench step`: a perceptron {step.FEATURES}-{step.HIDDEN}-{step.HIDDEN}-D and back, forward, backward",
+        "and Adam; without a regularizer, with the closed-form divergence from N(0, I), and with D_CS from a trained",
+        f"mixture of K components. Batches of {step.BATCH}, float32, {machine_line(found)}.",
         "",
         step.markdown(found["records"]),
     ]
