@@ -1,8 +1,8 @@
 """``python -m bench``: csdiv beside its peers, on the CPU (cpu, scaling) and on a GPU (gpu), beside what the CPU could
-do (limits), beside float64 (accuracy), inside an autoencoder (epochs, swap-in), beside another build of itself (ab);
-which tiles suit the Triton kernels on a GPU (tune); what the kernels for GPUs are made of (static), which needs none.
-Results are JSON files: ``compare`` sets two side by side, ``report`` writes docs/benchmarks.md from those that are
-committed.
+do (limits), beside float64 (accuracy), inside an autoencoder (step, epochs, swap-in), beside another build of itself
+(ab); how many instructions a call takes (instructions); which tiles suit the Triton kernels on a GPU (tune); what the
+kernels for GPUs are made of (static), which needs none. Results are JSON files: ``compare`` sets two side by side,
+``report`` writes docs/benchmarks.md from those that are committed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import ab, accuracy, compare, limits, measure, scaling, static, static_triton
+from . import ab, accuracy, compare, instructions, limits, measure, scaling, static, static_triton, step
 from .cases import CPU_CASES, Case
 from .measure import run_case
 from .peers import installed, providers
@@ -136,6 +136,18 @@ def _swap_in(options: argparse.Namespace, info: dict[str, str]) -> Found:
     return records, {"curves": curves}
 
 
+def _step(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    records = step.run(options.rounds)
+    print(step.markdown(records))
+    return records, {}
+
+
+def _instructions(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    records = instructions.run()
+    print(instructions.markdown(records))
+    return records, {}
+
+
 def _ab(options: argparse.Namespace, info: dict[str, str]) -> Found:
     info["threads"] = str(options.threads or info["threads"])
     records = ab.run(options.files, options.cases, options.rounds, options.threads)
@@ -153,6 +165,8 @@ SUITES: dict[str, Callable[[argparse.Namespace, dict[str, str]], Found]] = {
     "accuracy": _accuracy,
     "epochs": _epochs,
     "swap-in": _swap_in,
+    "step": _step,
+    "instructions": _instructions,
     "ab": _ab,
 }
 

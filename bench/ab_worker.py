@@ -30,6 +30,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "divergence": lambda mu, s, *q: csdiv.cs_divergence(mixture(mu, s), mixture(*q)),
     "regularizer": lambda mu, log_s, *q: csdiv.cs_regularizer(mu, log_s, mixture(*q)),
     "log_prob": lambda x, *q: mixture(*q).log_prob(x),
+    "pointwise": lambda x, *q: mixture(*q).pointwise_log_prob(x),
     "mixture": lambda mu, s, *q: mixture(*q),
 }
 """The calls by the name of a case's entry, on its inputs."""

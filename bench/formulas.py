@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import csdiv
 from csdiv import GaussianMixture, testing
 
-LOG_2PI = math.log(2.0 * math.pi)
+LOG_2PI, LOG_4PI = math.log(2.0 * math.pi), math.log(4.0 * math.pi)
 Formula = Callable[..., Tensor]
 
 
@@ -60,15 +60,26 @@ def divergence(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor, rows
     return -cross + 0.5 * self_overlap(mu, s, log_a, rows) + 0.5 * self_overlap(nu, t, log_b, rows)
 
 
-def regularizer(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor, rows: Formula = rows) -> Tensor:
-    """D_CS of each N(μ_i, S_i) from q, (N,)."""
-    own = -0.5 * ((2.0 * s).log() + LOG_2PI).sum(-1)
-    return -rows(mu, s, nu, t, log_b) + 0.5 * own + 0.5 * self_overlap(nu, t, log_b, rows)
+def regularizer(mu: Tensor, log_s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor, rows: Formula = rows) -> Tensor:
+    """D_CS of each N(μ_i, S_i) from q, (N,); takes log S, which encoders return."""
+    own = -0.5 * (log_s + LOG_4PI).sum(-1)
+    return -rows(mu, log_s.exp(), nu, t, log_b) + 0.5 * own + 0.5 * self_overlap(nu, t, log_b, rows)
 
 
 def log_prob(x: Tensor, nu: Tensor, t: Tensor, log_b: Tensor, rows: Formula = rows) -> Tensor:
     """log q(x_i), (N,)."""
     return rows(x, x.new_zeros(1, 1), nu, t, log_b)
+
+
+def pointwise(x: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
+    """log q_k(x_k) of each mixture q_k of the batch at its own point, (batch,); takes factors of full covariances."""
+    delta = x[:, None] - nu
+    if not is_full(nu, t):
+        return torch.logsumexp(log_b - 0.5 * (delta * delta / t + t.log() + LOG_2PI).sum(-1), -1)
+    factor = t.tril()  # so that gradients are
+    z = torch.linalg.solve_triangular(factor, delta[..., None], upper=False)[..., 0]
+    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return torch.logsumexp(log_b - 0.5 * (z * z + LOG_2PI).sum(-1) - log_det, -1)
 
 
 def rows_in_chunks(size: int) -> Formula:
@@ -92,6 +103,7 @@ FORMULAS: dict[str, Formula] = {
     "divergence": divergence,
     "regularizer": regularizer,
     "log_prob": log_prob,
+    "pointwise": pointwise,
 }
 
 
@@ -110,7 +122,8 @@ def with_csdiv(entry: str, backend: str) -> Formula:
         "rows": lambda *x: csdiv.component_log_overlap(*sides(*x), backend=backend),
         "self": lambda *q: csdiv.log_overlap(mixture(*q), backend=backend),
         "divergence": lambda *x: csdiv.cs_divergence(*sides(*x), backend=backend),
-        "regularizer": lambda mu, s, *q: csdiv.cs_regularizer(mu, s.log(), mixture(*q), backend=backend),
+        "regularizer": lambda mu, log_s, *q: csdiv.cs_regularizer(mu, log_s, mixture(*q), backend=backend),
         "log_prob": lambda x, *q: mixture(*q).log_prob(x, backend=backend),
+        "pointwise": lambda x, *q: mixture(*q).pointwise_log_prob(x, backend=backend),
     }
     return entries[entry]

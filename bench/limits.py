@@ -19,11 +19,10 @@ from torch import Tensor
 import csdiv
 from csdiv import testing
 
-from .cases import Case, make_inputs
-from .peers import Csdiv
+from .cases import DIRECTIONS, Case, make_inputs
+from .peers import Csdiv, Floor, Nothing, leaves_of
 from .timing import interleave
 
-DIRECTIONS = ("forward", "forward + backward")
 PLAIN_CASES = 6
 """The first cases, rows of diagonal covariances: those that instruction sets are compared by."""
 
@@ -62,7 +61,10 @@ def operations_of_pair(case: Case, backward: bool, isa: str, *, products: bool =
     ``isa``: other than "avx512", exponentials and logarithms have no tables. ``products``: whether distances of
     spherical components are taken from products (csrc/cpu/kernels/squares.h).
     """
-    form, isa = "tied" if case.entry == "log_prob" else case.structure, "avx512" if isa == "avx512" else "avx2"
+    form, isa = (
+        "tied" if case.entry in ("log_prob", "pointwise") else case.structure,
+        "avx512" if isa == "avx512" else "avx2",
+    )
     found = LOGIT + EXPONENTIAL[isa]
     if form == "diagonal":
         groups = [4] * (case.d // 4) + [case.d % 4] * (case.d % 4 > 0)  # k dimensions share a reciprocal
@@ -127,7 +129,7 @@ def run_bounds(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
             calls: list[Callable[[], object]] = [
                 *peaks,
                 functools.partial(provider.forward, inputs),
-                functools.partial(provider.forward_backward, inputs),
+                functools.partial(provider.forward_backward, leaves_of(inputs)),
             ]
             for call in calls:
                 call()
@@ -238,19 +240,6 @@ def _run_shared(n: int, d: int, rounds: int) -> list[dict[str, Any]]:
     return records
 
 
-class Nothing(torch.autograd.Function):
-    """What torch itself takes for a function of six tensors with six gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return tensors[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
-
-
 def run_divergences(rounds: int) -> list[dict[str, Any]]:
     """D_CS with all six gradients, milliseconds."""
 
@@ -265,7 +254,7 @@ def run_divergences(rounds: int) -> list[dict[str, Any]]:
         "csdiv cpu": divergence,
         "eager": plain,
         "torch.compile": torch.compile(plain, dynamic=False),
-        "torch.autograd.Function that computes nothing": Nothing.apply,
+        Floor.name: Nothing.apply,
     }
     records = []
     for case in DIVERGENCES:

@@ -10,25 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case, make_inputs
-from .peers import ChunkedEager, Provider
+from .cases import DIRECTIONS, Case, make_inputs
+from .peers import ChunkedEager, Eager, Provider, leaves_of
 from .timing import cold_ms, interleave, peak_mib
 
 GATE = 3e-5
 """Largest relative L2 error against float64 with which a provider's time is printed."""
-DIRECTIONS = ("forward", "forward + backward")
 Record = dict[str, Any]
 
 
 def relative_error(actual: list[Tensor], exact: list[Tensor]) -> float:
     """The largest relative L2 error of the tensors; NaN if any is not finite."""
-    errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, exact, strict=True)]
+    errors = [((a.detach().double() - e).norm() / e.norm()).item() for a, e in zip(actual, exact, strict=True)]
     return max(errors) if all(e == e for e in errors) else float("nan")
 
 
 def exact(case: Case, inputs: list[Tensor], backward: bool) -> list[Tensor]:
     """The values in float64, or the gradients."""
-    plain = ChunkedEager(case.entry, 2**30 if inputs[0].is_cuda else 2**25)
+    plain: Provider = Eager(case.entry)
+    if case.entry != "pointwise":
+        plain = ChunkedEager(case.entry, 2**30 if inputs[0].is_cuda else 2**25)
     doubles = [x.double() for x in inputs]
     with torch.set_grad_enabled(backward):
         return plain.forward_backward(doubles) if backward else [plain.forward(doubles)]
@@ -56,6 +57,7 @@ def run_case(
 ) -> list[Record]:
     """A record for each provider and direction: its time, or why there is none."""
     inputs = [t.to(device) for t in make_inputs(case)]
+    leaves = leaves_of(inputs)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     torch.compiler.reset()  # or the shapes of all cases together would exceed its limit, and it would run eager code
     records = []
@@ -64,7 +66,7 @@ def run_case(
         truth = exact(case, inputs, backward) if gate else []
         calls, passed, pauses = [], [], []
         for provider in everyone:
-            if backward and not provider.backward:
+            if direction not in provider.directions:
                 continue
             record: Record = {"case": case.name, "direction": direction, "provider": provider.name}
             records.append(record)
@@ -72,7 +74,9 @@ def run_case(
             if needed > 0.8 * free_bytes(device):
                 record["skipped"] = f"needs {needed / 2**30:.0f} GiB"
                 continue
-            call = functools.partial(provider.forward_backward if backward else provider.values, inputs)
+            call = functools.partial(provider.values, inputs)
+            if backward:
+                call = functools.partial(provider.forward_backward, leaves)
             begin = time.perf_counter()
             try:
                 found = call()
@@ -81,8 +85,9 @@ def run_case(
                 record["skipped"] = str(shortage).splitlines()[0]
                 continue
             record["first_call_s"] = round(time.perf_counter() - begin, 3)
-            record["relative_error"] = relative_error(found, truth) if gate else None
-            if not gate or record["relative_error"] <= GATE:
+            gated = gate and provider.computes
+            record["relative_error"] = relative_error(found, truth) if gated else None
+            if not gated or record["relative_error"] <= GATE:
                 record["extra_peak_mib"] = round(peak_mib(call, device), 1)
                 if device == "cuda":
                     record["cold_ms"] = cold_ms(call)

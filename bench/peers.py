@@ -7,17 +7,27 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cases import Case
-from .formulas import FORMULAS, LOG_2PI, Formula, pairs, rows, rows_in_chunks, with_csdiv
+from . import hand_derived
+from .cases import DIRECTIONS, SMALL_CASES, Case
+from .formulas import FORMULAS, LOG_2PI, LOG_4PI, Formula, is_full, rows, rows_in_chunks, with_csdiv
 
 CHUNK_BYTES = 2 * 2**20  # the fastest eager chunk on CPUs: temporaries stay in the cache
 BYTES_PER_ELEMENT = 12
 """Of what autograd keeps of an (N, M, D) computation in float32."""
+UNCHUNKED = 2**24
+"""Elements up to which the eager formula is tried as it stands."""
+
+
+def leaves_of(inputs: list[Tensor]) -> list[Tensor]:
+    """The inputs as leaves that gradients are asked for; those that are such leaves already stay."""
+    return [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
 
 
 class Provider:
@@ -25,7 +35,8 @@ class Provider:
 
     name = ""
     formula: Formula
-    backward = True  # whether it has gradients
+    directions: tuple[str, ...] = DIRECTIONS  # those that it offers
+    computes = True  # whether it returns what the formula does
     bytes_per_element = 0  # temporaries of forward_backward
     pause = (
         0.0  # seconds for which threads spin after a call, in wait for the next: others would find no processor free
@@ -39,7 +50,7 @@ class Provider:
         return [self.forward(inputs)]
 
     def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
+        leaves = leaves_of(inputs)
         return list(torch.autograd.grad(self.forward(leaves).sum(), leaves))
 
 
@@ -74,7 +85,7 @@ class ChunkedEager(Provider):
     def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
         if self._entry != "rows":
             return super().forward_backward(inputs)
-        leaves = [x.detach().requires_grad_() for x in inputs]
+        leaves = leaves_of(inputs)
         mu, s, *q = leaves
         size, total = self._size(inputs), [torch.zeros_like(x) for x in inputs]
         for i in range(0, len(mu), size):
@@ -91,33 +102,112 @@ class Compiled(Provider):
         self.formula = torch.compile(FORMULAS[entry] if entry != "rows" else rows, dynamic=False)
 
 
-def _rows_and_weights(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    logits = log_b + pairs(mu, s, nu, t)
-    lse = torch.logsumexp(logits, -1)
-    return lse, (logits - lse[:, None]).exp()
+class HandDerived(Provider):
+    """Gradients derived by hand, compiled: what an expert gets without writing a kernel; stores (N, M) weights.
 
+    The first call times the ways to compile them, one graph and one for each stage, and keeps the faster.
+    """
 
-def _pair_gradients(r: Tensor, mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    u = (mu[:, None] - nu) / (s[:, None] + t)
-    return (r[..., None] * u).sum(dim), 0.5 * (r[..., None] * (u * u - 1.0 / (s[:, None] + t))).sum(dim)
+    name = "torch.compile, hand-derived gradients"
 
+    def __init__(self, entry: str = "rows", structure: str = "diagonal") -> None:
+        plain = hand_derived.of(entry, structure)
+        compiled = functools.partial(torch.compile, dynamic=False)
+        self.formula = compiled(lambda *x: plain(hand_derived.Stages(), *x)[0])  # the compiler leaves gradients out
+        self._ways: list[Callable[..., hand_derived.Gradients]] = [
+            compiled(lambda *x: plain(hand_derived.Stages(), *x))
+        ]
+        if plain in hand_derived.STAGED:
+            stages = hand_derived.Stages(*map(compiled, hand_derived.Stages()))
+            self._ways.append(functools.partial(plain, stages))
 
-class HandDerived(Compiled):
-    """Gradients derived by hand, compiled: what an expert gets without writing a kernel; stores (N, M) weights."""
+    def _choose(self, inputs: Sequence[Tensor]) -> None:
+        if inputs[0].shape[-2] * inputs[-1].numel() * inputs[0].shape[-1] > UNCHUNKED:
+            del self._ways[0]  # one graph may store (N, M, D) arrays
+        for way in self._ways:
+            way(*inputs)
+        if len(self._ways) > 1:
+            self._ways = [min(self._ways, key=lambda way: min(_seconds(way, inputs) for _ in range(5)))]
 
-    name, bytes_per_element = "torch.compile, hand-derived gradients", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._weights = torch.compile(_rows_and_weights, dynamic=False)
-        self._gradients = torch.compile(_pair_gradients, dynamic=False)
+    @torch.no_grad()
+    def _together(self, inputs: Sequence[Tensor]) -> hand_derived.Gradients:
+        if len(self._ways) > 1:
+            self._choose(inputs)
+        return self._ways[0](*inputs)
 
     def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
-        mu, s, nu, t, _ = inputs
-        _, r = self._weights(*inputs)
-        grad_mu, grad_s = self._gradients(r, mu, s, nu, t, 1)
-        grad_nu, grad_t = self._gradients(r, mu, s, nu, t, 0)
-        return [-grad_mu, grad_s, grad_nu, grad_t, r.sum(0)]
+        return self._together(inputs)[1]
+
+
+def _seconds(way: Callable[..., object], inputs: Sequence[Tensor]) -> float:
+    begin = time.perf_counter()
+    way(*inputs)
+    if inputs[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+class EagerHandDerived(Eager):
+    """The same gradients without a compiler."""
+
+    name, directions = "eager, hand-derived gradients", DIRECTIONS[1:]
+
+    def __init__(self, entry: str = "rows", structure: str = "diagonal") -> None:
+        self._together = functools.partial(hand_derived.of(entry, structure), hand_derived.Stages())
+
+    @torch.no_grad()
+    def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return self._together(*inputs)[1]
+
+
+class HandDerivedFunction(HandDerived):
+    """The same as a function that autograd can differentiate, as a training step needs it."""
+
+    name, directions = "torch.compile, hand-derived gradients in a Function", DIRECTIONS[1:]
+
+    def __init__(self, entry: str = "rows", structure: str = "diagonal") -> None:
+        super().__init__(entry, structure)
+        together = self._together
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+                values, gradients = together(inputs)
+                ctx.save_for_backward(*gradients)
+                return values.sum()
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Any:
+                return tuple(torch._foreach_mul(ctx.saved_tensors, grad))
+
+        self._apply = Function.apply
+
+    def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
+        leaves = leaves_of(inputs)
+        return list(torch.autograd.grad(self._apply(*leaves), leaves))
+
+
+class Nothing(torch.autograd.Function):
+    """What torch itself takes for a function of several tensors with all their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+class Floor(Provider):
+    """No peer: what any call with gradients costs that takes one node of autograd."""
+
+    name, directions, computes = "torch.autograd.Function that computes nothing", DIRECTIONS[1:], False
+
+    def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
+        leaves = leaves_of(inputs)
+        return list(torch.autograd.grad(Nothing.apply(*leaves), leaves))
 
 
 class KeOps(Provider):
@@ -141,13 +231,13 @@ class Textbook(Provider):
 
     name = "loop over components"
 
-    def formula(self, mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
+    def formula(self, mu: Tensor, log_s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
         def log_normal(mean: Tensor, variance: Tensor, other: Tensor) -> Tensor:
             return -0.5 * ((other - mean) ** 2 / variance + variance.log() + LOG_2PI).sum(-1)
 
-        k = range(len(nu))
+        k, s = range(len(nu)), log_s.exp()
         cross = torch.stack([log_b[j] + log_normal(nu[j], s + t[j], mu) for j in k]).logsumexp(0)
-        own = -0.5 * (torch.log(2.0 * s) + LOG_2PI).sum(-1)
+        own = -0.5 * (log_s + LOG_4PI).sum(-1)
         prior = torch.stack([log_b[i] + log_b[j] + log_normal(nu[j], t[i] + t[j], nu[i]) for i in k for j in k])
         return -cross + 0.5 * own + 0.5 * prior.logsumexp(0)
 
@@ -155,7 +245,8 @@ class Textbook(Provider):
 class ScikitLearn(Provider):
     """GaussianMixture.score_samples: densities at points, no gradients."""
 
-    name, backward, pause = "scikit-learn, score_samples", False, 0.05  # OpenBLAS: 2^26 cycles
+    name, directions = "scikit-learn, score_samples", DIRECTIONS[:1]
+    pause = 0.05  # OpenBLAS: 2^26 cycles
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         from sklearn.mixture import GaussianMixture
@@ -186,10 +277,27 @@ class TorchDistributions(Provider):
         return torch.cat(list(self._chunks(inputs)))
 
     def forward_backward(self, inputs: list[Tensor]) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
+        leaves, sums = leaves_of(inputs), list[Tensor]()
         for value in self._chunks(leaves):
-            value.sum().backward()
-        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+            found = list(torch.autograd.grad(value.sum(), leaves))
+            sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
+        return sums
+
+
+class TorchDistributionsPointwise(Provider):
+    """MixtureSameFamily.log_prob of a batch of mixtures, one point each."""
+
+    name = "torch.distributions"
+
+    def formula(self, x: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
+        from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+        if is_full(nu, t):
+            components: Any = MultivariateNormal(nu, scale_tril=t.tril(), validate_args=False)
+        else:
+            components = Independent(Normal(nu, t.sqrt(), validate_args=False), 1)
+        density = MixtureSameFamily(Categorical(logits=log_b), components, validate_args=False)
+        return density.log_prob(x) + log_b.logsumexp(-1)  # as in TorchDistributions
 
 
 @functools.cache
@@ -200,17 +308,27 @@ def installed(package: str) -> bool:
 def providers(case: Case) -> list[Provider]:
     """csdiv's native CPU backend, and every peer that is installed and offers the case."""
     entry = case.entry
-    found: list[Provider] = [Csdiv("cpu", entry), ChunkedEager(entry)]
-    if case.m < 100_000 and case.structure != "full":
+    found: list[Provider] = [Csdiv("cpu", entry)]
+    if case.elements <= UNCHUNKED and (case.structure != "full" or entry == "pointwise"):
+        found.append(Eager(entry))
+    if entry != "pointwise" and (case.structure == "full" or 4 * case.elements > CHUNK_BYTES):
+        found.append(ChunkedEager(entry))
+    if case.m < 100_000 and (case.structure != "full" or entry == "pointwise"):
         found.append(Compiled(entry))
-    if entry == "rows" and case.structure == "diagonal" and case.m < 100_000:
-        found.append(HandDerived())
-        if installed("pykeops"):
-            found.append(KeOps())
+    if case.m < 100_000 and (entry == "pointwise" or case.structure != "full"):
+        found.append(HandDerived(entry, case.structure))
+        if case.elements <= UNCHUNKED or entry == "log_prob" or case.structure != "diagonal":
+            found.append(EagerHandDerived(entry, case.structure))
+    if entry == "rows" and case.structure == "diagonal" and case.m < 100_000 and installed("pykeops"):
+        found.append(KeOps())
     if entry == "regularizer" and case.m <= 10:
         found.append(Textbook())
     if entry == "log_prob":
         found.append(TorchDistributions())
         if installed("sklearn"):
             found.append(ScikitLearn())
+    if entry == "pointwise":
+        found.append(TorchDistributionsPointwise())
+    if case in SMALL_CASES:
+        found += [HandDerivedFunction(entry, case.structure), Floor()]
     return found

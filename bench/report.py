@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import limits, measure, static, swap_in
-from .cases import CPU_CASES
+from . import instructions, limits, measure, slower, static, step, swap_in
+from .cases import CPU_CASES, DIRECTIONS
 from .measure import Record
+from .peers import Floor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
@@ -27,6 +28,10 @@ COLOURS = {
     "loop over components": "#8172b2",
     "scikit-learn, score_samples": "#937860",
     "torch.distributions, 2 MiB chunks": "#da8bc3",
+    "torch.distributions": "#c0629f",
+    "eager, hand-derived gradients": "#64b5cd",
+    "torch.compile, hand-derived gradients in a Function": "#9fbbe0",
+    Floor.name: "#000000",
 }
 
 
@@ -81,7 +86,7 @@ def draw_limits(cpu: Axes, gpu: Axes, bounds: list[Record], kernels: list[Record
     """Shares of the arithmetic bound on the CPU; what machine code allows on an H200."""
     threads = max(r["threads"] for r in bounds)
     cases = list(dict.fromkeys(r["case"] for r in bounds))
-    for k, (direction, colour) in enumerate(zip(measure.DIRECTIONS, ("#4c72b0", "#1f3b73"), strict=True)):
+    for k, (direction, colour) in enumerate(zip(DIRECTIONS, ("#4c72b0", "#1f3b73"), strict=True)):
         own = [r for r in bounds if (r["direction"], r["threads"]) == (direction, threads)]
         shares = {r["case"]: 100 * r["share_of_bound"] for r in own}
         places = np.arange(len(cases)) + 0.4 * k - 0.2
@@ -142,17 +147,37 @@ def picture(name: str) -> str:
     return f"![{name}](images/bench-{name.lower()}.png)"
 
 
-def swapped_in() -> list[str]:
-    """The section on a whole training step, once its result is committed."""
-    if not (RESULTS / "swap_in.json").exists():
+def section(name: str, title: str, lines: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """A section on a result, once that is committed."""
+    if not (RESULTS / f"{name}.json").exists():
         return []
-    found = results("swap_in")
+    return [f"## {title}", "", *lines(results(name)), ""]
+
+
+def swapped_in(found: dict[str, Any]) -> list[str]:
     return [
-        "## Swapped into a training step",
-        "",
         f"`csdiv bench swap-in`; float32, {machine_line(found)}.",
         swap_in.markdown(found["records"], found["curves"]),
+    ]
+
+
+def training_steps(found: dict[str, Any]) -> list[str]:
+    return [
+        f"`csdiv bench step`: a perceptron {step.FEATURES}-{step.HIDDEN}-{step.HIDDEN}-D and back, forward, backward",
+        "and Adam; without a regularizer, with the closed-form divergence from N(0, I), and with D_CS from a trained",
+        f"mixture of K components. Batches of {step.BATCH}, float32, {machine_line(found)}.",
         "",
+        step.markdown(found["records"]),
+    ]
+
+
+def instruction_counts(found: dict[str, Any]) -> list[str]:
+    return [
+        "`csdiv bench instructions`: what one eager call executes by valgrind's count, Python, torch and kernels",
+        "together, in one thread. valgrind may know narrower instructions than the machine has: kernels take those.",
+        f"Python {found['machine']['python']}, torch {found['machine']['torch']}, {found['date']}.",
+        "",
+        instructions.markdown(found["records"]),
     ]
 
 
@@ -180,6 +205,10 @@ def page() -> str:
         "",
         measure.markdown(cpu["records"]),
         "",
+        f"## {slower.TITLE}",
+        "",
+        *slower.lines(cpu["records"]),
+        "",
         "## How near the limit",
         "",
         "The bound counts the vector instructions of the inner loops, exponentials and logarithms included, of a self",
@@ -204,7 +233,9 @@ def page() -> str:
         "",
         measure.markdown(scaling["records"]),
         "",
-        *swapped_in(),
+        *section("step", "What a training step costs", training_steps),
+        *section("swap_in", "Swapped into a training step", swapped_in),
+        *section("instructions", "Instructions of a call", instruction_counts),
         "## Accuracy",
         "",
         "Tables: [accuracy.md](accuracy.md).",

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import csdiv
 from csdiv import GaussianMixture, testing
 
-from .cases import Case
-from .measure import DIRECTIONS, Record, free_bytes, run_case
+from .cases import DIRECTIONS, Case
+from .measure import Record, free_bytes, run_case
 from .peers import ChunkedEager, Compiled, Csdiv, Eager, HandDerived, Provider
 from .timing import peak_mib
 
@@ -22,8 +22,8 @@ MEMORY_COMPONENTS = 200_000
 def run(rounds: int) -> Iterator[list[Record]]:
     """Values and gradients of ROWS rows against each number of components in turn."""
     slow = set[str]()
-    everyone: list[Provider] = [Csdiv("cpu"), Eager(), ChunkedEager(), Compiled(), HandDerived()]
     for size in SIZES:
+        everyone: list[Provider] = [Csdiv("cpu"), Eager(), ChunkedEager(), Compiled(), HandDerived()]
         case = Case(ROWS, size, DIM, "")
         free = 0.8 * free_bytes("cpu")  # what needs more is not run but written down
         able = [p for p in everyone if p.name not in slow or p.bytes_per_element * case.elements > free]

@@ -57,20 +57,18 @@ class Swapped(CSRAE):
 
     def divergence(self, means: Tensor, log_variances: Tensor) -> Tensor:
         prior = self.prior
-        return self.formula(
-            means, log_variances.exp(), prior.means, prior.log_variances.exp(), prior.logits.log_softmax(-1)
-        )
+        return self.formula(means, log_variances, prior.means, prior.log_variances.exp(), prior.logits.log_softmax(-1))
 
 
 def reordered(components: bool, dimensions: bool) -> Formula:
     """The textbook loss with its sums over components or dimensions taken backwards."""
 
-    def formula(mu: Tensor, s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
+    def formula(mu: Tensor, log_s: Tensor, nu: Tensor, t: Tensor, log_b: Tensor) -> Tensor:
         if dimensions:
-            mu, s, nu, t = (x.flip(-1) for x in (mu, s, nu, t))
+            mu, log_s, nu, t = (x.flip(-1) for x in (mu, log_s, nu, t))
         if components:
             nu, t, log_b = nu.flip(0), t.flip(0), log_b.flip(0)
-        return regularizer(mu, s, nu, t, log_b)
+        return regularizer(mu, log_s, nu, t, log_b)
 
     return formula
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import csdiv
-from csdiv.bench.cases import CPU_CASES
+from csdiv.bench.cases import LARGE_CASES
 from csdiv.models.checkpoint import load_model
 from csdiv.models.figures import draw_images
 
@@ -82,6 +82,7 @@ def speed_table(results: dict) -> str:
     """Medians in ms per case and provider, forward / forward + backward, as Markdown."""
     medians = {(r["case"], r["provider"], r["direction"]): r.get("median_ms") for r in results["records"]}
     cases, names = (list(dict.fromkeys(r[key] for r in results["records"])) for key in ("case", "provider"))
+    names = [name for name in names if name.startswith("csdiv") or name in COLOURS]
 
     def cell(case: str, name: str) -> str:
         times = (medians.get((case, name, direction)) for direction in ("forward", "forward + backward"))
@@ -127,7 +128,9 @@ def write_between(path: Path, name: str, text: str) -> None:
 
 def main() -> None:
     results = json.loads((ROOT / "bench/results/cpu.json").read_text())
-    shown = {case.name for case in CPU_CASES if (case.entry, case.structure) == ("rows", "diagonal") and case.m < 10**5}
+    shown = {
+        case.name for case in LARGE_CASES if (case.entry, case.structure) == ("rows", "diagonal") and case.m < 10**5
+    }
     results["records"] = [r for r in results["records"] if r["case"] in shown]
     write_between(ROOT / "README.md", "speed", speed_table(results))
     epochs = json.loads((ROOT / "bench/results/epochs_cpu.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -12,19 +13,21 @@ import torch
 from test_static import with_kernels
 
 import csdiv
-from bench import ab, accuracy, compare, gpu, gpu_check, limits, measure, report, static, tune
+from bench import ab, accuracy, compare, gpu, gpu_check, instructions, limits, measure, report, static, step, tune
 from bench.__main__ import main as bench_main
-from bench.cases import CPU_CASES, Case, make_inputs
+from bench.cases import CPU_CASES, DIRECTIONS, Case, make_inputs
 from bench.peers import (
     ChunkedEager,
     Compiled,
     Csdiv,
     Eager,
+    EagerHandDerived,
     HandDerived,
     Provider,
     ScikitLearn,
     Textbook,
     TorchDistributions,
+    TorchDistributionsPointwise,
     providers,
 )
 from bench.timing import Timing, interleave
@@ -63,6 +66,8 @@ def test_accuracy_page_is_that_of_the_committed_results() -> None:
 KINDS = [Case(17, 13, 3, "", entry) for entry in ("rows", "self", "regularizer", "log_prob")]
 KINDS += [
     Case(5, 4, 3, "", "divergence", 6),
+    Case(1, 4, 3, "", "pointwise", 6),
+    Case(1, 4, 3, "", "pointwise", 6, "full"),
     *(Case(9, 8, 5, "", structure=name) for name in ("spherical", "tied", "full")),
 ]
 
@@ -70,16 +75,23 @@ KINDS += [
 @pytest.mark.parametrize("case", KINDS, ids=[case.name for case in KINDS])
 def test_providers_compute_the_same(case: Case) -> None:
     inputs = make_inputs(case)
-    everyone: list[Provider] = [Csdiv("cpu", case.entry), Eager(case.entry), ChunkedEager(case.entry, chunk_bytes=99)]
-    if case.name == "17x13x3":
-        everyone.append(HandDerived())
-    everyone += {"regularizer": [Textbook()], "log_prob": [ScikitLearn(), TorchDistributions()]}.get(case.entry, [])
+    everyone: list[Provider] = [Csdiv("cpu", case.entry), Eager(case.entry)]
+    if case.entry != "pointwise":
+        everyone.append(ChunkedEager(case.entry, chunk_bytes=99))
+    if case.structure != "full" or case.entry == "pointwise":
+        everyone.append(EagerHandDerived(case.entry, case.structure))
+    everyone += {
+        "rows": [HandDerived()] if case.structure == "diagonal" else [],
+        "regularizer": [Textbook()],
+        "log_prob": [ScikitLearn(), TorchDistributions()],
+        "pointwise": [TorchDistributionsPointwise()],
+    }.get(case.entry, [])
     for backward in (False, True):
         truth = measure.exact(case, inputs, backward)
         for provider in everyone:
-            if not backward:
+            if not backward and DIRECTIONS[0] in provider.directions:
                 assert measure.relative_error([provider.forward(inputs)], truth) <= 1e-6, provider.name
-            elif provider.backward:
+            if backward and DIRECTIONS[1] in provider.directions:
                 assert measure.relative_error(provider.forward_backward(inputs), truth) <= 1e-5, provider.name
 
 
@@ -142,6 +154,46 @@ def test_every_peer_has_a_colour_in_the_figures() -> None:
 def test_benchmarks_page_is_that_of_the_committed_results() -> None:
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
     assert all((ROOT / "docs" / "images" / f"bench-{name.lower()}.png").is_file() for name in report.FIGURES)
+
+
+# A training step, and counts of instructions
+
+
+def plain(means: torch.Tensor, log_variances: torch.Tensor, prior: csdiv.nn.GaussianMixturePrior) -> torch.Tensor:
+    mixture = prior.means, prior.log_variances.exp(), prior.logits.log_softmax(-1)
+    return step.regularizer(means, log_variances, *mixture)
+
+
+def test_training_steps_are_timed_if_both_divergences_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step.LOSSES, step.COMPILED, lambda: plain)
+    records = step.run_size(4, 3, 1)
+    assert [r["regularizer"] for r in records] == list(step.LOSSES)
+    assert all(r["median_ms"] > 0.0 for r in records)
+    assert len(step.markdown(records).splitlines()) == 2 + len(step.LOSSES)
+    monkeypatch.setitem(step.LOSSES, step.COMPILED, lambda: lambda *x: plain(*x) + 1.0)
+    with pytest.raises(ArithmeticError, match="losses at K = 4"):
+        step.run_size(4, 3, 1)
+
+
+def test_instructions_are_read_from_the_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "calls.1").write_text("events: Ir\nsummary: 1234\n\nfn=(1)\n0 1234\n\ntotals: 1234\n")
+    assert instructions.total(tmp_path / "calls.1") == 1234
+    assert "| a | forward | 1,234 |" in instructions.markdown(
+        [{"call": "a", "direction": "forward", "instructions": 1234}]
+    )
+    for _, _, call in instructions.calls():
+        call()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="needs valgrind"):
+        instructions.run()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind")
+def test_gradients_take_instructions() -> None:
+    found = {(r["call"], r["direction"]): r["instructions"] for r in instructions.run()}
+    for case in instructions.CASES[1:]:
+        assert 1e4 < found[case.name, DIRECTIONS[0]] < found[case.name, DIRECTIONS[1]] < 1e7
 
 
 def test_calls_take_turns_and_the_device_is_waited_for() -> None:
