@@ -87,6 +87,9 @@ def cs_divergence(
     IJCNN 2011, with the self terms corrected (docs/math.md, section 5).
     """
     p, q = as_pair(p, q)
+    if p_self_overlap is None and _are_alone(p, q):
+        known = None if q_self_overlap is None else known_self_overlap(q_self_overlap, q, "q", backend)
+        return _divergence_of_components(p, q, known, backend)
     way, dtype = route(p, q, backend), p.means.dtype
     if way.formula == DIAGONAL and p_self_overlap is None and q_self_overlap is None:
         value = way.value("cs_divergence")
@@ -100,6 +103,26 @@ def cs_divergence(
     own_p = known_self_overlap(p_self_overlap, p, "p", backend)
     own_q = known_self_overlap(q_self_overlap, q, "q", backend)
     return (0.5 * (own_p + own_q) - cross_overlap(p, q, backend)).to(dtype)
+
+
+def _are_alone(p: GaussianMixture, q: GaussianMixture) -> bool:
+    """Whether p is a batch of single Gaussians and q one mixture, both of variances, with weights that count once."""
+    if p.means.shape[-2] != 1 or p.log_weights is not None or p.variances is None or q.variances is None:
+        return False
+    batch = p.batch_shape
+    return bool(batch) and not q.batch_shape and batch.numel() > 0 and zero_weights(q) is None
+
+
+def _divergence_of_components(p: GaussianMixture, q: GaussianMixture, known: Tensor | None, backend: str) -> Tensor:
+    """:func:`cs_divergence` of these: as the components of one mixture, whose self terms have a closed form."""
+    batch = p.batch_shape
+    assert p.variances is not None
+    means = p.means.expand(*batch, *p.means.shape[-2:]).flatten(0, -2)
+    variances = p.variances
+    if variances.ndim > 2:
+        variances = variances.expand(*batch, *variances.shape[-2:]).flatten(0, -2)
+    side = (q.means, q.variances, q.log_weights)
+    return component_divergence("component_divergence", backend, means, variances, *side, known).reshape(batch)
 
 
 def _divergence_with_derivatives_at_zero(value: Tensor, p: GaussianMixture, q: GaussianMixture, backend: str) -> Tensor:

@@ -34,7 +34,7 @@ _is_wrapped: Callable[[torch.Tensor], bool] | None = getattr(
 def watched(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether anything but autograd has to see an operator on these tensors: a mode of torch, a trace, a profiler, or
     what makes a tensor more than its memory. Other calls go to the backend at once, past torch's dispatcher."""
-    if _is_wrapped is None or any(state is None or state() for state in _watchers):
+    if torch.compiler.is_compiling() or _is_wrapped is None or any(s is None or s() for s in _watchers):
         return True
     for t in tensors:
         if t is not None and (

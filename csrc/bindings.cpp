@@ -189,7 +189,7 @@ void define_scaled(py::module_& module) {
       const auto array = item.cast<py::tuple>();
       check(array.size() == 4, "a gradient has 4 fields");
       const auto size = array[2].cast<int64_t>();
-      check(count > 0 || size == 0, "gradients of no value");
+      check(count > 0 || factors.one_factor || size == 0, "gradients of no value");
       arrays.push_back({pointer<const void>(array[0].cast<Pointer>(), size > 0),
                         pointer<void>(array[1].cast<Pointer>(), size > 0), size,
                         array[3].cast<int>() == sizeof(double)});

@@ -42,7 +42,7 @@ LAYERS = {
     "covariances": {"reference", "shapes", "transforms"},
     "checks": {"transforms"},
     "autograd": {"backends", "operators", "ops", "shapes", "transforms"},
-    "ops": {"backends", "channels", "operators", "shapes"},
+    "ops": {"backends", "channels", "operators", "shapes", "transforms"},
     "channels": {"backends", "operators", "reference", "shapes"},
     "backends": {"_C", "kernels", "operators", "reference", "shapes", "transforms"},
     "sampling": {"checks", "covariances"},
