@@ -54,6 +54,11 @@ class OwnTerms {
       T* const grad = grads.variances + row * dim_;
       const T* const given = given_ + row * dim_;
       const double quarter = std::isinf(own_.get()[row]) && !logarithms_ ? 0 : 0.25 * upstream[row];
+      if (sizeof(T) == sizeof(float) && logarithms_) {   // neither capped nor zero: extremes are computed in double
+        const T* const variances = variances_.get() + row * dim_;
+        for (int64_t d = 0; d < dim_; ++d) grad[d] = factor * grad[d] * variances[d] - T(quarter);
+        continue;
+      }
       for (int64_t d = 0; d < dim_; ++d) {
         if (!logarithms_) {
           grad[d] = T(double(factor * grad[d]) - (quarter == 0 ? 0 : quarter / double(given[d])));
@@ -72,10 +77,13 @@ class OwnTerms {
   double read_logarithms(int64_t row) {
     const T* const logs = given_ + row * dim_;
     double sums[4] = {}, excess = 0;
-    for (int64_t d = 0; d < dim_; ++d) sums[d % 4] += double(std::min(logs[d], kCap<T>));
+    int64_t d = 0;
+    for (; d + 4 <= dim_; d += 4)
+      for (int k = 0; k < 4; ++k) sums[k] += double(std::min(logs[d + k], kCap<T>));
+    for (; d < dim_; ++d) sums[0] += double(std::min(logs[d], kCap<T>));
     const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     if (sum > 0 || std::isnan(sum))
-      for (int64_t d = 0; d < dim_; ++d) excess += std::max(double(logs[d]) - double(kCap<T>), 0.0);
+      for (d = 0; d < dim_; ++d) excess += std::max(double(logs[d]) - double(kCap<T>), 0.0);
     own_.get()[row] = 0.25 * (excess - sum);
     return sum;
   }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cpu/system/thread_pool.h"
 #include "instantiate.h"
 
 namespace csdiv::cpu {
@@ -76,9 +77,9 @@ Problem<T> flattened(Problem<T> problem) {
 // Threads cost more than they bring to a small problem.
 template <class T>
 int useful_threads(const Problem<T>& problem, int threads) {
-  constexpr double kSmall = 1 << 15;
+  if (threads == 1) return 1;
   const double elements = double(problem.batch) * problem.p.n * problem.q.n * problem.dim;
-  return elements < kSmall ? 1 : threads;
+  return elements < worthwhile_elements() ? 1 : threads;
 }
 
 }   // namespace csdiv::cpu

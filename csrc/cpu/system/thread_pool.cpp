@@ -210,6 +210,23 @@ void parallel_for(int64_t tasks, int threads, TaskRef run) {
   }
 }
 
+double worthwhile_elements() {
+  constexpr int kTrials = 32;
+  constexpr double kCallsOfAProblem = 8, kElementsPerNs = 2;   // fewer elements, so that a core is gained and not lost
+  static constexpr double kLeast = 1 << 14, kMost = 1 << 20;
+  static const double measured = [] {
+    double least = 1e9;
+    for (int k = 0; k < kTrials; ++k) {
+      const auto begin = std::chrono::steady_clock::now();
+      parallel_for(2, 2, [](int64_t) {});
+      least =
+          std::min(least, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count());
+    }
+    return std::clamp(kCallsOfAProblem * kElementsPerNs * least, kLeast, kMost);
+  }();
+  return measured;
+}
+
 Interruptible::Interruptible(bool (*wanted)()) {
   question = {wanted, wanted ? milliseconds() + kMsBetweenQuestions : 0};
 }

@@ -30,6 +30,10 @@ class TaskRef {
 // own.
 void parallel_for(int64_t tasks, int threads, TaskRef run);
 
+// Elements of a problem from which it gains by a second thread, by what parallel_for takes to call one: measured on
+// first use, on threads that wait for work, as they do between the operators of a network.
+double worthwhile_elements();
+
 // From now on tasks run on the OpenMP threads of this process, if its library can be found. PyTorch computes on them,
 // and for milliseconds after an operator they spin in wait for the next one: other threads would find no processor
 // free. A forked child has to call this again, which it may if the library was told to release its threads before
