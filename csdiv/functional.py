@@ -211,8 +211,8 @@ def cs_regularizer(
     Args:
         means: (*batch, B, D) code means.
         log_variances: (*batch, B, D) log s; finite results for ±200 in float32, with prior variances up to 1e30. So are
-            gradients on the CPU; in ``torch.func``, ``torch.compile`` and on GPUs, where values decide nothing, float32
-            may overflow in those of codes below −20 beside a prior as narrow.
+            gradients on the CPU; on GPUs, where values decide nothing, float32 may overflow in those of codes below −20
+            beside a prior as narrow.
         prior: a GaussianMixture, a :class:`csdiv.nn.GaussianMixturePrior` or a torch distribution; K components.
         prior_self_overlap: (*batch,) ``csdiv.log_overlap(prior)`` computed before, which skips the K² self term.
             To compute it every n steps only, use :class:`csdiv.nn.SelfOverlapExpansion`. A detached one is for priors

@@ -70,7 +70,7 @@ def cs_divergence(p: Components, q: Components) -> Tensor:
 
 
 def component_divergence(p: Components, q: Components, q_self_overlap: Tensor | None = None) -> Tensor:
-    """D_CS(N(μ_i, S_i), q) of each component of p, shape (*batch, N); equation (19). p's weights are not used.
+    """D_CS(N(μ_i, S_i), q) of each component of p, shape (*batch, N); equation (20). p's weights are not used.
 
     ``q_self_overlap``, (*batch,), is log V(q, q), float64, if that is known.
     """
