@@ -11,20 +11,25 @@
 namespace csdiv::cpu::CSDIV_ISA {
 namespace {
 
-template <class T>
-void transpose(const T* from, int64_t count, int64_t dim, T* to, int64_t stride) {
+template <bool kPastCaches, class T>
+void transpose(const T* from, int64_t from_stride, int64_t count, int64_t dim, T* to, int64_t stride) {
   constexpr int64_t L = kLanes<T>;
   const int64_t whole_count = count / L * L, whole_dim = dim / L * L;
+  const bool past_caches = kPastCaches && stride % L == 0 && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
   for (int64_t k = 0; k < whole_count; k += L) {
     for (int64_t d = 0; d < whole_dim; d += L) {
       Vec<T> block[L];
-      for (int64_t r = 0; r < L; ++r) block[r] = load(from + (k + r) * dim + d);
+      for (int64_t r = 0; r < L; ++r) block[r] = load(from + (k + r) * from_stride + d);
       transpose_block<T>(block);
-      for (int64_t r = 0; r < L; ++r) store(to + (d + r) * stride + k, block[r]);
+      for (int64_t r = 0; r < L; ++r) {
+        T* const row = to + (d + r) * stride + k;
+        past_caches ? store_past_caches(row, block[r]) : store(row, block[r]);
+      }
     }
   }
   for (int64_t d = 0; d < dim; ++d)
-    for (int64_t k = d < whole_dim ? whole_count : 0; k < count; ++k) to[d * stride + k] = from[k * dim + d];
+    for (int64_t k = d < whole_dim ? whole_count : 0; k < count; ++k) to[d * stride + k] = from[k * from_stride + d];
+  if (past_caches) end_of_stores_past_caches();
 }
 
 template <class T>
@@ -34,9 +39,9 @@ Range<T> range(const T* means, const T* variances, int64_t size) {
   Vec<T> variance_min = mean_min, variance_max = -mean_min;
   Vec<T> excess{};   // NaN as soon as a value is not finite
   const auto include = [&](Vec<T> mean, Vec<T> variance) {
-    mean_min = -maximum<T>(-mean_min, -mean);
+    mean_min = minimum<T>(mean_min, mean);
     mean_max = maximum<T>(mean_max, mean);
-    variance_min = -maximum<T>(-variance_min, -variance);
+    variance_min = minimum<T>(variance_min, variance);
     variance_max = maximum<T>(variance_max, variance);
     excess += mean * 0 + variance * 0;
   };
@@ -108,9 +113,21 @@ CSDIV_INLINE void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<
   }
 }
 
+// Part `k` of `parts` of what is packed next.
+template <class T>
+CSDIV_INLINE void prefetch_upcoming(const Stripe<T>& columns, int64_t k, int64_t parts) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t lines = (columns.upcoming + kLine - 1) / kLine;
+  for (int64_t line = lines * k / parts; line < lines * (k + 1) / parts; ++line) {
+    __builtin_prefetch(columns.upcoming_means + line * kLine);
+    __builtin_prefetch(columns.upcoming_variances + line * kLine);
+  }
+}
+
 template <bool kFast, class T>
 void logits_tile(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
   for (int64_t column = first_column; column < columns.padded; column += kLanes<T>) {
+    if (columns.upcoming) prefetch_upcoming(columns, column / kLanes<T>, columns.padded / kLanes<T>);
     int64_t row = 0;
     for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
       logits_rows<kFast, kRegisterRows>(rows, row, columns, column, tile);
@@ -264,6 +281,7 @@ template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, class T>
 void gradients_tile(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads) {
   for_row_blocks<kRowGrads>(rows, grads, true, [&](int64_t d, RowBlock<T>& block) {
+    if (columns.upcoming) prefetch_upcoming(columns, d, rows.dim);
     for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
       gradients_rows<kGradient, kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads, block);
     });
@@ -326,8 +344,8 @@ int64_t arithmetic(int64_t rounds, Arithmetic kind, T* kept) {
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,       certified<T>, transpose<T>,         range<T>,
-                                     exponentials<T>, logits<T>,    partial_sums<T>,      weights<T>,
+constexpr TileKernels<T> kKernels = {kLanes<T>,       certified<T>, transpose<false, T>,  transpose<true, T>,
+ range<T>, exponentials<T>, logits<T>,    partial_sums<T>,      weights<T>,
                                      scale<T>,        gradients<T>, column_precisions<T>, row_precisions<T>,
                                      tiny_overlap<T>, arithmetic<T>};
 

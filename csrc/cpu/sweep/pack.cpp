@@ -109,6 +109,19 @@ Stripe<T> PackedColumns<T>::pack(const Problem<T>& problem, int64_t item, int64_
 }
 
 template <class T>
+Stripe<T> PackedColumns<T>::pack_in_turn(const Problem<T>& problem, int64_t item, int64_t s, T* memory) const {
+  Stripe<T> stripe = pack(problem, item, s, memory);
+  const int64_t begin = (s + 1) * width_, end = std::min(begin + width_, problem.q.n);
+  if (begin < end) {
+    const int64_t first = (item * problem.q.n + begin) * problem.dim;
+    stripe.upcoming_means = problem.q.means + first;
+    stripe.upcoming_variances = problem.q.variances + first;
+    stripe.upcoming = (end - begin) * problem.dim;
+  }
+  return stripe;
+}
+
+template <class T>
 void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t item, int64_t s, T* means,
                                        Stripe<T>& stripe) const {
   const TileKernels<T>& kernels = tile_kernels<T>();
@@ -116,18 +129,22 @@ void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t
   T* const variances = means + dim * stride_;
   T* const packed_weights = variances + dim * stride_;
 
-  for (int64_t j = 0; j < stride_; ++j) {
-    const bool real = j < count;
-    packed_weights[j] = !real ? -T(INFINITY) : log_weights_ == LogWeights::kZero ? T(0) : q.log_weight(item, first + j);
+  const T* const log_weights = log_weights_ == LogWeights::kKept ? q.log_weights : nullptr;
+  std::fill_n(packed_weights, stride_, -T(INFINITY));
+  bool all_count = true;
+  for (int64_t j = 0; j < count; ++j) {
+    const T log_weight = log_weights ? q.log_weight(item, first + j) : T(0);
+    packed_weights[j] = log_weight;
+    all_count &= counts(log_weight);
   }
   const int64_t source = (item * q.n + first) * dim;
-  kernels.transpose(q.means + source, count, dim, means, stride_);
-  kernels.transpose(q.variances + source, count, dim, variances, stride_);
+  kernels.transpose(q.means + source, dim, count, dim, means, stride_);
+  kernels.transpose(q.variances + source, dim, count, dim, variances, stride_);
   for (int64_t row = 0; row < 2 * dim; ++row) {   // padding repeats the last component: the range stays tight
     T* const end = means + row * stride_ + count;
     std::fill_n(end, stride_ - count, end[-1]);
   }
-  for (int64_t j = 0; j < stride_; ++j) {
+  for (int64_t j = 0; j < stride_ && !all_count; ++j) {
     if (counts(packed_weights[std::min(j, count - 1)])) continue;
     for (int64_t d = 0; d < dim; ++d) {
       means[d * stride_ + j] = T(0);
