@@ -132,6 +132,9 @@ struct TileKernels {
   void (*transpose)(const T* from, int64_t from_stride, int64_t count, int64_t dim, T* to, int64_t stride);
   // The same past the caches, where the machine can, for what is not read soon.
   void (*transpose_past_caches)(const T* from, int64_t from_stride, int64_t count, int64_t dim, T* to, int64_t stride);
+  // Means and variances (count, dim) to (dim, stride), and their range.
+  Range<T> (*transpose_components)(const T* means, const T* variances, int64_t count, int64_t dim, T* to_means,
+                                   T* to_variances, int64_t stride);
   // Range of `size` means and variances.
   Range<T> (*range)(const T* means, const T* variances, int64_t size);
   // to[k] = exp(min(from[k], cap)) for k < size.
