@@ -49,9 +49,9 @@ def check(tensors: list[Tensor], upstream: float = 1.0) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("n, m, dim", [(1, 17_001, 8), (5, 19_000, 7), (16, 8_001, 16), (17, 8_000, 16), (40, 6_700, 20)])
-def test_few_rows(n: int, m: int, dim: int, dtype: torch.dtype) -> None:
-    check(make(n, m, dim, dtype))
+@pytest.mark.parametrize("size", [(1, 17_001, 8), (5, 19_000, 7), (16, 8_001, 16), (17, 8_000, 16), (40, 6_700, 20)])
+def test_few_rows(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(make(*size, dtype))
 
 
 def test_few_rows_of_each_problem_of_a_batch() -> None:
