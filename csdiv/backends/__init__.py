@@ -112,8 +112,8 @@ def empty_cache() -> None:
     """Gives back the memory that the CPU kernels keep between calls: up to 256 MiB, whatever the number of threads.
 
     The next call on large mixtures takes longer, by what the system needs to provide that memory again; results do not
-    change. Each thread keeps up to 4 MiB more until it ends; those of the calling thread are given back as well. PyTorch
-    owns all memory on GPUs: ``torch.cuda.empty_cache()``.
+    change. Each thread keeps up to 4 MiB more until it ends; the calling thread's are given back as well. PyTorch owns
+    all memory on GPUs: ``torch.cuda.empty_cache()``.
     """
     native = sys.modules.get("csdiv._C")  # which keeps nothing before it is imported
     if native is not None:

@@ -128,7 +128,7 @@ _MANY_BYTES = 2**21
 """From here on the system may be asked for each array's memory, whose pages take longer than the arithmetic."""
 
 
-def _empty_like(t: Tensor) -> Tensor:
+def empty_like(t: Tensor) -> Tensor:
     """As torch has it; a large array on the CPU in memory that is kept, see :func:`csdiv.empty_cache`."""
     if t.device.type != "cpu" or t.nbytes < _MANY_BYTES:
         return torch.empty_like(t)
@@ -163,7 +163,7 @@ class Call:
         addresses = [0, 0, 0]
         for k, (need, like) in enumerate(zip(needs, (side.means, side.variances, side.log_weights), strict=False)):
             if need and like is not None:
-                array = _empty_like(like)
+                array = empty_like(like)
                 self._grads.append((array, tensors[k]))
                 addresses[k] = array.data_ptr()
         return addresses[0], addresses[1], addresses[2]
