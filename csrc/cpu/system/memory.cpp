@@ -1,12 +1,14 @@
 #include "cpu/system/memory.h"
 
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <new>
 #include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace csdiv::cpu {
@@ -33,6 +35,14 @@ Block new_block(int64_t bytes) {
 }
 
 void release(const Block& block) {
+#ifdef __linux__
+  // The C library may keep what it is given back: its pages go to the system before.
+  if (block.bytes >= kSharedBytes) {
+    const auto page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(block.data);
+    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + uintptr_t(block.bytes)) / page * page;
+    (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+  }
+#endif
   ::operator delete(block.data, alignment(block.bytes));
 }
 
