@@ -9,7 +9,7 @@ from csdiv import process  # noqa: F401 - prepares it for forks
 
 if TYPE_CHECKING:
     from csdiv import nn
-    from csdiv.backends import BackendStatus, available_backends, backend_status
+    from csdiv.backends import BackendStatus, available_backends, backend_status, empty_cache
     from csdiv.distances import cosine_similarity, ise, mmd2, nise, renyi2_entropy
     from csdiv.functional import (
         component_log_overlap,
@@ -35,6 +35,7 @@ __all__ = [
     "cosine_similarity",
     "cs_divergence",
     "cs_regularizer",
+    "empty_cache",
     "ise",
     "log_overlap",
     "mmd2",
@@ -47,7 +48,7 @@ __all__ = [
 
 _MODULES = (
     {"GaussianMixture": "mixture"}
-    | dict.fromkeys(("BackendStatus", "available_backends", "backend_status"), "backends")
+    | dict.fromkeys(("BackendStatus", "available_backends", "backend_status", "empty_cache"), "backends")
     | dict.fromkeys(("channel_cs_divergence", "channel_log_overlap"), "weightings")
     | dict.fromkeys(("cosine_similarity", "ise", "mmd2", "nise", "renyi2_entropy"), "distances")
 )

@@ -122,7 +122,7 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms.higher_derivatives():
             grads = _Gradients.apply(*call, grad, *ctx.saved_tensors)
         else:
-            grads = _first_gradients(*call, grad, ctx.saved_tensors)
+            grads = _first_gradients(*call, grad, ctx.saved_tensors, last_use=not transforms.graph_is_kept())
         return None, None, None, *_full_gradients(grads, needs)
 
 
@@ -156,16 +156,24 @@ class _Gradients(torch.autograd.Function):
 
 
 def _first_gradients(
-    name: str, backend: str, needs: list[bool], at_once: bool, grad: Tensor, saved: Sequence[Any]
+    name: str,
+    backend: str,
+    needs: list[bool],
+    at_once: bool,
+    grad: Tensor,
+    saved: Sequence[Any],
+    *,
+    last_use: bool = False,
 ) -> Sequence[Tensor]:
-    """From what _Value saves: tensors, outputs, and the gradients that came with them."""
+    """From what _Value saves: tensors, outputs, and the gradients that came with them, which may be changed if this is
+    their last use."""
     count = len(needs)
     end = len(saved) - sum(needs) if at_once else len(saved)
     tensors, outputs = saved[:count], list(saved[count:end])
     if at_once:
         rows = OPERATORS[name].at_once == "rows"
         chosen = backends.resolve(backend, grad.device, name)
-        if (scaled := chosen.scaled(saved[end:], grad, one_factor=rows)) is not None:
+        if (scaled := chosen.scaled(saved[end:], grad, one_factor=rows, in_place=last_use)) is not None:
             return scaled
         if not rows:
             found, _ = ops.run_forward(name, tensors, [False] * len(needs), backend)

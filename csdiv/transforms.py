@@ -2,7 +2,8 @@
 
 Each has a fallback for a release that lacks the name, tested in tests/test_transforms.py. Without
 ``transforms_active`` and ``forward_level`` a call looks like a plain one, which torch itself refuses under a transform;
-without the list of transforms every transformed call takes the reference formula, which has derivatives of any order.
+without the list of transforms every transformed call takes the reference formula, which has derivatives of any order;
+without ``graph_is_kept`` gradients are copied that need not be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transf
 """Whether a ``torch.func`` transform is under way."""
 forward_level: Callable[[], int] = functools.partial(getattr, forward_ad, "_current_level", -1)
 """The level of forward-mode differentiation, -1 outside of it."""
+
+graph_is_kept: Callable[[], bool] = getattr(
+    getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", lambda: True
+)
+"""Whether the backward pass under way may be followed by another through the same graph."""
 
 
 _watchers: tuple[Callable[[], object] | None, ...] = (

@@ -12,10 +12,14 @@ namespace py = pybind11;
 struct Names {
   py::handle shape = intern("shape"), dtype = intern("dtype"), data_ptr = intern("data_ptr"),
              is_contiguous = intern("is_contiguous"), new_empty = intern("new_empty");
-  py::handle empty_like = torch("empty_like"), float32 = torch("float32"), float64 = torch("float64");
+  py::handle empty_like = torch("empty_like"), large_empty_like = of("csdiv.backends.arrays", "empty_like");
+  py::handle float32 = torch("float32"), float64 = torch("float64");
 
   static py::handle intern(const char* name) { return PyUnicode_InternFromString(name); }
-  static py::handle torch(const char* name) { return py::object(py::module_::import("torch").attr(name)).release(); }
+  static py::handle torch(const char* name) { return of("torch", name); }
+  static py::handle of(const char* module, const char* name) {
+    return py::object(py::module_::import(module).attr(name)).release();
+  }
 };
 
 const Names& names() {
@@ -40,8 +44,11 @@ py::object address(py::handle tensor) {
   return call_method(tensor, names().data_ptr);
 }
 
-py::object empty_like(py::handle tensor) {
-  return checked(PyObject_CallOneArg(names().empty_like.ptr(), tensor.ptr()));
+constexpr int64_t kMany = int64_t(1) << 18;   // numbers, from which on an array may have memory that is kept
+
+py::object empty_like(py::handle tensor, int64_t size = 0) {
+  const py::handle function = size < kMany ? names().empty_like : names().large_empty_like;
+  return checked(PyObject_CallOneArg(function.ptr(), tensor.ptr()));
 }
 
 bool is_contiguous(py::handle tensor) {
@@ -77,7 +84,7 @@ struct PlainSide {
     py::object found[3] = {none, none, none};
     for (int k = 0; k < count; ++k) {
       if (needs[k] != Py_True || tensors[k] == Py_None) continue;
-      const py::object grad = empty_like(tensors[k]);
+      const py::object grad = empty_like(tensors[k], k < 2 ? n * dim : n);
       found[k] = address(grad);
       made.append(grad);
     }

@@ -124,6 +124,19 @@ def empty_output(output: Output, means: Tensor, batch: torch.Size, **sizes: int)
     return means.new_empty(shape) if output.dtype is None else means.new_empty(shape, dtype=output.dtype)
 
 
+_MANY_BYTES = 2**21
+"""From here on the system may be asked for each array's memory, whose pages take longer than the arithmetic."""
+
+
+def empty_like(t: Tensor) -> Tensor:
+    """As torch has it; a large array on the CPU in memory that is kept, see :func:`csdiv.empty_cache`."""
+    if t.device.type != "cpu" or t.nbytes < _MANY_BYTES:
+        return torch.empty_like(t)
+    import csdiv._C as _C  # which the other backends do without
+
+    return torch.frombuffer(_C.CpuBytes(t.nbytes), dtype=t.dtype).view(t.shape)
+
+
 class Call:
     """An operator on tensors as a native function takes it: the problem, outputs, and gradients where needed."""
 
@@ -150,7 +163,7 @@ class Call:
         addresses = [0, 0, 0]
         for k, (need, like) in enumerate(zip(needs, (side.means, side.variances, side.log_weights), strict=False)):
             if need and like is not None:
-                array = torch.empty_like(like)
+                array = empty_like(like)
                 self._grads.append((array, tensors[k]))
                 addresses[k] = array.data_ptr()
         return addresses[0], addresses[1], addresses[2]

@@ -63,9 +63,11 @@ class Backend(abc.ABC):
         ``name`` is "assign", "full_assign" or "factored_assign".
         """
 
-    def scaled(self, grads: Sequence[Tensor], grad: Tensor, *, one_factor: bool) -> list[Tensor] | None:
+    def scaled(
+        self, grads: Sequence[Tensor], grad: Tensor, *, one_factor: bool, in_place: bool = False
+    ) -> list[Tensor] | None:
         """The gradients that came with the values, times the upstream gradient ``grad`` (*batch), or, with
-        ``one_factor``, the one value that ``grad`` consists of.
+        ``one_factor``, the one value that ``grad`` consists of. ``in_place``: they may be changed.
 
         None where that is not possible: there are several values, or a gradient overflowed whose product with
         something below 1 may not, or is 0. The latter is known on CPUs alone: elsewhere one would have to wait for it.

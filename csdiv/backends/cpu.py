@@ -11,7 +11,7 @@ from torch import Tensor
 
 import csdiv._C as _C
 from csdiv import reference, transforms
-from csdiv.backends.arrays import Call, make_points
+from csdiv.backends.arrays import Call, empty_like, make_points
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import OPERATORS, Operator
 from csdiv.shapes import broadcast
@@ -100,7 +100,9 @@ class Cpu(Backend):
         _run(f"cpu_{name}_backward", call, arrays)
         return call.gradients()
 
-    def scaled(self, grads: Sequence[Tensor], grad: Tensor, *, one_factor: bool) -> list[Tensor] | None:
+    def scaled(
+        self, grads: Sequence[Tensor], grad: Tensor, *, one_factor: bool, in_place: bool = False
+    ) -> list[Tensor] | None:
         if transforms.watched((grad, grads[0])):
             return super().scaled(grads, grad, one_factor=one_factor)
         factors, count = grad, grad.numel()
@@ -111,7 +113,7 @@ class Cpu(Backend):
                 factors = grad.contiguous()
         found, arrays = [], []
         for g in grads:
-            found.append(torch.empty_like(g))
+            found.append(g if in_place else empty_like(g))
             arrays.append((g.data_ptr(), found[-1].data_ptr(), g.numel(), g.itemsize))
         upstream = (factors.data_ptr(), count, factors.itemsize, one_factor)
         return found if _C.cpu_scaled(upstream, tuple(arrays), torch.get_num_threads()) else None

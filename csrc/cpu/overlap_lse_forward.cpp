@@ -50,20 +50,20 @@ bool forward_by_tiles(const Problem<T>& batched, T* row_lse, const SideGradients
   const int64_t tiles = num_row_tiles(problem), groups = value_groups(problem, columns);
   const int64_t blocks = value_blocks(tiles, groups);
   // Stripes that one task alone reads are packed when it reads them.
-  const bool on_demand = blocks == 1 && problem.batch == problem.q.batch;
-  if (!on_demand) columns.pack_all(problem, threads);
+  if (blocks > 1 || problem.batch != problem.q.batch) columns.pack_all(problem, threads);
   RowSums<T> sums(problem, groups);
   parallel_for(problem.batch * blocks * groups, threads, [&](int64_t task) {
     const int64_t group = task % groups, b = task / groups / blocks, item = problem.q.item(b);
     const Part block = part(tiles, blocks, task / groups % blocks), stripes = part(columns.stripes(), groups, group);
-    const AlignedArray<T> memory(on_demand ? columns.stripe_size() : 0);
+    const AlignedArray<T> memory = columns.memory_of_stripe();
     T* const logits = scratch<T>(kTileRows * columns.stride());
     double maxima[kTileRows];
     for (int64_t s = stripes.begin; s < stripes.end; ++s) {
-      const Stripe<T> stripe = on_demand ? columns.pack(problem, item, s, memory.get()) : columns.stripe(item, s);
+      Stripe<T> stripe = columns.stripe(problem, item, s, memory.get());
       for (int64_t tile = block.begin; tile < block.end; ++tile) {
         interruption_point();
         sums.add(row_tile(problem, b, tile), stripe, b * problem.p.n + tile * kTileRows, group, logits, maxima);
+        stripe.upcoming = 0;
       }
     }
   });

@@ -32,6 +32,7 @@ bool scale(const Upstream& upstream, const ScaledArray& array, int64_t begin, in
   const T* const from = static_cast<const T*>(array.from);
   T* const to = static_cast<T*>(array.to);
   const int64_t values = upstream.one_factor ? 1 : upstream.count, inner = std::max(array.size / values, int64_t(1));
+  const bool finite = all_finite(from + begin, end - begin);   // before it is scaled in place
   for (int64_t k = begin; k < end;) {
     const T factor = T(factor_at(upstream, k / inner));
     const int64_t stop = std::min(end, (k / inner + 1) * inner);
@@ -40,18 +41,19 @@ bool scale(const Upstream& upstream, const ScaledArray& array, int64_t begin, in
     else
       for (; k < stop; ++k) to[k] = factor * from[k];
   }
-  return all_finite(from + begin, end - begin);
+  return finite;
 }
 
 }   // namespace
 
 bool scaled_gradients(const Upstream& upstream, const std::vector<ScaledArray>& arrays, int threads) {
   if (upstream.one_factor && !are_one(upstream)) return false;
-  bool large = true;
+  bool large = true, ones = true;
   for (int64_t k = 0; k < (upstream.one_factor ? 1 : upstream.count); ++k)
-    large &= std::abs(factor_at(upstream, k)) >= 1;
+    large &= std::abs(factor_at(upstream, k)) >= 1, ones &= factor_at(upstream, k) == 1;
   std::atomic<bool> finite{true};
   for (const ScaledArray& array : arrays) {
+    if (ones && array.from == array.to) continue;
     parallel_for(ceil_div(array.size, kSlice), threads, [&](int64_t task) {
       const int64_t begin = task * kSlice, end = std::min(array.size, begin + kSlice);
       if (!(array.wide ? scale<double>(upstream, array, begin, end) : scale<float>(upstream, array, begin, end)))

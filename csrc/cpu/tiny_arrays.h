@@ -57,7 +57,7 @@ class TinyArrays {
 
  private:
   void fill(const T* from, int64_t size, int64_t count, T* to) const {
-    tile_kernels<T>().transpose(from, count, size, to, lanes_);
+    tile_kernels<T>().transpose(from, size, count, size, to, lanes_);
     for (int64_t k = 0; count < lanes_ && k < size; ++k)
       std::fill_n(to + k * lanes_ + count, lanes_ - count, to[k * lanes_ + count - 1]);
   }
@@ -71,7 +71,7 @@ class TinyArrays {
   }
 
   void put(const T* from, int64_t size, int64_t count, T* to) const {
-    if (count == lanes_) return tile_kernels<T>().transpose(from, size, lanes_, to, size);
+    if (count == lanes_) return tile_kernels<T>().transpose(from, lanes_, size, lanes_, to, size);
     for (int64_t k = 0; k < size; ++k)
       for (int64_t l = 0; l < count; ++l) to[l * size + k] = from[k * lanes_ + l];
   }

@@ -64,6 +64,9 @@ struct Stripe {
   const T* center;     // (dim)
   const T* centered;   // (dim, stride) means - center
   const T* norms;      // (stride) |means - center|^2
+  // What is packed next, `upcoming` numbers of each: kernels bring it into the cache beside their arithmetic.
+  const T *upcoming_means, *upcoming_variances;
+  int64_t upcoming;
 };
 
 // sum of exp(logit) = exp(max) * sum where max is finite, and sum itself otherwise: 0, infinite or NaN.
@@ -125,8 +128,13 @@ struct TileKernels {
   int64_t lanes;
   // Whether a tile takes the fast form; then no logit overflows.
   bool (*certified)(const Range<T>& p, const Range<T>& q);
-  // to[d, k] = from[k, d] for k < count and d < dim; rows of `to` are `stride` apart.
-  void (*transpose)(const T* from, int64_t count, int64_t dim, T* to, int64_t stride);
+  // to[d, k] = from[k, d] for k < count and d < dim; rows are `from_stride` and `stride` apart.
+  void (*transpose)(const T* from, int64_t from_stride, int64_t count, int64_t dim, T* to, int64_t stride);
+  // The same past the caches, where the machine can, for what is not read soon.
+  void (*transpose_past_caches)(const T* from, int64_t from_stride, int64_t count, int64_t dim, T* to, int64_t stride);
+  // Means and variances (count, dim) to (dim, stride), and their range.
+  Range<T> (*transpose_components)(const T* means, const T* variances, int64_t count, int64_t dim, T* to_means,
+                                   T* to_variances, int64_t stride);
   // Range of `size` means and variances.
   Range<T> (*range)(const T* means, const T* variances, int64_t size);
   // to[k] = exp(min(from[k], cap)) for k < size.

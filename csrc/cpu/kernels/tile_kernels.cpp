@@ -11,40 +11,80 @@
 namespace csdiv::cpu::CSDIV_ISA {
 namespace {
 
+// What some numbers span.
 template <class T>
-void transpose(const T* from, int64_t count, int64_t dim, T* to, int64_t stride) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t whole_count = count / L * L, whole_dim = dim / L * L;
-  for (int64_t k = 0; k < whole_count; k += L) {
-    for (int64_t d = 0; d < whole_dim; d += L) {
-      Vec<T> block[L];
-      for (int64_t r = 0; r < L; ++r) block[r] = load(from + (k + r) * dim + d);
-      transpose_block<T>(block);
-      for (int64_t r = 0; r < L; ++r) store(to + (d + r) * stride + k, block[r]);
-    }
+struct Span {
+  Vec<T> min = broadcast<T>(T(__builtin_inf())), max = -min;
+  Vec<T> excess{};   // NaN as soon as a number is not finite
+
+  CSDIV_INLINE void include(Vec<T> numbers) {
+    min = minimum<T>(min, numbers);
+    max = maximum<T>(max, numbers);
+    excess += numbers * 0;
   }
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t k = d < whole_dim ? whole_count : 0; k < count; ++k) to[d * stride + k] = from[k * dim + d];
+};
+
+template <class T>
+Range<T> range_of(const Span<T>& means, const Span<T>& variances) {
+  return {-max_lane<T>(-means.min), max_lane<T>(means.max), -max_lane<T>(-variances.min), max_lane<T>(variances.max),
+          sum<T>(means.excess + variances.excess) == 0};
 }
 
 template <class T>
 Range<T> range(const T* means, const T* variances, int64_t size) {
-  constexpr T kInfinity = T(__builtin_inf());
-  Vec<T> mean_min = broadcast<T>(kInfinity), mean_max = -mean_min;
-  Vec<T> variance_min = mean_min, variance_max = -mean_min;
-  Vec<T> excess{};   // NaN as soon as a value is not finite
-  const auto include = [&](Vec<T> mean, Vec<T> variance) {
-    mean_min = -maximum<T>(-mean_min, -mean);
-    mean_max = maximum<T>(mean_max, mean);
-    variance_min = -maximum<T>(-variance_min, -variance);
-    variance_max = maximum<T>(variance_max, variance);
-    excess += mean * 0 + variance * 0;
-  };
+  Span<T> of_means, of_variances;
   int64_t k = 0;
-  for (; k + kLanes<T> <= size; k += kLanes<T>) include(load(means + k), load(variances + k));
-  for (; k < size; ++k) include(broadcast<T>(means[k]), broadcast<T>(variances[k]));
-  return {-max_lane<T>(-mean_min), max_lane<T>(mean_max), -max_lane<T>(-variance_min), max_lane<T>(variance_max),
-          sum<T>(excess) == 0};
+  for (; k + kLanes<T> <= size; k += kLanes<T>) {
+    of_means.include(load(means + k));
+    of_variances.include(load(variances + k));
+  }
+  for (; k < size; ++k) {
+    of_means.include(broadcast<T>(means[k]));
+    of_variances.include(broadcast<T>(variances[k]));
+  }
+  return range_of(of_means, of_variances);
+}
+
+// see(numbers) for all that are in whole blocks.
+template <bool kPastCaches, class T, class See>
+CSDIV_INLINE void transpose_seen(const T* from, int64_t from_stride, int64_t count, int64_t dim, T* to, int64_t stride,
+                                 const See& see) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t whole_count = count / L * L, whole_dim = dim / L * L;
+  const bool past_caches = kPastCaches && stride % L == 0 && reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+  for (int64_t k = 0; k < whole_count; k += L) {
+    for (int64_t d = 0; d < whole_dim; d += L) {
+      Vec<T> block[L];
+      for (int64_t r = 0; r < L; ++r) see(block[r] = load(from + (k + r) * from_stride + d));
+      transpose_block<T>(block);
+      for (int64_t r = 0; r < L; ++r) {
+        T* const row = to + (d + r) * stride + k;
+        past_caches ? store_past_caches(row, block[r]) : store(row, block[r]);
+      }
+    }
+  }
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t k = d < whole_dim ? whole_count : 0; k < count; ++k) to[d * stride + k] = from[k * from_stride + d];
+  if (past_caches) end_of_stores_past_caches();
+}
+
+template <bool kPastCaches, class T>
+void transpose(const T* from, int64_t from_stride, int64_t count, int64_t dim, T* to, int64_t stride) {
+  transpose_seen<kPastCaches>(from, from_stride, count, dim, to, stride, [](Vec<T>) {});
+}
+
+template <class T>
+Range<T> transpose_components(const T* means, const T* variances, int64_t count, int64_t dim, T* to_means,
+                              T* to_variances, int64_t stride) {
+  if (count % kLanes<T> != 0 || dim % kLanes<T> != 0) {
+    transpose<false>(means, dim, count, dim, to_means, stride);
+    transpose<false>(variances, dim, count, dim, to_variances, stride);
+    return range(means, variances, count * dim);
+  }
+  Span<T> of_means, of_variances;
+  transpose_seen<false>(means, dim, count, dim, to_means, stride, [&](Vec<T> m) { of_means.include(m); });
+  transpose_seen<false>(variances, dim, count, dim, to_variances, stride, [&](Vec<T> v) { of_variances.include(v); });
+  return range_of(of_means, of_variances);
 }
 
 template <class T>
@@ -108,9 +148,21 @@ CSDIV_INLINE void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<
   }
 }
 
+// Part `k` of `parts` of what is packed next.
+template <class T>
+CSDIV_INLINE void prefetch_upcoming(const Stripe<T>& columns, int64_t k, int64_t parts) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t lines = (columns.upcoming + kLine - 1) / kLine;
+  for (int64_t line = lines * k / parts; line < lines * (k + 1) / parts; ++line) {
+    __builtin_prefetch(columns.upcoming_means + line * kLine);
+    __builtin_prefetch(columns.upcoming_variances + line * kLine);
+  }
+}
+
 template <bool kFast, class T>
 void logits_tile(const RowTile<T>& rows, const Stripe<T>& columns, int64_t first_column, T* tile) {
   for (int64_t column = first_column; column < columns.padded; column += kLanes<T>) {
+    if (columns.upcoming) prefetch_upcoming(columns, column / kLanes<T>, columns.padded / kLanes<T>);
     int64_t row = 0;
     for (; row + kRegisterRows <= rows.count; row += kRegisterRows)
       logits_rows<kFast, kRegisterRows>(rows, row, columns, column, tile);
@@ -264,6 +316,7 @@ template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, class T>
 void gradients_tile(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads) {
   for_row_blocks<kRowGrads>(rows, grads, true, [&](int64_t d, RowBlock<T>& block) {
+    if (columns.upcoming) prefetch_upcoming(columns, d, rows.dim);
     for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
       gradients_rows<kGradient, kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads, block);
     });
@@ -326,10 +379,22 @@ int64_t arithmetic(int64_t rounds, Arithmetic kind, T* kept) {
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,       certified<T>, transpose<T>,         range<T>,
-                                     exponentials<T>, logits<T>,    partial_sums<T>,      weights<T>,
-                                     scale<T>,        gradients<T>, column_precisions<T>, row_precisions<T>,
-                                     tiny_overlap<T>, arithmetic<T>};
+constexpr TileKernels<T> kKernels = {kLanes<T>,
+                                     certified<T>,
+                                     transpose<false, T>,
+                                     transpose<true, T>,
+                                     transpose_components<T>,
+                                     range<T>,
+                                     exponentials<T>,
+                                     logits<T>,
+                                     partial_sums<T>,
+                                     weights<T>,
+                                     scale<T>,
+                                     gradients<T>,
+                                     column_precisions<T>,
+                                     row_precisions<T>,
+                                     tiny_overlap<T>,
+                                     arithmetic<T>};
 
 }   // namespace
 

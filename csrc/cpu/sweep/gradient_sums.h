@@ -21,6 +21,8 @@ namespace csdiv::cpu {
 
 constexpr int64_t kRowsPerMerge = 1024;   // rows in one accumulator of T before it is merged
 
+constexpr int64_t kLargeOutput = int64_t(1) << 23;   // numbers, which no cache holds until they are read
+
 // f(numbers, count) for slices of the array.
 template <class T, class F>
 void for_each_slice(const AlignedArray<T>& array, int threads, const F& f) {
@@ -140,9 +142,9 @@ class GradientSums {
     int64_t& recent_rows = recent_rows_[copy * stripes_ + stripe];
     if (recent_rows + kTileRows > kRowsPerMerge) merge_recent(copy, stripe);
     T* const sums = recent(copy, stripe);
-    if (recent_rows == 0) std::fill_n(sums, stripe_size(), T(0));
+    const bool first = recent_rows == 0;
     recent_rows += kTileRows;
-    return {sums, sums + dim_ * packed_.stride(), sums + 2 * dim_ * packed_.stride()};
+    return first ? columns_in(sums) : column_sums(sums);
   }
 
   void scale_columns(int64_t item, double factor) {
@@ -189,7 +191,7 @@ class GradientSums {
 
   void write_columns(const SideGradients<T>& grad) {
     const int64_t width = packed_.width(), stride = packed_.stride();
-    parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
+    parallel_for(stripes_, threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
       const double* const sums = column_totals(task);
       for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
@@ -203,8 +205,33 @@ class GradientSums {
     });
   }
 
- private:
   int64_t stripe_size() const { return (2 * dim_ + 1) * packed_.stride(); }
+
+  // Zeros for the sums of one stripe, in `memory` for stripe_size() numbers.
+  ColumnGradientSums<T> columns_in(T* memory) const {
+    std::fill_n(memory, stripe_size(), T(0));
+    return column_sums(memory);
+  }
+
+  // Sets the gradients of one stripe, whose sums are final and not kept here.
+  void write_stripe(const SideGradients<T>& grad, int64_t item, int64_t s, const ColumnGradientSums<T>& sums) const {
+    const int64_t first = s * packed_.width(), count = std::min(packed_.width(), problem_.q.n - first);
+    const int64_t k = item * problem_.q.n + first, stride = packed_.stride();
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    const bool large = problem_.q.batch * problem_.q.n * dim_ >= kLargeOutput;
+    const auto transpose = large ? kernels.transpose_past_caches : kernels.transpose;
+    if (grad.means) transpose(sums.means, stride, dim_, count, grad.means + k * dim_, dim_);
+    if (grad.variances) {
+      for (int64_t e = 0; e < dim_ * stride; ++e) sums.variances[e] *= T(0.5);
+      transpose(sums.variances, stride, dim_, count, grad.variances + k * dim_, dim_);
+    }
+    if (grad.log_weights) std::copy_n(sums.weights, count, grad.log_weights + k);
+  }
+
+ private:
+  ColumnGradientSums<T> column_sums(T* sums) const {
+    return {sums, sums + dim_ * packed_.stride(), sums + 2 * dim_ * packed_.stride()};
+  }
 
   double* merged(int64_t copy, int64_t stripe) { return columns_.get() + (copy * stripes_ + stripe) * stripe_size(); }
 

@@ -69,18 +69,23 @@ class GradientSweep {
         threads_(threads),
         fill_(fill),
         dim_(problem.dim),
-        packed_(problem, log_weights, threads, Products::kYes),
+        packed_(problem, log_weights, Products::kYes),
         rows_wanted_(grad_p.wanted()),
         columns_wanted_(grad_q.wanted()),
         tiles_(num_row_tiles(problem)),
+        tile_rows_(tiles_ == 1 ? problem.p.n : kTileRows),
         slab_tiles_(kFusedPass ? tiles_of_slab() : tiles_),
         partition_(choose_partition(problem, packed_, slab_tiles_, rows_wanted_, columns_wanted_)),
         value_groups_(value_groups(problem, packed_)),
-        sums_(problem, packed_, rows_wanted_, columns_wanted_, partition_.column_copies(), rows_per_copy(), threads),
+        by_stripes_(is_by_stripes()),
+        sums_(problem, packed_, rows_wanted_, columns_wanted_ && !by_stripes_, partition_.column_copies(),
+              rows_per_copy(), threads),
         row_references_(kFusedPass && rows_wanted_ ? problem.p.batch * problem.p.n : 0, kNoReference),
-        column_references_(kFusedPass ? problem.q.batch : 0, kNoReference) {}
+        column_references_(kFusedPass ? problem.q.batch : 0, kNoReference) {
+    if (!by_stripes_) packed_.pack_all(problem, threads);
+  }
 
-  // False: a fused pass cannot do it, and nothing was written. A total or a sum is not finite.
+  // False: a fused pass cannot do it, a total or a sum is not finite. Gradients were not added to then.
   bool run() {
     if constexpr (kFusedPass) fill_.start(value_groups_);
     for_each_problem(problem_, rows_wanted_, columns_wanted_, threads_, [&](int64_t b) { run_problem(b); });
@@ -107,7 +112,7 @@ class GradientSweep {
   // Tiles begin ... end - 1 of a problem. In a fused pass, with their terms, scales and the references of their rows.
   struct Slab {
     int64_t begin, end;
-    AlignedArray<T> terms;         // (tiles, stripes, kTileRows, stride)
+    AlignedArray<T> terms;         // (tiles, stripes, rows of a tile, stride)
     AlignedArray<double> scales;   // (tiles, stripes, kTileRows)
     std::vector<double> references = {};
     AlignedArray<double> row_copies = {};   // sums of rows, where every column group has its own
@@ -116,14 +121,31 @@ class GradientSweep {
   // Logits stay in the cache where the sums of columns do. Every slab reads all columns and adds to their sums: if
   // these are many numbers, as many logits are kept. Whole rounds of tiles leave no thread without one.
   int64_t tiles_of_slab() const {
-    const int64_t tile = std::max(slab_size(1), int64_t(1)), columns = 2 * dim_ * packed_.stripes() * packed_.stride();
+    const int64_t tile = std::max(slab_size(1), int64_t(1)), columns = column_numbers();
+    if (may_be_by_stripes() && slab_size(tiles_) <= std::max(kSlab, 2 * columns)) return tiles_;
     int64_t tiles = std::max(kSlab, columns) / tile;
     if (kCopies * columns <= kSlab) tiles = std::min(tiles, ceil_div(kCachedSlab, tile * kRound) * kRound);
     if (tiles > kRound) tiles = tiles / kRound * kRound;
     return std::clamp(tiles, int64_t(1), std::max(tiles_, int64_t(1)));
   }
 
-  int64_t slab_size(int64_t tiles) const { return tiles * packed_.stripes() * kTileRows * packed_.stride(); }
+  int64_t slab_size(int64_t tiles) const { return tiles * packed_.stripes() * tile_rows_ * packed_.stride(); }
+
+  int64_t column_numbers() const { return 2 * dim_ * packed_.stripes() * packed_.stride(); }
+
+  // Whether each stripe belongs to one problem, whose weights are final when they are found: then the stripes of few
+  // rows are packed where they are read, and their gradients written where they are summed. Neither is kept.
+  bool may_be_by_stripes() const {
+    if constexpr (kFusedPass)   // which reads all stripes twice
+      if (!fill_.row_totals || column_numbers() <= kCachedSlab) return false;
+    return pairs_ == Pairs::kAll && problem_.batch == problem_.q.batch && !problem_.q.index && !grad_q_.add &&
+           tiles_ > 0 && problem_.q.n >= kLopsided * problem_.p.n && problem_.p.n <= kRowsPerMerge;
+  }
+
+  bool is_by_stripes() const {
+    return may_be_by_stripes() && slab_tiles_ == tiles_ && partition_.row_blocks == 1 &&
+           (!kFusedPass || value_blocks(tiles_, value_groups_) == 1);
+  }
 
   // At most: of all problems, which may share q.
   int64_t rows_per_copy() const {
@@ -146,7 +168,7 @@ class GradientSweep {
     for (int64_t begin = 0; begin < tiles_ && !failed_; begin += slab_tiles_) {
       const int64_t end = std::min(tiles_, begin + slab_tiles_);
       Slab slab{begin, end, AlignedArray<T>(kFusedPass ? slab_size(end - begin) : 0),
-                AlignedArray<double>(kFusedPass ? slab_size(end - begin) / packed_.stride() : 0)};
+                AlignedArray<double>(kFusedPass ? (end - begin) * packed_.stripes() * kTileRows : 0)};
       if constexpr (kFusedPass) {
         find_terms(b, slab);
         if (!find_references(b, slab)) {
@@ -162,7 +184,7 @@ class GradientSweep {
   int64_t first_stripe(int64_t tile) const { return pairs_ == Pairs::kAll ? 0 : tile * kTileRows / packed_.width(); }
 
   T* terms_at(const Slab& slab, int64_t tile, int64_t s) const {
-    return slab.terms.get() + slab_size(tile - slab.begin) + s * kTileRows * packed_.stride();
+    return slab.terms.get() + slab_size(tile - slab.begin) + s * tile_rows_ * packed_.stride();
   }
 
   double* scales_at(const Slab& slab, int64_t tile, int64_t s) const {
@@ -175,14 +197,16 @@ class GradientSweep {
       const int64_t group = task % value_groups_;
       const Part tiles = part(slab.end - slab.begin, blocks, task / value_groups_);
       const Part stripes = part(packed_.stripes(), value_groups_, group);
+      const AlignedArray<T> memory = packed_.memory_of_stripe();
       for (int64_t s = stripes.begin; s < stripes.end; ++s) {
-        const Stripe<T>& columns = packed_.stripe(problem_.q.item(b), s);
+        Stripe<T> columns = packed_.stripe(problem_, problem_.q.item(b), s, memory.get());
         for (int64_t tile = slab.begin + tiles.begin; tile < slab.begin + tiles.end; ++tile) {
           if (s < first_stripe(tile)) break;
           interruption_point();
           const RowTile<T> rows = row_tile(problem_, b, tile);
           const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), rows, columns};
           fill_.logits(place, group, terms_at(slab, tile, s), scales_at(slab, tile, s));
+          columns.upcoming = 0;
         }
       }
     });
@@ -252,21 +276,32 @@ class GradientSweep {
   void run_block(int64_t b, const Slab& slab, int64_t block, int64_t group) {
     const Part tiles = part(slab.end - slab.begin, partition_.row_blocks, block);
     const Part stripes = part(packed_.stripes(), partition_.column_groups, group);
-    const int64_t column_copy = partition_.column_copies() > 1 ? block : 0;
+    const int64_t column_copy = partition_.column_copies() > 1 ? block : 0, item = problem_.q.item(b);
+    const bool own_sums = by_stripes_ && columns_wanted_;
+    const AlignedArray<T> memory = packed_.memory_of_stripe(), sums_memory(own_sums ? sums_.stripe_size() : 0);
     for (int64_t s = stripes.begin; s < stripes.end; ++s) {
-      const int64_t last_column = s * packed_.width() + packed_.stripe(0, s).count - 1;
+      Stripe<T> columns = packed_.stripe(problem_, item, s, memory.get());
+      const int64_t last_column = s * packed_.width() + columns.count - 1;
       const int64_t tiles_end = pairs_ == Pairs::kAll ? slab.begin + tiles.end
                                                       : std::min(slab.begin + tiles.end, last_column / kTileRows + 1);
-      for (int64_t tile = slab.begin + tiles.begin; tile < tiles_end; ++tile)
-        run_tile(b, slab, tile, s, group, column_copy);
+      ColumnGradientSums<T> sums{};
+      if (own_sums) sums = sums_.columns_in(sums_memory.get());
+      for (int64_t tile = slab.begin + tiles.begin; tile < tiles_end; ++tile) {
+        if (columns_wanted_ && !own_sums) sums = sums_.columns_for_tile(column_copy, item * packed_.stripes() + s);
+        run_tile(b, slab, tile, s, group, columns, sums);
+        columns.upcoming = 0;
+      }
+      if (!own_sums) continue;
+      if (kFusedPass && !all_finite(sums_memory.get(), sums_memory.size())) failed_ = true;
+      sums_.write_stripe(grad_q_, item, s, sums);
     }
   }
 
-  void run_tile(int64_t b, const Slab& slab, int64_t tile, int64_t s, int64_t group, int64_t column_copy) {
+  void run_tile(int64_t b, const Slab& slab, int64_t tile, int64_t s, int64_t group, const Stripe<T>& columns,
+                const ColumnGradientSums<T>& column_sums) {
     interruption_point();
-    const int64_t first = tile * kTileRows, item = problem_.q.item(b);
+    const int64_t first = tile * kTileRows;
     const RowTile<T> rows = row_tile(problem_, b, tile);
-    const Stripe<T>& columns = packed_.stripe(item, s);
     SweepTile<T> place{b, first, s * packed_.width(), rows, columns};
     TileGradients<T> grads{};
     grads.variances_wanted = grad_p_.variances || grad_q_.variances;
@@ -278,12 +313,9 @@ class GradientSweep {
       grads.row_variances = sums.variances;
       place.row_sums = sums.weights;
     }
-    if (columns_wanted_) {
-      const ColumnGradientSums<T> sums = sums_.columns_for_tile(column_copy, item * packed_.stripes() + s);
-      grads.column_means = sums.means;
-      grads.column_variances = sums.variances;
-      place.column_sums = sums.weights;
-    }
+    grads.column_means = column_sums.means;
+    grads.column_variances = column_sums.variances;
+    place.column_sums = column_sums.weights;
     const TileKernels<T>& kernels = tile_kernels<T>();
     if constexpr (kFusedPass) {
       T* const weights = terms_at(slab, tile, s);
@@ -307,11 +339,13 @@ class GradientSweep {
   const int threads_;
   Fill& fill_;
   const int64_t dim_;
-  const PackedColumns<T> packed_;
+  PackedColumns<T> packed_;
   const bool rows_wanted_, columns_wanted_;
-  const int64_t tiles_, slab_tiles_;   // of a problem and of a slab
-  const Partition partition_;          // of a slab
-  const int64_t value_groups_;         // of columns, in the sums of values: as without gradients
+  const int64_t tiles_, tile_rows_;   // of a problem; rows of the tiles whose terms are kept
+  const int64_t slab_tiles_;          // of a slab
+  const Partition partition_;         // of a slab
+  const int64_t value_groups_;        // of columns, in the sums of values: as without gradients
+  const bool by_stripes_;
   GradientSums<T> sums_;
   std::vector<double> row_references_, column_references_;   // log of what the sums are relative to
   std::atomic<bool> failed_{false};

@@ -109,6 +109,22 @@ Stripe<T> PackedColumns<T>::pack(const Problem<T>& problem, int64_t item, int64_
 }
 
 template <class T>
+Stripe<T> PackedColumns<T>::pack_in_turn(const Problem<T>& problem, int64_t item, int64_t s, T* memory) const {
+  Stripe<T> stripe = pack(problem, item, s, memory);
+  const int64_t begin = (s + 1) * width_, end = std::min(begin + width_, problem.q.n);
+  if (begin < end) {
+    const int64_t first = (item * problem.q.n + begin) * problem.dim;
+    stripe.upcoming_means = problem.q.means + first;
+    stripe.upcoming_variances = problem.q.variances + first;
+    stripe.upcoming = (end - begin) * problem.dim;
+    constexpr int64_t kLine = kCacheLine / int64_t(sizeof(T));
+    for (int64_t j = begin; j < end && problem.q.log_weights; j += kLine)
+      __builtin_prefetch(problem.q.log_weights + item * problem.q.n + j);
+  }
+  return stripe;
+}
+
+template <class T>
 void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t item, int64_t s, T* means,
                                        Stripe<T>& stripe) const {
   const TileKernels<T>& kernels = tile_kernels<T>();
@@ -116,25 +132,33 @@ void PackedColumns<T>::pack_components(const Mixture<T>& q, int64_t dim, int64_t
   T* const variances = means + dim * stride_;
   T* const packed_weights = variances + dim * stride_;
 
-  for (int64_t j = 0; j < stride_; ++j) {
-    const bool real = j < count;
-    packed_weights[j] = !real ? -T(INFINITY) : log_weights_ == LogWeights::kZero ? T(0) : q.log_weight(item, first + j);
+  std::fill_n(packed_weights, stride_, T(0));
+  bool all_count = true;
+  if (log_weights_ == LogWeights::kKept && q.log_weights) {
+    std::copy_n(q.log_weights + item * q.n + first, count, packed_weights);
+    if (!kernels.range(packed_weights, packed_weights, count).finite) {
+      for (int64_t j = 0; j < count; ++j) packed_weights[j] = q.log_weight(item, first + j);
+      all_count = std::all_of(packed_weights, packed_weights + count, counts<T>);
+    }
   }
+  std::fill(packed_weights + count, packed_weights + stride_, -T(INFINITY));
   const int64_t source = (item * q.n + first) * dim;
-  kernels.transpose(q.means + source, count, dim, means, stride_);
-  kernels.transpose(q.variances + source, count, dim, variances, stride_);
+  Range<T> range =
+      kernels.transpose_components(q.means + source, q.variances + source, count, dim, means, variances, stride_);
   for (int64_t row = 0; row < 2 * dim; ++row) {   // padding repeats the last component: the range stays tight
     T* const end = means + row * stride_ + count;
     std::fill_n(end, stride_ - count, end[-1]);
   }
-  for (int64_t j = 0; j < stride_; ++j) {
-    if (counts(packed_weights[std::min(j, count - 1)])) continue;
-    for (int64_t d = 0; d < dim; ++d) {
-      means[d * stride_ + j] = T(0);
-      variances[d * stride_ + j] = T(1);
+  if (!all_count) {
+    for (int64_t j = 0; j < stride_; ++j) {
+      if (counts(packed_weights[std::min(j, count - 1)])) continue;
+      for (int64_t d = 0; d < dim; ++d) {
+        means[d * stride_ + j] = T(0);
+        variances[d * stride_ + j] = T(1);
+      }
     }
+    range = kernels.range(means, variances, dim * stride_);
   }
-  Range<T> range = kernels.range(means, variances, dim * stride_);
   if (range.variance_min < 0 || !range.finite) {   // a NaN hides what came before it
     for (int64_t k = 0; k < dim * stride_; ++k)
       if (variances[k] < 0) means[k] = T(NAN);

@@ -39,6 +39,7 @@ class PackedColumns {
   // Packs none.
   PackedColumns(const Problem<T>& problem, LogWeights log_weights, Products products);
   void pack_all(const Problem<T>& problem, int threads);
+  bool has_all() const { return !all_.empty(); }
 
   int64_t width() const { return width_; }   // columns of a stripe, but for the last of an item
   int64_t stride() const { return stride_; }
@@ -49,7 +50,14 @@ class PackedColumns {
   Stripe<T> pack(const Problem<T>& problem, int64_t item, int64_t s, T* memory) const;
   int64_t stripe_size() const { return stripe_size_; }
 
+  // The same of one that pack_all() has packed; else by pack(), for one after the other.
+  Stripe<T> stripe(const Problem<T>& problem, int64_t item, int64_t s, T* memory) const {
+    return has_all() ? stripe(item, s) : pack_in_turn(problem, item, s, memory);
+  }
+  AlignedArray<T> memory_of_stripe() const { return AlignedArray<T>(has_all() ? 0 : stripe_size_); }
+
  private:
+  Stripe<T> pack_in_turn(const Problem<T>& problem, int64_t item, int64_t s, T* memory) const;
   void pack_components(const Mixture<T>& q, int64_t dim, int64_t item, int64_t s, T* means, Stripe<T>& stripe) const;
   void pack_precisions(const Problem<T>& problem, int64_t item, T* precisions, Stripe<T>& stripe) const;
   void pack_centered(int64_t dim, T* center, Stripe<T>& stripe) const;

@@ -9,14 +9,16 @@ namespace csdiv::cpu {
 
 constexpr int64_t kCacheLine = 64;
 
-// Memory on a cache line boundary. What was freed is kept by its thread, within limits: calls come one after the other,
-// and to be given its pages anew would cost each of them up to a tenth of its time.
+// Memory on a cache line boundary. What was freed is kept: calls come one after the other, and to be given its pages
+// anew would cost each of them up to a tenth of its time. Blocks below 1 MiB are kept by their thread until it ends, 4
+// MiB of them at most; larger ones by the process, 256 MiB of them.
 struct Block {
   void* data;
   int64_t bytes;
 };
 Block allocate_block(int64_t bytes);   // of as many bytes or more
 void free_block(Block block);
+void empty_cache();   // gives back what the process and this thread keep
 
 // Uninitialised.
 template <class T>
