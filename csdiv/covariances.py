@@ -36,9 +36,11 @@ def lower_factor(p: GaussianMixture) -> Tensor:
 
 
 def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
-    """L with S + T = L Lᵀ for sides of which one has one covariance, (*batch, K or 1, D, D)."""
+    """L with S + T = L Lᵀ for sides of which one has one covariance, (*batch, K or 1, D, D); above the diagonal there may
+    be anything, which has no gradient."""
     if is_points(p) or is_points(q):
-        return lower_factor(q if is_points(p) else p)
+        side = q if is_points(p) else p
+        return lower_factor(side) if side.scale_tril is None else side.scale_tril
     if p is q and p.covariance_matrix is None:
         return math.sqrt(2.0) * lower_factor(p)
     if (has_factor(p) and not _has_edge(q)) or (has_factor(q) and not _has_edge(p)):

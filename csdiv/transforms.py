@@ -20,10 +20,14 @@ transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transf
 forward_level: Callable[[], int] = functools.partial(getattr, forward_ad, "_current_level", -1)
 """The level of forward-mode differentiation, -1 outside of it."""
 
-graph_is_kept: Callable[[], bool] = getattr(
+_keeps_graph: Callable[[], bool] = getattr(
     getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", lambda: True
 )
-"""Whether the backward pass under way may be followed by another through the same graph."""
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass under way may be followed by another through the same graph."""
+    return torch.compiler.is_compiling() or _keeps_graph()
 
 
 _watchers: tuple[Callable[[], object] | None, ...] = (
