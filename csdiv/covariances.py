@@ -36,8 +36,10 @@ def lower_factor(p: GaussianMixture) -> Tensor:
 
 
 def sum_factor(p: GaussianMixture, q: GaussianMixture) -> Tensor:
-    """L with S + T = L Lᵀ for sides of which one has one covariance, (*batch, K or 1, D, D); above the diagonal there may
-    be anything, which has no gradient."""
+    """L with S + T = L Lᵀ for sides of which one has one covariance, (*batch, K or 1, D, D).
+
+    Above the diagonal there may be anything, which has no gradient.
+    """
     if is_points(p) or is_points(q):
         side = q if is_points(p) else p
         return lower_factor(side) if side.scale_tril is None else side.scale_tril
