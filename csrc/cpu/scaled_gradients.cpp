@@ -4,8 +4,8 @@
 #include <atomic>
 #include <cmath>
 
+#include "cpu/kernels/dispatch.h"
 #include "cpu/mixture.h"
-#include "cpu/sweep/gradient_sums.h"
 #include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
@@ -40,7 +40,7 @@ bool scale(const Upstream& upstream, const ScaledArray& array, int64_t begin, in
     else
       for (; k < stop; ++k) to[k] = factor * from[k];
   }
-  return all_finite(from + begin, end - begin);
+  return tile_kernels<T>().finite(from + begin, end - begin);
 }
 
 }   // namespace

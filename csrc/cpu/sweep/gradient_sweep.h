@@ -107,6 +107,7 @@ class GradientSweep {
   // Tiles begin ... end - 1 of a problem. In a fused pass, with their terms, scales and the references of their rows.
   struct Slab {
     int64_t begin, end;
+    std::vector<RowTile<T>> rows;
     AlignedArray<T> terms;         // (tiles, stripes, kTileRows, stride)
     AlignedArray<double> scales;   // (tiles, stripes, kTileRows)
     std::vector<double> references = {};
@@ -145,8 +146,10 @@ class GradientSweep {
   void run_problem(int64_t b) {
     for (int64_t begin = 0; begin < tiles_ && !failed_; begin += slab_tiles_) {
       const int64_t end = std::min(tiles_, begin + slab_tiles_);
-      Slab slab{begin, end, AlignedArray<T>(kFusedPass ? slab_size(end - begin) : 0),
+      Slab slab{begin, end, std::vector<RowTile<T>>(end - begin),
+                AlignedArray<T>(kFusedPass ? slab_size(end - begin) : 0),
                 AlignedArray<double>(kFusedPass ? slab_size(end - begin) / packed_.stride() : 0)};
+      parallel_for(end - begin, threads_, [&](int64_t task) { slab.rows[task] = row_tile(problem_, b, begin + task); });
       if constexpr (kFusedPass) {
         find_terms(b, slab);
         if (!find_references(b, slab)) {
@@ -180,8 +183,7 @@ class GradientSweep {
         for (int64_t tile = slab.begin + tiles.begin; tile < slab.begin + tiles.end; ++tile) {
           if (s < first_stripe(tile)) break;
           interruption_point();
-          const RowTile<T> rows = row_tile(problem_, b, tile);
-          const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), rows, columns};
+          const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), slab.rows[tile - slab.begin], columns};
           fill_.logits(place, group, terms_at(slab, tile, s), scales_at(slab, tile, s));
         }
       }
@@ -265,7 +267,7 @@ class GradientSweep {
   void run_tile(int64_t b, const Slab& slab, int64_t tile, int64_t s, int64_t group, int64_t column_copy) {
     interruption_point();
     const int64_t first = tile * kTileRows, item = problem_.q.item(b);
-    const RowTile<T> rows = row_tile(problem_, b, tile);
+    const RowTile<T>& rows = slab.rows[tile - slab.begin];
     const Stripe<T>& columns = packed_.stripe(item, s);
     SweepTile<T> place{b, first, s * packed_.width(), rows, columns};
     TileGradients<T> grads{};
