@@ -13,6 +13,7 @@ import torch
 from contract import INPUTS, NATIVE, SCALARS, P, Q, call, eager_call, gradients_later
 from torch import Tensor
 
+import csdiv
 from csdiv import _C, GaussianMixture, testing
 
 PAIRS = ("cs_divergence", "log_overlap", "component_log_overlap", "pairwise_log_overlap")
@@ -107,6 +108,25 @@ def test_every_slab_gives_the_gradients(
     entry: str, n: int, m: int, dim: int, wanted: tuple[str, ...], backend: str
 ) -> None:
     check(entry, backend, *pair(n, m, dim), wanted, common_grad=0.3)
+
+
+# Weights of whole vectors of columns are zero for all rows of a register tile: runs of columns are left out, first,
+# last, between others, and all of them but for single rows.
+@on_cpu
+@pytest.mark.parametrize("wanted", [P + Q, P, Q], ids=["both", "rows", "columns"])
+@pytest.mark.parametrize("entry", ["component_log_overlap", "log_overlap"])
+def test_columns_without_weights_are_left_out(entry: str, wanted: tuple[str, ...], backend: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+
+    def clusters(size: int, each: int) -> GaussianMixture:
+        made = testing.random_mixture(size, 5, generator=generator)
+        cluster = torch.arange(size) // each % 4
+        return testing.mixture_of(made.means + 50.0 * cluster.unsqueeze(-1), made.variances, made.log_weights)
+
+    p, q = clusters(39, 8), clusters(170, 37)
+    logits = csdiv.pairwise_log_overlap(p, q, backend="cpu")
+    assert (logits - logits.amax(-1, keepdim=True) < -100).float().mean() > 0.7
+    check(entry, backend, p, q, wanted)
 
 
 def test_slabs_in_the_square_cut() -> None:

@@ -17,6 +17,11 @@ struct SideGradients {
   bool add = false;
 
   bool wanted() const { return means || variances || log_weights; }
+  // Those of the components from `first` on, of all items in one row.
+  SideGradients from(int64_t first, int64_t dim) const {
+    const auto at = [](T* gradients, int64_t k) { return gradients ? gradients + k : nullptr; };
+    return {at(means, first * dim), at(variances, first * dim), at(log_weights, first), add};
+  }
   SideGradients added_to() const { return {means, variances, log_weights, true}; }
 };
 

@@ -4,8 +4,8 @@
 #include <atomic>
 #include <cmath>
 
+#include "cpu/kernels/dispatch.h"
 #include "cpu/mixture.h"
-#include "cpu/sweep/gradient_sums.h"
 #include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
@@ -32,7 +32,7 @@ bool scale(const Upstream& upstream, const ScaledArray& array, int64_t begin, in
   const T* const from = static_cast<const T*>(array.from);
   T* const to = static_cast<T*>(array.to);
   const int64_t values = upstream.one_factor ? 1 : upstream.count, inner = std::max(array.size / values, int64_t(1));
-  const bool finite = all_finite(from + begin, end - begin);   // before it is scaled in place
+  const bool finite = tile_kernels<T>().finite(from + begin, end - begin);   // before it is scaled in place
   for (int64_t k = begin; k < end;) {
     const T factor = T(factor_at(upstream, k / inner));
     const int64_t stop = std::min(end, (k / inner + 1) * inner);

@@ -137,6 +137,41 @@ CSDIV_INLINE void for_active_rows(int64_t rows, uint32_t active_rows, const F& f
     if (active_rows >> row & 1) f(row, std::integral_constant<int, 1>());
 }
 
+// The columns in which some rows have a weight other than zero, as runs of whole vectors: the others add nothing to any
+// sum.
+template <class T>
+struct ActiveColumns {
+  struct Run {
+    int32_t begin, end;
+  };
+  int count = 0;
+  Run runs[kStripeColumns / kLanes<T> / 2 + 1];
+};
+
+// Of kRows rows; with few dimensions all columns, as to look at the weights costs half of what one dimension does.
+template <int kRows, class T>
+CSDIV_INLINE void find_active_columns(const T* weights, const Stripe<T>& columns, int64_t first_column, int64_t dim,
+                                      ActiveColumns<T>& active) {
+  constexpr int64_t kFewDims = 4;
+  if (dim <= kFewDims) {
+    active.runs[active.count++] = {int32_t(first_column), int32_t(columns.padded)};
+    return;
+  }
+  bool inside = false;
+  for (int64_t j = first_column; j < columns.padded; j += kLanes<T>) {
+    BitsVec<T> bits{};
+    for (int r = 0; r < kRows; ++r) bits |= (BitsVec<T>)load(weights + r * columns.stride + j);
+    if (!any<T>((IntVec<T>)(bits + bits))) {   // without their signs
+      inside = false;
+    } else if (inside) {
+      active.runs[active.count - 1].end = int32_t(j + kLanes<T>);
+    } else {
+      inside = true;
+      active.runs[active.count++] = {int32_t(j), int32_t(j + kLanes<T>)};
+    }
+  }
+}
+
 // Sums of a tile's rows over its columns, for a block of dimensions; collected here, as rows are `dim` numbers apart
 // where they belong.
 template <class T>
@@ -149,13 +184,30 @@ class RowBlock {
     for (int64_t k = 0; k < count * kTileRows; ++k) means_[k] = variance_sums_[k] = 0;
   }
 
+  // In dimension d, from the sums of kRows rows in each lane.
   template <int kRows>
-  void set_means(int64_t row, int64_t d, Vec<T> sums) {
-    __builtin_memcpy(means_ + (d - begin_) * kTileRows + row, &sums, kRows * sizeof(T));
+  CSDIV_INLINE void set_means(int64_t row, int64_t d, const Vec<T> (&lane_sums)[kRows]) {
+    const Vec<T> totals = sums<T>(lane_sums);
+    __builtin_memcpy(means_ + (d - begin_) * kTileRows + row, &totals, kRows * sizeof(T));
   }
   template <int kRows>
-  void set_variances(int64_t row, int64_t d, Vec<T> sums) {
-    __builtin_memcpy(variance_sums_ + (d - begin_) * kTileRows + row, &sums, kRows * sizeof(T));
+  CSDIV_INLINE void set(int64_t row, int64_t d, const Vec<T> (&means)[kRows], const Vec<T> (&variances)[kRows]) {
+    T* const to = variance_sums_ + (d - begin_) * kTileRows + row;
+    if constexpr (2 * kRows <= kLanes<T>) {   // both at once
+      Vec<T> lane_sums[2 * kRows];
+      for (int r = 0; r < kRows; ++r) {
+        lane_sums[r] = means[r];
+        lane_sums[kRows + r] = variances[r];
+      }
+      T totals[kLanes<T>];
+      store(totals, sums<T>(lane_sums));
+      __builtin_memcpy(means_ + (d - begin_) * kTileRows + row, totals, kRows * sizeof(T));
+      __builtin_memcpy(to, totals + kRows, kRows * sizeof(T));
+    } else {
+      set_means(row, d, means);
+      const Vec<T> totals = sums<T>(variances);
+      __builtin_memcpy(to, &totals, kRows * sizeof(T));
+    }
   }
 
   void add_to(const TileGradients<T>& grads, int64_t rows, int64_t dim) const {

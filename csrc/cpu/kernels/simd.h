@@ -166,21 +166,32 @@ CSDIV_INLINE void transpose_block(Vec<T> (&block)[kLanes<T>]) {
   if constexpr (kDistance > 1) transpose_block<T, kDistance / 2>(block);
 }
 
-// sum(values[k]) in lane k, for which fewer lanes change places than one by one.
-template <class T, int kCount, int kDistance = 1>
+// In every span of kSpan lanes: the units of kUnit lanes with an even index, or with kOdd an odd one, first those of a,
+// then those of b.
+template <int kUnit, int kSpan, bool kOdd, class V, int... kLane>
+inline V every_other(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  return __builtin_shufflevector(a, b,
+                                 (kLane / kSpan * kSpan + kLane % (kSpan / 2) / kUnit * 2 * kUnit + kOdd * kUnit +
+                                  kLane % kUnit + (kLane % kSpan >= kSpan / 2 ? L : 0))...);
+}
+
+// sum(values[k]) in lane k, for which fewer lanes change places than one by one: first within 16 bytes, which takes no
+// unit that multiplications need. kSummed: lanes that are already summed.
+template <class T, int kSummed = 1, int kCount>
 CSDIV_INLINE Vec<T> sums(const Vec<T> (&values)[kCount]) {
+  constexpr int kShort = 16 / sizeof(T);
+  constexpr int kUnit = kSummed < kShort ? 1 : kShort, kSpan = kSummed < kShort ? kShort : kLanes<T>;
   constexpr auto kAll = std::make_integer_sequence<int, kLanes<T>>();
-  if constexpr (kCount > 1) {
-    Vec<T> pairs[kCount / 2];
-    for (int k = 0; k < kCount; k += 2)
-      pairs[k / 2] = interleaved<kDistance, false>(values[k], values[k + 1], kAll) +
-                     interleaved<kDistance, true>(values[k], values[k + 1], kAll);
-    return sums<T, kCount / 2, 2 * kDistance>(pairs);
-  } else if constexpr (kDistance < kLanes<T>) {
-    const Vec<T> total[1] = {values[0] + swapped<kDistance>(values[0], kAll)};
-    return sums<T, 1, 2 * kDistance>(total);
-  } else {
+  if constexpr (kSummed == kLanes<T>) {
     return values[0];
+  } else {
+    Vec<T> pairs[(kCount + 1) / 2];
+    for (int k = 0; k < kCount; k += 2) {
+      const Vec<T> a = values[k], b = values[k + 1 < kCount ? k + 1 : k];
+      pairs[k / 2] = every_other<kUnit, kSpan, false>(a, b, kAll) + every_other<kUnit, kSpan, true>(a, b, kAll);
+    }
+    return sums<T, 2 * kSummed>(pairs);
   }
 }
 

@@ -248,7 +248,7 @@ void spherical_means(const RowTile<T>& rows, int64_t row, int64_t d, const Strip
     }
     if constexpr (kColumnGrads) store(grad_means + j, column_sum);
   }
-  if constexpr (kRowGrads) block.template set_means<kRows>(row, d, sums<T>(row_sums));
+  if constexpr (kRowGrads) block.set_means(row, d, row_sums);
 }
 
 template <bool kRowGrads, bool kColumnGrads, class T>

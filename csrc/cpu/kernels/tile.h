@@ -152,6 +152,15 @@ struct TileKernels {
   // Leaves the weights in no particular state.
   void (*gradients)(const RowTile<T>& rows, const Stripe<T>& columns, T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads);
+  // Whether all of these are.
+  bool (*finite)(const T* numbers, int64_t count);
+  // to[k] += from[k]
+  void (*add_sums)(const T* from, int64_t count, double* to);
+  // out[k] = factor * sums[k], or with `add` that much more.
+  void (*write_sums)(const double* sums, int64_t count, double factor, bool add, T* out);
+  // The same of out[k, d] and sums[d, k] for k < count and d < dim; rows of `sums` are `stride` apart.
+  void (*write_columns)(const double* sums, int64_t stride, int64_t count, int64_t dim, double factor, bool add,
+                        T* out);
   // What tied rows and tied columns have beside the variances, for the padded columns and for the rows of a tile.
   void (*column_precisions)(const T* row_variances, int64_t dim, int64_t exponent, const Stripe<T>& columns, T* to,
                             T* log_scales);

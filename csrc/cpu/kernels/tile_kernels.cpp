@@ -6,6 +6,7 @@
 #include "pair.h"
 #include "simd.h"
 #include "structured_pair.h"
+#include "sums.h"
 #include "tiny.h"
 
 namespace csdiv::cpu::CSDIV_ISA {
@@ -113,20 +114,16 @@ CSDIV_INLINE void add_dims(const PairTerms<T>& terms, int64_t begin, int64_t end
   }
 }
 
-template <bool kFast, int kRows, class T>
-CSDIV_INLINE void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column, T* tile) {
-  using Sum = std::conditional_t<kFast, PairSum<T>, ExactPairSum<T>>;
-  const int64_t dim = rows.dim, factors = kFast ? (dim + kGroup - 1) / kGroup : dim;
-  const PairTerms<T> terms{rows.means + row * dim, rows.variances + row * dim, dim,
-                           columns.means + column, columns.variances + column, columns.stride};
-  constexpr int64_t kBlock = kFast ? kTerms * kGroup : kTerms;   // dimensions
-  Sum sums[kRows];
+// The same over all dimensions from `begin` on: blocks of them, then kTerms blocks at a time.
+template <bool kFast, int kRows, class T, class Sum>
+CSDIV_INLINE void add_blocks(const PairTerms<T>& terms, int64_t begin, int64_t dim, Sum (&sums)[kRows]) {
+  constexpr int64_t kBlock = kFast ? kTerms * kGroup : kTerms;
   Vec<T> quadratic[kRows], totals[kRows];
   for (int r = 0; r < kRows; ++r) {
-    sums[r] = Sum(rows.exponents[row + r], factors);
-    quadratic[r] = totals[r] = Vec<T>{};
+    quadratic[r] = sums[r].quadratic;
+    totals[r] = sums[r].quadratic = Vec<T>{};
   }
-  for (int64_t begin = 0; begin < dim; begin += kBlock) {
+  for (; begin < dim; begin += kBlock) {
     const int64_t end = begin + kBlock < dim ? begin + kBlock : dim;
     add_dims<kFast, kRows>(terms, begin, end, sums);
     for (int r = 0; r < kRows; ++r) {
@@ -139,9 +136,36 @@ CSDIV_INLINE void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<
       quadratic[r] = Vec<T>{};
     }
   }
+  for (int r = 0; r < kRows; ++r) sums[r].quadratic = totals[r] + quadratic[r];
+}
+
+template <bool kFast, int kRows, class T, class Sum>
+[[gnu::noinline]] void add_more_blocks(const PairTerms<T>& terms, int64_t begin, int64_t dim, Sum (&sums)[kRows]) {
+  add_blocks<kFast, kRows>(terms, begin, dim, sums);
+}
+
+template <bool kFast, int kRows, class T>
+CSDIV_INLINE void logits_rows(const RowTile<T>& rows, int64_t row, const Stripe<T>& columns, int64_t column, T* tile) {
+  using Sum = std::conditional_t<kFast, PairSum<T>, ExactPairSum<T>>;
+  const int64_t dim = rows.dim, factors = kFast ? (dim + kGroup - 1) / kGroup : dim;
+  const PairTerms<T> terms{rows.means + row * dim, rows.variances + row * dim, dim,
+                           columns.means + column, columns.variances + column, columns.stride};
+  Sum sums[kRows];
+  for (int r = 0; r < kRows; ++r) sums[r] = Sum(rows.exponents[row + r], factors);
+  constexpr int64_t kBlock = kFast ? kTerms * kGroup : kTerms;
+  if constexpr (kVectorBytes < 64) {   // with 16 registers no sums outlive the loops
+    add_blocks<kFast, kRows>(terms, 0, dim, sums);
+  } else {
+    add_dims<kFast, kRows>(terms, 0, dim < kBlock ? dim : kBlock, sums);
+    if (dim > kBlock) {
+      Sum all[kRows];   // a copy: `sums` itself stays in registers
+      for (int r = 0; r < kRows; ++r) all[r] = sums[r];
+      add_more_blocks<kFast, kRows>(terms, kBlock, dim, all);
+      for (int r = 0; r < kRows; ++r) sums[r] = all[r];
+    }
+  }
   const Vec<T> log_weights = load(columns.log_weights + column);
   for (int r = 0; r < kRows; ++r) {
-    sums[r].quadratic = totals[r] + quadratic[r];
     Vec<T> logits = log_weights - T(0.5) * (sums[r].quadratic + sums[r].log_determinant());
     if constexpr (!kFast) logits = log_weights == -T(__builtin_inf()) ? log_weights : logits;
     store(tile + (row + r) * columns.stride + column, logits);
@@ -261,11 +285,12 @@ uint32_t scale(const RowTile<T>& rows, const Stripe<T>& columns, const T* factor
 // How a pair's gradient is found: the two forms of pair.h, or with 1 / c in place of the variances of one side.
 enum class Gradient { kExact, kFast, kRowPrecisions, kColumnPrecisions };
 
-// Dimension d of kRows rows against the whole stripe.
+// Dimension d of kRows rows against the columns in which they have weights.
 template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, int kRows, class T>
-void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns, const T* weights,
-                    const TileGradients<T>& grads, RowBlock<T>& block) {
-  const int64_t stride = columns.stride, padded = columns.padded, dim = rows.dim;
+CSDIV_INLINE void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe<T>& columns,
+                                 const T* weights, const ActiveColumns<T>& active, const TileGradients<T>& grads,
+                                 RowBlock<T>& block) {
+  const int64_t stride = columns.stride, dim = rows.dim;
   const T* const means = columns.means + d * stride;
   const T* const variances =
       (kGradient == Gradient::kColumnPrecisions ? columns.precisions : columns.variances) + d * stride;
@@ -279,46 +304,50 @@ void gradients_rows(const RowTile<T>& rows, int64_t row, int64_t d, const Stripe
     row_variance[r] = broadcast<T>(row_variances[(row + r) * dim + d]);
     row_grad_mean[r] = row_grad_variance[r] = Vec<T>{};
   }
-  for (int64_t j = grads.first_column; j < padded; j += kLanes<T>) {
-    const Vec<T> mean = load(means + j), variance = load(variances + j);
-    Vec<T> column_grad_mean{}, column_grad_variance{};
-    if constexpr (kColumnGrads) {
-      column_grad_mean = load(grad_means + j);
-      column_grad_variance = load(grad_variances + j);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> weight = load(first_weights + r * stride + j);
-      const Vec<T> delta = row_mean[r] - mean;
-      PairGradient<T> pair;
-      if constexpr (kGradient == Gradient::kRowPrecisions)
-        pair = pair_gradient_of_reciprocal<T>(weight, delta, row_variance[r]);
-      else if constexpr (kGradient == Gradient::kColumnPrecisions)
-        pair = pair_gradient_of_reciprocal<T>(weight, delta, variance);
-      else
-        pair = pair_gradient<kGradient == Gradient::kFast, T>(weight, delta, row_variance[r] + variance);
-      row_grad_mean[r] += pair.mean;
-      row_grad_variance[r] += pair.variance;
-      column_grad_mean += pair.mean;
-      column_grad_variance += pair.variance;
-    }
-    if constexpr (kColumnGrads) {
-      store(grad_means + j, column_grad_mean);
-      store(grad_variances + j, column_grad_variance);
+  for (int k = 0; k < active.count; ++k) {
+    for (int64_t j = active.runs[k].begin; j < active.runs[k].end; j += kLanes<T>) {
+      const Vec<T> mean = load(means + j), variance = load(variances + j);
+      Vec<T> column_grad_mean{}, column_grad_variance{};
+      if constexpr (kColumnGrads) {
+        column_grad_mean = load(grad_means + j);
+        column_grad_variance = load(grad_variances + j);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> weight = load(first_weights + r * stride + j);
+        const Vec<T> delta = row_mean[r] - mean;
+        PairGradient<T> pair;
+        if constexpr (kGradient == Gradient::kRowPrecisions)
+          pair = pair_gradient_of_reciprocal<T>(weight, delta, row_variance[r]);
+        else if constexpr (kGradient == Gradient::kColumnPrecisions)
+          pair = pair_gradient_of_reciprocal<T>(weight, delta, variance);
+        else
+          pair = pair_gradient<kGradient == Gradient::kFast, T>(weight, delta, row_variance[r] + variance);
+        row_grad_mean[r] += pair.mean;
+        row_grad_variance[r] += pair.variance;
+        column_grad_mean += pair.mean;
+        column_grad_variance += pair.variance;
+      }
+      if constexpr (kColumnGrads) {
+        store(grad_means + j, column_grad_mean);
+        store(grad_variances + j, column_grad_variance);
+      }
     }
   }
-  if constexpr (kRowGrads) {
-    block.template set_means<kRows>(row, d, sums<T>(row_grad_mean));
-    block.template set_variances<kRows>(row, d, sums<T>(row_grad_variance));
-  }
+  if constexpr (kRowGrads) block.set(row, d, row_grad_mean, row_grad_variance);
 }
 
 template <Gradient kGradient, bool kRowGrads, bool kColumnGrads, class T>
 void gradients_tile(const RowTile<T>& rows, const Stripe<T>& columns, const T* weights, uint32_t active_rows,
                     const TileGradients<T>& grads) {
+  ActiveColumns<T> active[kTileRows];   // of a register tile in place of its first row
+  for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
+    find_active_columns<count>(weights + row * columns.stride, columns, grads.first_column, rows.dim, active[row]);
+  });
   for_row_blocks<kRowGrads>(rows, grads, true, [&](int64_t d, RowBlock<T>& block) {
     if (columns.upcoming) prefetch_upcoming(columns, d, rows.dim);
     for_active_rows(rows.count, active_rows, [&](int64_t row, auto count) {
-      gradients_rows<kGradient, kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, grads, block);
+      gradients_rows<kGradient, kRowGrads, kColumnGrads, count>(rows, row, d, columns, weights, active[row], grads,
+                                                                block);
     });
   });
 }
@@ -379,22 +408,11 @@ int64_t arithmetic(int64_t rounds, Arithmetic kind, T* kept) {
 }
 
 template <class T>
-constexpr TileKernels<T> kKernels = {kLanes<T>,
-                                     certified<T>,
-                                     transpose<false, T>,
-                                     transpose<true, T>,
-                                     transpose_components<T>,
-                                     range<T>,
-                                     exponentials<T>,
-                                     logits<T>,
-                                     partial_sums<T>,
-                                     weights<T>,
-                                     scale<T>,
-                                     gradients<T>,
-                                     column_precisions<T>,
-                                     row_precisions<T>,
-                                     tiny_overlap<T>,
-                                     arithmetic<T>};
+constexpr TileKernels<T> kKernels = {
+    kLanes<T>,        certified<T>,         transpose<false, T>, transpose<true, T>, transpose_components<T>,
+    range<T>,         exponentials<T>,      logits<T>,           partial_sums<T>,    weights<T>,
+    scale<T>,         gradients<T>,         finite<T>,           add_sums<T>,        write_sums<T>,
+    write_columns<T>, column_precisions<T>, row_precisions<T>,   tiny_overlap<T>,    arithmetic<T>};
 
 }   // namespace
 

@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -34,21 +32,6 @@ void for_each_slice(const AlignedArray<T>& array, int threads, const F& f) {
 template <class T>
 void fill_zero(const AlignedArray<T>& array, int threads) {
   for_each_slice(array, threads, [](T* numbers, int64_t count) { std::fill_n(numbers, count, T(0)); });
-}
-
-// Whether no exponent is the largest one: unlike a comparison of numbers, this is done for many at a time.
-template <class T>
-bool all_finite(const T* sums, int64_t count) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  const T infinity = std::numeric_limits<T>::infinity();
-  Bits largest, found = 0;
-  std::memcpy(&largest, &infinity, sizeof(T));
-  for (int64_t k = 0; k < count; ++k) {
-    Bits bits;
-    std::memcpy(&bits, sums + k, sizeof(T));
-    found |= (bits & largest) == largest;
-  }
-  return found == 0;
 }
 
 // Of `n` rows: (n, dim) for the means, (n, dim) for the variances, (n) for the weights.
@@ -110,7 +93,8 @@ class GradientSums {
   bool finite() {
     std::atomic<bool> finite{true};
     const auto check = [&](const auto* sums, int64_t count) {
-      if (!all_finite(sums, count)) finite = false;
+      using Sum = std::remove_const_t<std::remove_pointer_t<decltype(sums)>>;
+      if (!tile_kernels<Sum>().finite(sums, count)) finite = false;
     };
     for_each_slice(rows_, threads_, check);
     parallel_for(stripes_, threads_,
@@ -159,18 +143,11 @@ class GradientSums {
 
   // Of a mixture with itself: what a component has as a column joins what it has as a row, before anything is rounded.
   void columns_to_rows() {
-    const int64_t width = packed_.width(), stride = packed_.stride();
     parallel_for(problem_.q.batch * packed_.stripes(), threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
-      const double* const from = column_totals(task);
-      const RowGradientSums to = rows(item, s * width);
-      for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
-        for (int64_t d = 0; d < dim_; ++d) {
-          to.means[j * dim_ + d] -= from[d * stride + j];
-          to.variances[j * dim_ + d] += from[(dim_ + d) * stride + j];
-        }
-        to.weights[j] += from[2 * dim_ * stride + j];
-      }
+      const RowGradientSums to = rows(item, s * packed_.width());
+      write_stripe<double>(column_totals(task), packed_.stripe(item, s).count,
+                           {to.means, to.variances, to.weights, true}, -1, 1);
     });
   }
 
@@ -180,28 +157,19 @@ class GradientSums {
     parallel_for(problem_.p.batch * tiles, threads_, [&](int64_t task) {
       const int64_t item = task / tiles, first = task % tiles * kTileRows, count = std::min(kTileRows, n - first);
       const RowGradientSums sums = rows(item, first);
-      const int64_t row = item * n + first;
-      for (int64_t k = 0; k < count * dim_; ++k) {
-        write(grad, grad.means, row * dim_ + k, -sums.means[k]);
-        write(grad, grad.variances, row * dim_ + k, 0.5 * sums.variances[k]);
-      }
-      for (int64_t r = 0; r < count; ++r) write(grad, grad.log_weights, row + r, sums.weights[r]);
+      const SideGradients<T> to = grad.from(item * n + first, dim_);
+      const TileKernels<T>& kernels = tile_kernels<T>();
+      if (to.means) kernels.write_sums(sums.means, count * dim_, -1, to.add, to.means);
+      if (to.variances) kernels.write_sums(sums.variances, count * dim_, 0.5, to.add, to.variances);
+      if (to.log_weights) kernels.write_sums(sums.weights, count, 1, to.add, to.log_weights);
     });
   }
 
   void write_columns(const SideGradients<T>& grad) {
-    const int64_t width = packed_.width(), stride = packed_.stride();
     parallel_for(stripes_, threads_, [&](int64_t task) {
       const int64_t item = task / packed_.stripes(), s = task % packed_.stripes();
-      const double* const sums = column_totals(task);
-      for (int64_t j = 0; j < packed_.stripe(item, s).count; ++j) {
-        const int64_t k = item * problem_.q.n + s * width + j;
-        for (int64_t d = 0; d < dim_; ++d) {
-          write(grad, grad.means, k * dim_ + d, sums[d * stride + j]);
-          write(grad, grad.variances, k * dim_ + d, 0.5 * sums[(dim_ + d) * stride + j]);
-        }
-        write(grad, grad.log_weights, k, sums[2 * dim_ * stride + j]);
-      }
+      write_stripe(column_totals(task), packed_.stripe(item, s).count,
+                   grad.from(item * problem_.q.n + s * packed_.width(), dim_), 1, 0.5);
     });
   }
 
@@ -214,7 +182,7 @@ class GradientSums {
   }
 
   // Sets the gradients of one stripe, whose sums are final and not kept here.
-  void write_stripe(const SideGradients<T>& grad, int64_t item, int64_t s, const ColumnGradientSums<T>& sums) const {
+  void write_final(const SideGradients<T>& grad, int64_t item, int64_t s, const ColumnGradientSums<T>& sums) const {
     const int64_t first = s * packed_.width(), count = std::min(packed_.width(), problem_.q.n - first);
     const int64_t k = item * problem_.q.n + first, stride = packed_.stride();
     const TileKernels<T>& kernels = tile_kernels<T>();
@@ -242,7 +210,7 @@ class GradientSums {
     const T* const from = recent(copy, stripe);
     char& has_merged = has_merged_[copy * stripes_ + stripe];
     if (!has_merged) std::fill_n(to, stripe_size(), 0.0);
-    for (int64_t k = 0; k < stripe_size(); ++k) to[k] += from[k];
+    tile_kernels<T>().add_sums(from, stripe_size(), to);
     has_merged = true;
     recent_rows_[copy * stripes_ + stripe] = 0;
   }
@@ -263,14 +231,23 @@ class GradientSums {
     double* const totals = scratch<double>(stripe_size());
     std::fill_n(totals, stripe_size(), 0.0);
     for_each_copy(stripe, [&](const auto* sums) {
-      for (int64_t k = 0; k < stripe_size(); ++k) totals[k] += sums[k];
+      using Sum = std::remove_const_t<std::remove_pointer_t<decltype(sums)>>;
+      tile_kernels<Sum>().add_sums(sums, stripe_size(), totals);
     });
     return totals;
   }
 
-  // Sets or adds; `out` is null where the gradient is not wanted.
-  static void write(const SideGradients<T>& side, T* out, int64_t k, double value) {
-    if (out) out[k] = T(side.add ? out[k] + value : value);
+  // Sums over the rows of a stripe's columns to where these have their gradients.
+  template <class Out>
+  void write_stripe(const double* sums, int64_t count, const SideGradients<Out>& to, double mean_factor,
+                    double variance_factor) const {
+    const TileKernels<Out>& kernels = tile_kernels<Out>();
+    const int64_t stride = packed_.stride();
+    if (to.means) kernels.write_columns(sums, stride, count, dim_, mean_factor, to.add, to.means);
+    sums += dim_ * stride;
+    if (to.variances) kernels.write_columns(sums, stride, count, dim_, variance_factor, to.add, to.variances);
+    sums += dim_ * stride;
+    if (to.log_weights) kernels.write_sums(sums, count, 1, to.add, to.log_weights);
   }
 
   const Problem<T>& problem_;

@@ -112,6 +112,7 @@ class GradientSweep {
   // Tiles begin ... end - 1 of a problem. In a fused pass, with their terms, scales and the references of their rows.
   struct Slab {
     int64_t begin, end;
+    std::vector<RowTile<T>> rows;
     AlignedArray<T> terms;         // (tiles, stripes, rows of a tile, stride)
     AlignedArray<double> scales;   // (tiles, stripes, kTileRows)
     std::vector<double> references = {};
@@ -167,8 +168,10 @@ class GradientSweep {
   void run_problem(int64_t b) {
     for (int64_t begin = 0; begin < tiles_ && !failed_; begin += slab_tiles_) {
       const int64_t end = std::min(tiles_, begin + slab_tiles_);
-      Slab slab{begin, end, AlignedArray<T>(kFusedPass ? slab_size(end - begin) : 0),
+      Slab slab{begin, end, std::vector<RowTile<T>>(end - begin),
+                AlignedArray<T>(kFusedPass ? slab_size(end - begin) : 0),
                 AlignedArray<double>(kFusedPass ? (end - begin) * packed_.stripes() * kTileRows : 0)};
+      parallel_for(end - begin, threads_, [&](int64_t task) { slab.rows[task] = row_tile(problem_, b, begin + task); });
       if constexpr (kFusedPass) {
         find_terms(b, slab);
         if (!find_references(b, slab)) {
@@ -203,8 +206,7 @@ class GradientSweep {
         for (int64_t tile = slab.begin + tiles.begin; tile < slab.begin + tiles.end; ++tile) {
           if (s < first_stripe(tile)) break;
           interruption_point();
-          const RowTile<T> rows = row_tile(problem_, b, tile);
-          const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), rows, columns};
+          const SweepTile<T> place{b, tile * kTileRows, s * packed_.width(), slab.rows[tile - slab.begin], columns};
           fill_.logits(place, group, terms_at(slab, tile, s), scales_at(slab, tile, s));
           columns.upcoming = 0;
         }
@@ -292,8 +294,8 @@ class GradientSweep {
         columns.upcoming = 0;
       }
       if (!own_sums) continue;
-      if (kFusedPass && !all_finite(sums_memory.get(), sums_memory.size())) failed_ = true;
-      sums_.write_stripe(grad_q_, item, s, sums);
+      if (kFusedPass && !tile_kernels<T>().finite(sums_memory.get(), sums_memory.size())) failed_ = true;
+      sums_.write_final(grad_q_, item, s, sums);
     }
   }
 
@@ -301,7 +303,7 @@ class GradientSweep {
                 const ColumnGradientSums<T>& column_sums) {
     interruption_point();
     const int64_t first = tile * kTileRows;
-    const RowTile<T> rows = row_tile(problem_, b, tile);
+    const RowTile<T>& rows = slab.rows[tile - slab.begin];
     SweepTile<T> place{b, first, s * packed_.width(), rows, columns};
     TileGradients<T> grads{};
     grads.variances_wanted = grad_p_.variances || grad_q_.variances;

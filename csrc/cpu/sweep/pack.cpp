@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/kernels/dispatch.h"
+#include "cpu/sweep/partition.h"
 #include "cpu/system/thread_pool.h"
 
 namespace csdiv::cpu {
@@ -16,11 +17,17 @@ constexpr int64_t kMaxProductDim = 1024;         // above, products add too many
 constexpr int64_t kMinProductBytes = 64;         // of a vector: shorter ones have ports of their own for differences
 constexpr int64_t kNormTerms = 4;                // dimensions that a norm has in one accumulator
 constexpr int64_t kCenterSample = 16;            // columns of a stripe that its center is the mean of: any will do
+constexpr int64_t kGroupedTiles = 16;            // tiles of rows, below which there are more groups of columns
 constexpr int64_t kLane = 16;                    // numbers that an array is a multiple of
 
-// Whole tiles, as the self term needs it. Narrower stripes give few columns more groups.
-int64_t stripe_width(int64_t columns) {
-  return std::clamp(ceil_div(columns, 4 * kTileRows) * kTileRows, 4 * kTileRows, kStripeColumns);
+// Whole tiles, as the self term needs it. Wide stripes cost less: sums over their columns are found once for each row.
+// Narrower ones give more groups of columns, to few rows and to the square cut (partition.h).
+template <class T>
+int64_t stripe_width(const Problem<T>& problem) {
+  const int64_t columns = problem.q.n, tiles = std::max(num_row_tiles(problem), int64_t(1));
+  const bool cheap = problem.q.batch * columns * (2 * problem.dim + 1) * kCopies <= kCheapCopies;
+  const int64_t groups = cheap ? std::clamp(kGroupedTiles / tiles, int64_t(1), kFewGroups) : kFewGroups;
+  return std::clamp(ceil_div(columns, groups * kTileRows) * kTileRows, 4 * kTileRows, kStripeColumns);
 }
 
 // The padding keeps the dimensions of a full stripe out of the same cache sets.
@@ -74,7 +81,7 @@ template <class T>
 PackedColumns<T>::PackedColumns(const Problem<T>& problem, LogWeights log_weights, Products products)
     : log_weights_(log_weights),
       form_(form_of(problem)),
-      width_(stripe_width(problem.q.n)),
+      width_(stripe_width(problem)),
       stride_(stripe_stride<T>(problem.q.n, width_, tile_kernels<T>().lanes)),
       stripes_(ceil_div(problem.q.n, width_)),
       precision_dims_(form_ == Form::kTiedRows            ? problem.dim

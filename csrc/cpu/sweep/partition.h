@@ -13,6 +13,7 @@ namespace csdiv::cpu {
 constexpr int64_t kMaxBlocks = 16;
 constexpr int64_t kLopsided = 8;                     // ratio of the sides from which one of them is cut alone
 constexpr int64_t kCopies = 8;                       // sets of sums when one side is cut alone
+constexpr int64_t kFewGroups = 4;                    // of columns, at least where they alone are cut
 constexpr int64_t kCheapCopies = int64_t(1) << 22;   // elements of column sums up to which every row block has its own
 constexpr int64_t kValueTasks = 32;                  // that few rows against many columns are cut into
 constexpr int64_t kBlockTiles = 8;                   // tiles that take their turns on a stripe
@@ -39,7 +40,7 @@ inline Partition choose_partition(int64_t n, int64_t m, int64_t tiles, int64_t s
     partition.row_blocks = std::min(tiles, kMaxBlocks);
   } else if (n >= kLopsided * m) {
     partition.row_blocks = std::min(tiles, kCopies);
-  } else if (m >= kLopsided * n || !rows) {
+  } else if (m >= kLopsided * n || (!rows && stripes >= kFewGroups)) {
     partition.column_groups = std::min(stripes, kCopies);
   } else if (column_sums * kCopies <= kCheapCopies) {
     partition.row_blocks = std::clamp(tiles / 2, int64_t(1), kCopies);
