@@ -74,24 +74,21 @@ def component_divergence(p: Components, q: Components, q_self_overlap: Tensor | 
 
     ``q_self_overlap``, (*batch,), is log V(q, q), float64, if that is known.
     """
-    rows, own = _rows_of_codes(p, q)
+    dtype = p.means.dtype
+    p, q, own = with_own_terms(p, q)
+    rows = overlap_lse(p, q)
     known = log_overlap(q, q) if q_self_overlap is None else q_self_overlap
-    constant = 0.5 * known.double().unsqueeze(-1) - 0.25 * p.means.shape[-1] * _LOG_4PI
-    return (own + constant - rows).to(p.means.dtype)
+    return divergences(own, known, rows, p.means.shape[-1]).to(dtype)
 
 
-def _rows_of_codes(p: Components, q: Components) -> tuple[Tensor, Tensor]:
-    """ℓ_i and the own terms of p's components."""
-    wide, own = _with_own_terms(p)
-    return overlap_lse(wide, _double(q) if wide.means.dtype != p.means.dtype else q), own
+def divergences(own: Tensor, self_overlap: Tensor, row_lse: Tensor, dim: int) -> Tensor:
+    """Equation (19) in float64 from own terms and ℓ_i, (*batch, N), and log V(q, q), (*batch,)."""
+    constant = 0.5 * self_overlap.double().unsqueeze(-1) - 0.25 * dim * _LOG_4PI
+    return own + constant - row_lse
 
 
-def _double(p: Components) -> Components:
-    return Components._make(None if t is None else t.double() for t in p)
-
-
-def _with_own_terms(p: Components) -> tuple[Components, Tensor]:
-    """p with variances, and −¼ Σ log s of each component, float64.
+def with_own_terms(p: Components, q: Components) -> tuple[Components, Components, Tensor]:
+    """p with variances, q in the same dtype, and −¼ Σ log s of each component of p, float64.
 
     Above a cap s + t is s to rounding: exp(cap) stands in for s in ℓ_i, and what −ℓ_i lacks, ½ Σ (log s − cap), comes
     to the own terms, equation (10).
@@ -101,13 +98,13 @@ def _with_own_terms(p: Components) -> tuple[Components, Tensor]:
         variances = nan_if_negative(p.variances).expand(p.means.shape)
         point = (variances == 0.0).any(-1)
         own = -0.25 * torch.where(point.unsqueeze(-1), 1.0, variances).double().log().sum(-1)
-        return p, torch.where(point, math.inf, own)
+        return p, q, torch.where(point, math.inf, own)
     if p.log_variances.dtype == torch.float32 and _are_extreme(p.log_variances):
-        p = _double(p)
+        p, q = (Components._make(None if t is None else t.double() for t in side) for side in (p, q))
     assert p.log_variances is not None
     cap, logs = LOG_VARIANCE_CAPS[p.log_variances.dtype], p.log_variances.double()
     own = torch.where(logs > cap, 0.25 * logs - 0.5 * cap, -0.25 * logs).sum(-1)
-    return p._replace(variances=p.log_variances.clamp(max=cap).exp(), log_variances=None), own
+    return p._replace(variances=p.log_variances.clamp(max=cap).exp(), log_variances=None), q, own
 
 
 def _are_extreme(log_variances: Tensor) -> bool:
@@ -187,7 +184,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
 """The value of each operator, see :mod:`csdiv.operators`, from p, q and the tensors of neither."""
 
 ROW_LSE: dict[str, Callable[..., Tensor]] = {
-    "regularizer": lambda p, q, _: _rows_of_codes(p, q)[0],
+    "regularizer": lambda p, q, _: overlap_lse(*with_own_terms(p, q)[:2]),
     "component_divergence": lambda p, q, _: overlap_lse(p, q),
 }
 """The output "row_lse" of operators whose is not :func:`overlap_lse`, from the same."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from csdiv.backends.base import Backend
+from csdiv.backends.composed import Composed
 from csdiv.kernels.configurations import MATRIX_DIM, Shared, form_of, structure_of  # which imports no triton
 
 MAX_FULL_DIM = 32
@@ -142,7 +143,8 @@ def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
     """The backend that computes ``operator``, "": any, on ``device``.
 
     "auto" is the first backend of its line in :data:`AUTO` that can run, else "reference", on a GPU with one warning;
-    it is "reference" where that one lacks the operator. Any other name is that backend or an error.
+    it is "reference" where that one lacks the operator. Any other name is that backend or an error. What a backend
+    composes of its other operators is computed by a :class:`csdiv.backends.composed.Composed` of it.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run here, or not on this device.
@@ -172,7 +174,7 @@ def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
         if automatic:
             return resolve("reference", device)
         raise NotImplementedError(f'backend "{name}" has no {operator}: take backend="auto" or "reference"')
-    return backend
+    return Composed(backend) if operator in backend.composed else backend
 
 
 def _first_able(device: torch.device) -> str:

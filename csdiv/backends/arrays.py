@@ -99,6 +99,14 @@ def _batch_index(own: torch.Size, batch: torch.Size, device: torch.device) -> Te
     return torch.arange(own.numel(), device=device).view(own).expand(batch).reshape(-1)
 
 
+def of_own(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """What is the same for all problems that share an item, (*batch, ...), for each item, in ``shape``."""
+    t = t[(0,) * (t.ndim - len(shape))]
+    for dim, size in enumerate(shape):
+        t = t.narrow(dim, 0, size)
+    return t
+
+
 def flattened(problem: Problem) -> Problem:
     """A batch of p against one q as one problem: rows of different problems share tiles; outputs keep their layout."""
     p, q = problem.p, problem.q

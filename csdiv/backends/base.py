@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from csdiv import transforms
+from csdiv.operators import OPERATORS
 
 Tensors = Sequence[Any]
 """Tensors in the order of the operator, None for weights that were not given."""
@@ -33,6 +34,10 @@ class Backend(abc.ABC):
 
     lacks: frozenset[str] = frozenset()
     """Operators that it does not compute: "auto" takes the reference for them."""
+
+    composed: frozenset[str] = frozenset({"regularizer", "component_divergence"})
+    """Operators that are made of its others, see :class:`csdiv.backends.composed.Composed`. A backend that computes
+    them itself has none of them here."""
 
     @functools.cached_property
     def loaded(self) -> set[torch.device]:
@@ -84,6 +89,15 @@ class Backend(abc.ABC):
             return found if grad.device.type == "cpu" else [torch.where(grad == 0.0, 0.0, g) for g in found]
         upstream = [unsqueezed(grad, g) for g in grads]
         return [torch.where(u == 0.0, 0.0, u * g) for u, g in zip(upstream, grads, strict=True)]
+
+    def saved_outputs(self, name: str, tensors: Tensors, found: Tensor) -> list[Tensor]:
+        """The outputs that "overlap_lse" or "self_overlap" saves, for what makes an operator of these.
+
+        ``found`` is the row_lse of the former, without its offset, or the whole value of the latter. A backend that
+        needs no more for its backward pass spares itself a second forward pass.
+        """
+        outputs, _ = self.forward(name, tensors, [False] * len(tensors))
+        return [outputs[k] for k in OPERATORS[name].saved]
 
     def elements_of_pair(self, elements: int) -> int:
         """Temporary numbers that "pairwise" takes for a pair whose covariances have ``elements`` each."""

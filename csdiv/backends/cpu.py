@@ -67,6 +67,8 @@ def _run(function: str, call: Call, arrays: Sequence[Tensor]) -> None:
 
 
 class Cpu(Backend):
+    composed = frozenset()
+
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
         if name in _PLAIN and (plain := _C.plain_call(_PLAIN[name], tensors, needs, None)) is not None:
             arguments, outputs, grads = plain

@@ -25,6 +25,7 @@ _FLAT = ("overlap_lse", "assign", "full_overlap_lse", "full_pairwise", "full_ass
 
 
 class Cuda(Backend):
+    composed = frozenset()
     lacks = frozenset(("factored_overlap_lse", "factored_pairwise", "factored_assign"))
     native: Any = _C
     """The module with the functions ``cuda_*``; tests put an emulation in its place."""
@@ -42,6 +43,8 @@ class Cuda(Backend):
         return torch.cuda.is_current_stream_capturing()
 
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+        if any(needs) and OPERATORS[name].at_once == "rows":
+            raise NotImplementedError('backend "cuda": gradients of rows come from the backward pass alone')
         call = Call(OPERATORS[name], tensors, needs)
         outputs = call.outputs()
         if name == "full_self_overlap":  # the kernel gives rows of the upper triangle
@@ -52,8 +55,6 @@ class Cuda(Backend):
             offset = outputs[1] if flat is call.problem else outputs[1].new_empty(1)
             self._run("cuda_overlap_lse_forward", call, [outputs[0], offset], flat=True)
             outputs[1] = offset.expand(outputs[1].shape).contiguous()
-            if any(needs):
-                raise NotImplementedError('backend "cuda": gradients of rows come from the backward pass alone')
         else:
             if name in ("log_overlap", "self_overlap"):
                 outputs[1].zero_()

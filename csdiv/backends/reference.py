@@ -28,6 +28,8 @@ def _operands(name: str, tensors: Tensors) -> list[Any]:
 
 
 class Reference(Backend):
+    composed = frozenset()
+
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
         operands = _operands(name, tensors)
         p, q = operands[:2] if OPERATORS[name].q else operands[:1] * 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdiv.backends.arrays import Call, Problem, Side, flattened
+from csdiv.backends.arrays import Call, Problem, Side, flattened, of_own
 from csdiv.backends.base import Backend, Tensors
 from csdiv.kernels import pack
 from csdiv.kernels.assign import launch_assign
@@ -32,7 +32,7 @@ LOG2_E = 1 / math.log(2)
 
 
 class Triton(Backend):
-    lacks = frozenset(name for name, operator in OPERATORS.items() if operator.others)
+    lacks = frozenset(name for name, operator in OPERATORS.items() if operator.others) - Backend.composed
 
     def processors(self, device: torch.device) -> int:
         """The number of multiprocessors: how work is cut depends on it, so results are the same on one device model."""
@@ -65,9 +65,7 @@ class Triton(Backend):
             partials = launch_row_sums(packed, processors, self_overlap=name == "self_overlap")
             if name == "overlap_lse":
                 launch_combine_rows(partials, outputs[0])
-                offsets = packed.scale.offsets
-                offsets = offsets if len(offsets) == 1 else offsets.view(problem.batch).unsqueeze(-1)
-                outputs[1] = offsets.expand(*problem.batch, 1).contiguous()
+                outputs[1] = _row_offsets(call, packed).expand(*problem.batch, 1).contiguous()
             elif name == "cs_divergence":
                 pp, qq = (
                     launch_row_sums(packed.with_itself(side), processors, self_overlap=True)
@@ -88,6 +86,9 @@ class Triton(Backend):
             packed = _packed(_swept(call))
             return _gradients(call, packed, processors, grad, outputs, tensors, needs)
 
+    def saved_outputs(self, name: str, tensors: Tensors, found: Tensor) -> list[Tensor]:
+        return [found]  # offsets are 0, or follow from the scale that the backward pass makes anyway
+
     def assign(self, name: str, tensors: Tensors) -> Tensor:
         with self._launching(tensors[0].device) as processors:
             call = _call(name, tensors)
@@ -107,6 +108,12 @@ def _call(name: str, tensors: Tensors) -> Call:
 def _swept(call: Call) -> Problem:
     """The problem that gradients are swept over."""
     return flattened(call.problem) if call.operator.name == "overlap_lse" else call.problem
+
+
+def _row_offsets(call: Call, packed: pack.Problem) -> Tensor:
+    """What ℓ_i of "overlap_lse" leave out, (*batch, 1), or (1,) where all problems share it."""
+    offsets = packed.scale.offsets
+    return offsets if len(offsets) == 1 else offsets.view(call.problem.batch).unsqueeze(-1)
 
 
 def _packed(problem: Problem) -> pack.Problem:
@@ -164,7 +171,7 @@ def _gradients(
     elif name == "overlap_lse":
         if grad is None:
             raise NotImplementedError('backend "triton": gradients of rows come from the backward pass alone')
-        row_lse = outputs[0] + outputs[1]  # float64: nothing is lost
+        row_lse = outputs[0] + (outputs[1] if len(outputs) > 1 else _row_offsets(call, packed))  # float64
         weights = _shares_of_rows(packed, *(t.reshape(packed.batch, swept.n) for t in (row_lse, grad)))
     else:
         weights = _shares_of_totals(packed, outputs[0].reshape(-1))
@@ -198,19 +205,11 @@ def _cs_divergence_gradients(
         weights, of_p = _shares_of_totals(packed, pq), packed_side is packed.p
         sums = -_item_sums(problem, packed, weights, side_needs, grad.reshape(-1), processors, of_p=of_p)
         if packed.batch:
-            values = _values_of_items(own_overlap, problem.batch, side.own)
-            own_sums = _self_sums(packed.with_itself(packed_side), values, side_needs, processors)
+            values = of_own(own_overlap.view(problem.batch), side.own)
+            own_sums = _self_sums(packed.with_itself(packed_side), values.reshape(-1), side_needs, processors)
             sums += _times(0.5 * grad.sum_to_size(side.own).reshape(-1), own_sums)
         gradients += _of_side(sums, side, side_tensors, side_needs)
     return gradients
-
-
-def _values_of_items(values: Tensor, batch: torch.Size, own: torch.Size) -> Tensor:
-    """One of the values (batch,) of the problems that use each item of a side."""
-    values = values.view(batch)[(0,) * (len(batch) - len(own))]
-    for dim, size in enumerate(own):
-        values = values.narrow(dim, 0, size)
-    return values.reshape(-1)
 
 
 def _shares_of_totals(packed: pack.Problem, values: Tensor) -> Weights:

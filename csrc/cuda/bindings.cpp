@@ -5,6 +5,8 @@
 // many bytes it wants.
 #include "bindings.h"
 
+#include <string>
+
 #include "../arguments.h"
 #include "cuda.h"
 #include "pack.h"
@@ -161,6 +163,19 @@ void define_operators(py::module_& module) {
            cuda::cs_divergence_backward(where, call.problem, call.at(0), call.template at<double>(2), call.grad_p,
                                         call.grad_q);
          });
+  for (const bool logarithms : {false, true}) {
+    const std::string prefix = logarithms ? "cuda_regularizer_" : "cuda_component_divergence_";
+    const Kinds kinds{Per::kRow, Per::kRow, Per::kProblem, Per::kOptional, Per::kOptional};
+    define(module, (prefix + "forward").c_str(), kinds, [logarithms](Context& where, const auto& call) {
+      cuda::component_divergence_forward(where, call.problem, logarithms, call.template at<const double>(3), call.at(0),
+                                         call.at(1), call.template at<double>(2));
+    });
+    define(module, (prefix + "backward").c_str(), kinds, [logarithms](Context& where, const auto& call) {
+      cuda::component_divergence_backward(where, call.problem, logarithms, call.template at<const double>(3),
+                                          call.at(0), call.at(1), call.template at<double>(2), call.grad_p, call.grad_q,
+                                          call.template at<double>(4));
+    });
+  }
   define(module, "cuda_pairwise_forward", {Per::kRow},
          [](Context& where, const auto& call) { cuda::pairwise_forward(where, call.problem, call.at(0)); });
   define(module, "cuda_pairwise_backward", {Per::kRow}, [](Context& where, const auto& call) {

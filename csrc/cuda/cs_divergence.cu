@@ -36,10 +36,10 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad_values
   sweep_gradients(context, tasks);
   const auto sources = [&](const ComponentSums& of_pair, bool of_rows, int term) {
     const GradientTask<T>& self = tasks.tasks[term];
-    return GradientSources<T>{
-        {{of_pair, of_rows, false, -1}, {self.row_sums, true, true, 0.5}, {self.column_sums, false, true, 0.5}},
-        3,
-        grad_values};
+    return GradientSources<T>{{{of_pair, of_rows, false, -1, grad_values},
+                               {self.row_sums, true, true, 0.5, grad_values},
+                               {self.column_sums, false, true, 0.5, grad_values}},
+                              3};
   };
   GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
   writes.add(problem.p, sources(tasks.tasks[0].row_sums, true, pp), grad_p);

@@ -53,6 +53,18 @@ template <class T>
 void cs_divergence_backward(Context& context, Problem<T> problem, const T* grad_values, const double* overlaps,
                             const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
 
+// values[b, i] = D_CS of component i of p from q: p's variances are these or, with `logarithms`, their logarithms.
+// row_lse as above; self_overlaps[b] = log V(q, q), which `known` has if that is not null.
+template <class T>
+void component_divergence_forward(Context& context, Problem<T> problem, bool logarithms, const double* known, T* values,
+                                  T* row_lse, double* self_overlaps);
+
+// Gradients of sum_bi grad_values[b, i] values[b, i], to `known` in grad_known (batch), null: not wanted.
+template <class T>
+void component_divergence_backward(Context& context, Problem<T> problem, bool logarithms, const double* known,
+                                   const T* grad_values, const T* row_lse, const double* self_overlaps,
+                                   const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, double* grad_known);
+
 // values[b, i, j] = log N(mu_i; nu_j, S_i + T_j); nothing is left out.
 template <class T>
 void pairwise_forward(Context& context, Problem<T> problem, T* values);

@@ -30,7 +30,7 @@ __global__ void write_gradients_kernel(const __grid_constant__ GradientWrites<T>
     double sum = 0, factor = 0;
     for (int64_t b = own ? item : 0; b < (own ? item + 1 : batch); ++b) {
       if (side.item(b) != item) continue;
-      const double grad = sources.grad_values ? double(sources.grad_values[b]) : 1;
+      const double grad = source.grad_values ? double(source.grad_values[b]) : 1;
       factor += grad;
       if (!source.of_items && grad != 0) sum += grad * sum_of(b);
     }

@@ -23,13 +23,13 @@ struct GradientSource {
   bool of_rows;    // the means take the minus sign: delta = mu - nu
   bool of_items;   // sums are for each item of the side, not for each problem
   double factor;
+  const T* grad_values = nullptr;   // (batch) or null: 1
 };
 
 template <class T>
 struct GradientSources {
   GradientSource<T> sources[3];
   int count;
-  const T* grad_values;   // (batch) or null: 1
 };
 
 // The gradients of the sides of `batch` problems, all written in one launch.

@@ -12,8 +12,8 @@ void sweep_pair(Context& context, GradientTasks<T>& tasks, const T* grad_values,
   if (!task.rows_wanted && !task.columns_wanted) return;
   sweep_gradients(context, tasks);
   const Problem<T>& problem = task.problem;
-  const GradientSources<T> to_p{{{task.row_sums, true, false, 1}}, 1, grad_values};
-  const GradientSources<T> to_q{{{task.column_sums, false, false, 1}}, 1, grad_values};
+  const GradientSources<T> to_p{{{task.row_sums, true, false, 1, grad_values}}, 1};
+  const GradientSources<T> to_q{{{task.column_sums, false, false, 1, grad_values}}, 1};
   GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
   writes.add(problem.p, to_p, grad_p);
   writes.add(problem.q, to_q, grad_q);

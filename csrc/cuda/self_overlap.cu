@@ -13,8 +13,9 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad_values
   if (!grad.wanted()) return;
   GradientTasks<T> tasks{{{problem, true, Weights::kOfTotal, nullptr, nullptr, values}}, 1};
   sweep_gradients(context, tasks);
-  const GradientSources<T> sources{
-      {{tasks.tasks[0].row_sums, true, false, 1}, {tasks.tasks[0].column_sums, false, false, 1}}, 2, grad_values};
+  const GradientSources<T> sources{{{tasks.tasks[0].row_sums, true, false, 1, grad_values},
+                                    {tasks.tasks[0].column_sums, false, false, 1, grad_values}},
+                                   2};
   GradientWrites<T> writes{{}, 0, problem.batch, problem.dim};
   writes.add(problem.p, sources, grad);
   write_gradients(context, writes);
