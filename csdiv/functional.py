@@ -386,6 +386,7 @@ def _call_everything(p: GaussianMixture, backend: str) -> None:
         log_overlap(p, backend=backend),
         component_log_overlap(p, q, backend=backend),
         pairwise_log_overlap(p, q, backend=backend),
+        cs_regularizer(p.means, p.means, q, backend=backend),
     )
     torch.autograd.backward(values, [torch.ones_like(value) for value in values])
     q.assign(p, backend=backend)

@@ -78,13 +78,12 @@ def component_divergence(p: Components, q: Components, q_self_overlap: Tensor | 
     p, q, own = with_own_terms(p, q)
     rows = overlap_lse(p, q)
     known = log_overlap(q, q) if q_self_overlap is None else q_self_overlap
-    return divergences(own, known, rows, p.means.shape[-1]).to(dtype)
+    return (own_part(own, known, p.means.shape[-1]) - rows).to(dtype)
 
 
-def divergences(own: Tensor, self_overlap: Tensor, row_lse: Tensor, dim: int) -> Tensor:
-    """Equation (19) in float64 from own terms and ℓ_i, (*batch, N), and log V(q, q), (*batch,)."""
-    constant = 0.5 * self_overlap.double().unsqueeze(-1) - 0.25 * dim * _LOG_4PI
-    return own + constant - row_lse
+def own_part(own: Tensor, self_overlap: Tensor, dim: int) -> Tensor:
+    """Equation (19) but for −ℓ_i, (*batch, N) float64, of own terms (*batch, N) and log V(q, q) (*batch,)."""
+    return own + (0.5 * self_overlap.double().unsqueeze(-1) - 0.25 * dim * _LOG_4PI)
 
 
 def with_own_terms(p: Components, q: Components) -> tuple[Components, Components, Tensor]:

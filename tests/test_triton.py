@@ -38,7 +38,7 @@ def available(backend: str, yes: bool = True) -> None:
     status = backends.BackendStatus(yes, "" if yes else "not here")
     backends.register(
         backend,
-        lambda: mock.Mock(wraps=stand_in, spec=stand_in, lacks=frozenset()),
+        lambda: mock.Mock(wraps=stand_in, spec=stand_in, lacks=frozenset(), composed=frozenset()),
         device="cuda",
         status=lambda: status,
     )

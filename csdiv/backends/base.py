@@ -90,11 +90,11 @@ class Backend(abc.ABC):
         upstream = [unsqueezed(grad, g) for g in grads]
         return [torch.where(u == 0.0, 0.0, u * g) for u, g in zip(upstream, grads, strict=True)]
 
-    def saved_outputs(self, name: str, tensors: Tensors, found: Tensor) -> list[Tensor]:
-        """The outputs that "overlap_lse" or "self_overlap" saves, for what makes an operator of these.
+    def saved_outputs(self, name: str, tensors: Tensors, value: Tensor) -> list[Tensor]:
+        """The outputs that "overlap_lse" or "self_overlap" saves, for an operator that is made of them.
 
-        ``found`` is the row_lse of the former, without its offset, or the whole value of the latter. A backend that
-        needs no more for its backward pass spares itself a second forward pass.
+        ``value`` is the whole logarithm, float64. A backend whose backward pass takes that, with an offset of 0, spares
+        itself this second forward pass.
         """
         outputs, _ = self.forward(name, tensors, [False] * len(tensors))
         return [outputs[k] for k in OPERATORS[name].saved]

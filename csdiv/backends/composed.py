@@ -36,8 +36,9 @@ class Composed(Backend):
         if known is None:
             value, self_offset = self.parts.forward("self_overlap", q, [False] * 3)[0]
             known = value + self_offset
-        value = reference.divergences(own, known, row_lse + offset, p[0].shape[-1])
-        outputs = (value, row_lse.expand(value.shape), known.expand(value.shape[:-1]))
+        part, row_lse = reference.own_part(own, known, p[0].shape[-1]), row_lse + offset
+        value = part - row_lse
+        outputs = (value, row_lse - _left_out(part), known.expand(value.shape[:-1]))
         dtypes = (output.dtype or tensors[0].dtype for output in OPERATORS[name].outputs)
         return [t.to(dtype).contiguous() for t, dtype in zip(outputs, dtypes, strict=True)], []
 
@@ -48,11 +49,11 @@ class Composed(Backend):
         if grad.numel() == 0:
             return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
         with autograd_enabled():
-            leaves = [None if t is None else t.detach() for t in tensors]
-            spread = leaves[1].requires_grad_(needs[1])
-            p, q, own = _sides(name, leaves)
+            means, spread, *others = (None if t is None else t.detach() for t in tensors)
+            p, q, own = _sides(name, [means, spread.requires_grad_(needs[1]), *others])
         variances = p[1].detach()
-        found = self._of_rows([p[0], variances, *q], grad, outputs[0], needs[:5])
+        part = reference.own_part(own.detach(), outputs[1], p[0].shape[-1])
+        found = self._of_rows([p[0], variances, *q], grad, outputs[0] + _left_out(part), needs[:5])
         if needs[1]:
             slope = found[1].to(variances.dtype)
             if name == "regularizer":
@@ -73,7 +74,7 @@ class Composed(Backend):
             return {}
         shape = (*_batch(tensors), grad.shape[-1])
         dtype = tensors[0].dtype
-        saved = self.parts.saved_outputs("overlap_lse", tensors, of_own(row_lse, shape).to(dtype).contiguous())
+        saved = self.parts.saved_outputs("overlap_lse", tensors, of_own(row_lse, shape).contiguous())
         grads = self.parts.backward("overlap_lse", -grad.sum_to_size(shape).to(dtype), tensors, saved, needs)
         return _by_tensor(grads, needs)
 
@@ -96,6 +97,11 @@ def _sides(name: str, tensors: Tensors) -> tuple[list[Tensor], list[Tensor | Non
     p, q, own = reference.with_own_terms(codes, Components(tensors[2], tensors[3], log_weights=tensors[4]))
     assert p.variances is not None
     return [p.means, p.variances], [q.means, q.variances, q.log_weights], own
+
+
+def _left_out(part: Tensor) -> Tensor:
+    """What the output "row_lse" leaves out, so that rounding it costs least: all of D_CS but itself."""
+    return torch.where(part.isfinite(), part, 0.0)
 
 
 def _batch(tensors: Tensors) -> torch.Size:

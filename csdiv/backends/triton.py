@@ -65,7 +65,9 @@ class Triton(Backend):
             partials = launch_row_sums(packed, processors, self_overlap=name == "self_overlap")
             if name == "overlap_lse":
                 launch_combine_rows(partials, outputs[0])
-                outputs[1] = _row_offsets(call, packed).expand(*problem.batch, 1).contiguous()
+                offsets = packed.scale.offsets
+                offsets = offsets if len(offsets) == 1 else offsets.view(problem.batch).unsqueeze(-1)
+                outputs[1] = offsets.expand(*problem.batch, 1).contiguous()
             elif name == "cs_divergence":
                 pp, qq = (
                     launch_row_sums(packed.with_itself(side), processors, self_overlap=True)
@@ -86,8 +88,8 @@ class Triton(Backend):
             packed = _packed(_swept(call))
             return _gradients(call, packed, processors, grad, outputs, tensors, needs)
 
-    def saved_outputs(self, name: str, tensors: Tensors, found: Tensor) -> list[Tensor]:
-        return [found]  # offsets are 0, or follow from the scale that the backward pass makes anyway
+    def saved_outputs(self, name: str, tensors: Tensors, value: Tensor) -> list[Tensor]:
+        return [value, value.new_zeros(1)]
 
     def assign(self, name: str, tensors: Tensors) -> Tensor:
         with self._launching(tensors[0].device) as processors:
@@ -108,12 +110,6 @@ def _call(name: str, tensors: Tensors) -> Call:
 def _swept(call: Call) -> Problem:
     """The problem that gradients are swept over."""
     return flattened(call.problem) if call.operator.name == "overlap_lse" else call.problem
-
-
-def _row_offsets(call: Call, packed: pack.Problem) -> Tensor:
-    """What ℓ_i of "overlap_lse" leave out, (*batch, 1), or (1,) where all problems share it."""
-    offsets = packed.scale.offsets
-    return offsets if len(offsets) == 1 else offsets.view(call.problem.batch).unsqueeze(-1)
 
 
 def _packed(problem: Problem) -> pack.Problem:
@@ -171,7 +167,7 @@ def _gradients(
     elif name == "overlap_lse":
         if grad is None:
             raise NotImplementedError('backend "triton": gradients of rows come from the backward pass alone')
-        row_lse = outputs[0] + (outputs[1] if len(outputs) > 1 else _row_offsets(call, packed))  # float64
+        row_lse = outputs[0] + outputs[1]  # float64: nothing is lost
         weights = _shares_of_rows(packed, *(t.reshape(packed.batch, swept.n) for t in (row_lse, grad)))
     else:
         weights = _shares_of_totals(packed, outputs[0].reshape(-1))

@@ -48,6 +48,14 @@ __global__ void own_terms_kernel(const T* given, bool logarithms, int64_t compon
   if (first_dim() == 0) own[component] = zeros > 0 ? double(INFINITY) : sum;
 }
 
+// D_CS but for -l_i. Where it is finite, row_lse leaves it out, which is then exact: minus the value.
+template <class T>
+CSDIV_DEVICE double own_part(const Problem<T>& problem, const double* own, int64_t row, double self_overlap) {
+  const int64_t n = problem.p.n;
+  return own[problem.p.item(row / n) * n + row % n] + 0.5 * self_overlap -
+         0.25 * double(problem.dim) * (kLog2 + kLog2Pi);
+}
+
 // What a forward pass writes, and from what.
 template <class T>
 struct Divergences {
@@ -67,19 +75,22 @@ __global__ void combine_divergences_kernel(const __grid_constant__ RowTask<T> ta
   const auto self_overlap = [&](int64_t b) { return out.known ? out.known[b] : out.found[problem.q.item(b)]; };
   if (row < problem.batch) out.self_overlaps[row] = self_overlap(row);
   if (row >= problem.batch * n) return;
-  const int64_t b = row / n, rows = task.problem.p.n;
-  const double row_lse = kLog2 * task.partials.log2_value(row / rows, rows, row % rows);
-  const double constant = 0.5 * self_overlap(b) - 0.25 * double(problem.dim) * (kLog2 + kLog2Pi);
-  out.row_lse[row] = T(row_lse);
-  out.values[row] =
-      T(out.own[problem.p.item(b) * n + row % n] + constant - (row_lse + log_offset(task.problem, row / rows, false)));
+  const int64_t rows = task.problem.p.n;
+  const double row_lse =
+      kLog2 * task.partials.log2_value(row / rows, rows, row % rows) + log_offset(task.problem, row / rows, false);
+  const double part = own_part(problem, out.own, row, self_overlap(row / n));
+  out.row_lse[row] = T(isfinite(part) ? row_lse - part : row_lse);
+  out.values[row] = T(part - row_lse);
 }
 
 // row_lse with what it leaves out.
 template <class T>
-__global__ void restore_rows_kernel(const __grid_constant__ Problem<T> problem, const T* row_lse, double* restored) {
+__global__ void restore_rows_kernel(const __grid_constant__ Problem<T> problem, const double* own,
+                                    const double* self_overlaps, const T* row_lse, double* restored) {
   const int64_t n = problem.p.n, row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (row < problem.batch * n) restored[row] = double(row_lse[row]) + log_offset(problem, row / n, false);
+  if (row >= problem.batch * n) return;
+  const double part = own_part(problem, own, row, self_overlaps[row / n]);
+  restored[row] = double(row_lse[row]) + (isfinite(part) ? part : 0);
 }
 
 using UpstreamShared = double[kThreads];
@@ -181,12 +192,12 @@ void component_divergence_backward(Context& context, Problem<T> problem, bool lo
                                    const T* grad_values, const T* row_lse, const double* self_overlaps,
                                    const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, double* grad_known) {
   const T* const given = problem.p.variances;
-  if (logarithms) take_own_terms(context, problem, true);
+  const double* const own = take_own_terms(context, problem, logarithms);
   Problem<T> pair = flattened(problem);
   pack(context, pair);
   const int64_t components = problem.p.items * problem.p.n, rows = pair.batch * pair.p.n;
   double* const restored = context.take<double>(rows);
-  launch(context, ceil_div(rows, kThreads), 0, restore_rows_kernel<T>, pair, row_lse, restored);
+  launch(context, ceil_div(rows, kThreads), 0, restore_rows_kernel<T>, problem, own, self_overlaps, row_lse, restored);
   GradientTasks<T> tasks{{{pair, false, Weights::kOfRows, restored, grad_values}}, 1};
   tasks.tasks[0].rows_wanted = grad_p.wanted();
   tasks.tasks[0].columns_wanted = grad_q.wanted();
