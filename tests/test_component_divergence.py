@@ -100,9 +100,11 @@ on_every_operator = pytest.mark.parametrize("name", ["regularizer", "component_d
 on_every_backend = pytest.mark.parametrize("backend", EVERYWHERE)
 
 
-@on_every_backend
+@pytest.mark.parametrize(
+    ("backend", "p_batch", "q_batch", "known"),
+    [(b, *batch) for b in EVERYWHERE for batch in (BATCHES if b != interpreter.NAME else BATCHES[3:7:3])],
+)
 @on_every_operator
-@pytest.mark.parametrize(("p_batch", "q_batch", "known"), BATCHES)
 def test_batches_and_known_self_terms(
     name: str, backend: str, p_batch: Shape, q_batch: Shape, known: Shape | None
 ) -> None:
@@ -112,9 +114,9 @@ def test_batches_and_known_self_terms(
 @on_every_backend
 @on_every_operator
 @pytest.mark.parametrize("structure", ["spherical", "tied diagonal", "tied spherical"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_shared_variances(name: str, backend: str, structure: str, dtype: torch.dtype) -> None:
-    check(name, backend, operands(name, (2,), (), None, dtype, structure))
+def test_shared_variances(name: str, backend: str, structure: str) -> None:
+    for dtype in (torch.float32, torch.float64) if backend != interpreter.NAME else (torch.float32,):
+        check(name, backend, operands(name, (2,), (), None, dtype, structure))
 
 
 @on_every_backend
@@ -159,20 +161,18 @@ def test_log_variances_about_the_cap(backend: str, dtype: torch.dtype) -> None:
 
 @on_every_backend
 @on_every_operator
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_where_one_side_is_mapped(name: str, backend: str, dtype: torch.dtype) -> None:
+def test_gradients_where_one_side_is_mapped(name: str, backend: str) -> None:
     """The backward pass then has a prior for each mapped item, where the forward pass had one for all."""
-    tensors = operands(name, (3,), dtype=dtype)
+    tensors = operands(name, (2,), dtype=torch.float32)
 
     def loss(means: Tensor, spread: Tensor, *q: Tensor | None) -> Tensor:
         return pairs.component_divergence(name, backend, means, spread, *q, None).sin().sum()
 
     every = (0, 1, 2, 3, 4)
     found = torch.func.vmap(torch.func.grad(loss, every), (0, 0, None, None, None))(*tensors[:5])
-    one_by_one = [torch.func.grad(loss, every)(tensors[0][i], tensors[1][i], *tensors[2:5]) for i in range(3)]
-    tolerance = {"rtol": 3e-5, "atol": 3e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    one_by_one = [torch.func.grad(loss, every)(tensors[0][i], tensors[1][i], *tensors[2:5]) for i in range(2)]
     for together, alone in zip(found, zip(*one_by_one, strict=True), strict=True):
-        torch.testing.assert_close(together, torch.stack(alone), **tolerance)
+        torch.testing.assert_close(together, torch.stack(alone), rtol=3e-5, atol=3e-5)
 
 
 @on_every_operator

@@ -49,8 +49,9 @@ class Composed(Backend):
         if grad.numel() == 0:
             return [torch.zeros_like(t) for t, need in zip(tensors, needs, strict=True) if need]
         with autograd_enabled():
-            means, spread, *others = (None if t is None else t.detach() for t in tensors)
-            p, q, own = _sides(name, [means, spread.requires_grad_(needs[1]), *others])
+            leaves = [None if t is None else t.detach() for t in tensors]
+            spread = tensors[1].detach().requires_grad_(needs[1])
+            p, q, own = _sides(name, [leaves[0], spread, *leaves[2:]])
         variances = p[1].detach()
         part = reference.own_part(own.detach(), outputs[1], p[0].shape[-1])
         found = self._of_rows([p[0], variances, *q], grad, outputs[0] + _left_out(part), needs[:5])
