@@ -104,14 +104,15 @@ Call<T> make_call(int64_t batch, int64_t dim, const Kinds& kinds, const py::tupl
 // The scale exponents of a pair, or of a mixture with itself, for the time of a call.
 template <class T>
 struct PairScale {
-  explicit PairScale(Problem<T>& problem) : p(problem.dim, problem.p), q(problem.dim, problem.q), precisions(problem) {}
+  PairScale(Problem<T>& problem, int threads)
+      : p(problem.dim, problem.p, threads), q(problem.dim, problem.q, threads), precisions(problem) {}
 
   cpu::ScaleExponents<T> p, q;
   cpu::RowPrecisions<T> precisions;
 };
 template <class T>
 struct SelfScale {
-  explicit SelfScale(Problem<T>& problem) : p(problem.dim, problem.p) { problem.q = problem.p; }
+  SelfScale(Problem<T>& problem, int threads) : p(problem.dim, problem.p, threads) { problem.q = problem.p; }
 
   cpu::ScaleExponents<T> p;
 };
@@ -119,7 +120,7 @@ struct SelfScale {
 // The driver makes its own.
 template <class T>
 struct NoScale {
-  explicit NoScale(const Problem<T>&) {}
+  NoScale(const Problem<T>&, int) {}
 };
 
 // Runs the handlers of signals that have come, as Python does between two instructions; true if one of them raised.
@@ -155,7 +156,7 @@ void define(py::module_& module, const char* name, const Kinds& kinds, const F& 
       using T = decltype(type);
       Call<T> call = make_call<T>(batch, dim, kinds, arrays, sides, grads, threads);
       return interruptible([&] {
-        const Scale<T> scale(call.problem);
+        const Scale<T> scale(call.problem, call.threads);
         return run(std::as_const(call));
       });
     });

@@ -120,8 +120,8 @@ class OwnTerms {
 // What a call has in either precision.
 template <class T>
 struct Scaled {
-  Scaled(Problem<T>& problem, bool logarithms)
-      : own(problem, logarithms), q(problem.dim, problem.q), precisions(problem) {}
+  Scaled(Problem<T>& problem, bool logarithms, int threads)
+      : own(problem, logarithms), q(problem.dim, problem.q, threads), precisions(problem) {}
 
   OwnTerms<T> own;
   ScaleExponents<T> q;
@@ -195,7 +195,7 @@ void component_divergence_forward(Problem<T> problem, bool logarithms, const dou
       return q.write_grads();
     }
   }
-  const Scaled<T> scaled(problem, logarithms);
+  const Scaled<T> scaled(problem, logarithms, threads);
   overlap_lse_forward(problem, row_lse, grad_p, grad_q, threads);
 
   const double half = 0.5 * double(n);
@@ -241,7 +241,7 @@ void component_divergence_backward(Problem<T> problem, bool logarithms, const do
       return q.write_grads();
     }
   }
-  const Scaled<T> scaled(problem, logarithms);
+  const Scaled<T> scaled(problem, logarithms, threads);
   const AlignedArray<T> minus(problem.rows());
   const AlignedArray<double> upstream = filled(problem.p.batch * n, 0.0), half_sums = filled(problem.batch, 0.0);
   for (int64_t b = 0; b < problem.batch; ++b) {

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/system/thread_pool.h"
+
 namespace csdiv::cpu {
 namespace {
 
@@ -43,26 +45,34 @@ struct SumOfLog2 {
   }
 };
 
+template <class T>
+int64_t scale_exponent(int64_t dim, const Mixture<T>& side, int64_t item) {
+  const int64_t step = side.same_components ? std::max(side.n, int64_t(1)) : ceil_div(side.n, kScaleSample);
+  const int64_t different = side.same_dims ? std::min(dim, int64_t(1)) : dim;
+  const T* const variances = side.variances + item * side.n * dim;
+  // Items of the same variances have one scale, whatever their weights.
+  const T* log_weights = side.log_weights && !side.same_components ? side.log_weights + item * side.n : nullptr;
+  if (log_weights && std::all_of(log_weights, log_weights + side.n, counts<T>)) log_weights = nullptr;
+  SumOfLog2 log2;
+  if (step == 1 && different == dim && !log_weights) {
+    log2.add(variances, side.n * dim);
+  } else {
+    for (int64_t k = 0; k < side.n; k += step)
+      if (!log_weights || counts(log_weights[k])) log2.add(variances + k * dim, different);
+  }
+  const double mean = log2.count ? 1 + log2.sum / double(log2.count) : 0;
+  return 2 * std::llround(0.5 * mean * double(dim));
+}
+
 }   // namespace
 
 template <class T>
-ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side) : exponents_(side.batch) {
-  const int64_t step = side.same_components ? std::max(side.n, int64_t(1)) : ceil_div(side.n, kScaleSample);
-  const int64_t different = side.same_dims ? std::min(dim, int64_t(1)) : dim;
-  for (int64_t item = 0; item < side.batch; ++item) {
-    SumOfLog2 log2;
-    const T* const variances = side.variances + item * side.n * dim;
-    // Items of the same variances have one scale, whatever their weights.
-    const T* const log_weights = side.log_weights && !side.same_components ? side.log_weights + item * side.n : nullptr;
-    if (step == 1 && different == dim && !log_weights) {
-      log2.add(variances, side.n * dim);
-    } else {
-      for (int64_t k = 0; k < side.n; k += step)
-        if (!log_weights || counts(log_weights[k])) log2.add(variances + k * dim, different);
-    }
-    const double mean = log2.count ? 1 + log2.sum / double(log2.count) : 0;
-    exponents_.get()[item] = 2 * std::llround(0.5 * mean * double(dim));
-  }
+ScaleExponents<T>::ScaleExponents(int64_t dim, Mixture<T>& side, int threads) : exponents_(side.batch) {
+  constexpr int64_t kItems = 256;   // of one task
+  parallel_for(ceil_div(side.batch, kItems), threads, [&](int64_t task) {
+    for (int64_t item = task * kItems; item < std::min(side.batch, (task + 1) * kItems); ++item)
+      exponents_.get()[item] = scale_exponent(dim, side, item);
+  });
   side.scale_exponents = exponents_.get();
 }
 

@@ -12,7 +12,7 @@ namespace csdiv::cpu {
 template <class T>
 class ScaleExponents {
  public:
-  ScaleExponents(int64_t dim, Mixture<T>& side);
+  ScaleExponents(int64_t dim, Mixture<T>& side, int threads);
 
  private:
   AlignedArray<int64_t> exponents_;
