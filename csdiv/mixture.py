@@ -118,8 +118,7 @@ class GaussianMixture:
             shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in values.items())
             raise ValueError(f"batch shapes do not broadcast: {shapes}") from None
         check_devices(values)
-        checked = validate or (variances is None and means.device.type == "cpu")
-        if checked and has_values(means):
+        if (validate or (variances is None and means.device.type == "cpu")) and has_values(means):
             check_factors(self)
             if validate:
                 check_values(self)
@@ -127,9 +126,8 @@ class GaussianMixture:
     # construction without checks, and immutability
 
     def _set(self, values: dict[str, Any]) -> None:
-        put = object.__setattr__
         for name in _FIELDS:
-            put(self, name, values[name])
+            object.__setattr__(self, name, values[name])
 
     @classmethod
     def _unchecked(cls, **values: Tensor | None) -> GaussianMixture:
@@ -141,9 +139,8 @@ class GaussianMixture:
         return _restore, ({name: t for name in _FIELDS if (t := getattr(self, name)) is not None},)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GaussianMixture:
-        values = {name: t for name in _FIELDS if (t := getattr(self, name)) is not None}
-        if self.weights is not None:
-            del values["log_weights"]
+        computed = () if self.weights is None else ("log_weights",)
+        values = {n: t for n in _FIELDS if n not in computed and (t := getattr(self, n)) is not None}
         copied = copy.deepcopy(values, memo)
         if self.weights is not None:  # of which the logarithms are no leaf, which torch would not copy
             copied["log_weights"] = log_of_weights(copied["weights"])
@@ -171,17 +168,11 @@ class GaussianMixture:
     @property
     def batch_shape(self) -> torch.Size:
         """The broadcast batch shape of all parameters."""
-        shape, variances, log_weights = self.means.shape[:-2], self.variances, self.log_weights
-        if variances is None:
-            matrices = self.matrices
-            assert matrices is not None
-            own = matrices.shape[:-3]
-        else:
-            own = variances.shape[:-2]
-        if own != shape:
-            shape = broadcast(shape, own)
-        if log_weights is not None and log_weights.shape[:-1] != shape:
-            shape = broadcast(shape, log_weights.shape[:-1])
+        shape = self.means.shape[:-2]
+        spread = (self.variances, 2) if self.variances is not None else (self.matrices, 3)
+        for t, event_dims in (spread, (self.log_weights, 1)):
+            if t is not None and t.shape[:-event_dims] != shape:
+                shape = broadcast(shape, t.shape[:-event_dims])
         return shape
 
     @property

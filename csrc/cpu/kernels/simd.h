@@ -92,25 +92,6 @@ inline void store(T* to, Vec<T> value) {
   *reinterpret_cast<typename VecTypes<T>::Unaligned*>(to) = value;
 }
 
-// To an address that is a multiple of kVectorBytes, not through the caches; others see it after end_of_....
-#if defined(__AVX512F__)
-inline void store_past_caches(float* to, Vec<float> value) {
-  _mm512_stream_ps(to, (__m512)value);
-}
-inline void store_past_caches(double* to, Vec<double> value) {
-  _mm512_stream_pd(to, (__m512d)value);
-}
-inline void end_of_stores_past_caches() {
-  _mm_sfence();
-}
-#else
-template <class T>
-inline void store_past_caches(T* to, Vec<T> value) {
-  store(to, value);
-}
-inline void end_of_stores_past_caches() {}
-#endif
-
 template <class T>
 inline Vec<T> broadcast(T value) {
   return value - Vec<T>{};   // x - 0 is x, also for x = -0: compilers fold it

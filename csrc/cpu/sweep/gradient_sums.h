@@ -12,6 +12,7 @@
 #include "cpu/cpu.h"
 #include "cpu/kernels/dispatch.h"
 #include "cpu/sweep/pack.h"
+#include "cpu/sweep/partition.h"
 #include "cpu/system/memory.h"
 #include "cpu/system/thread_pool.h"
 
@@ -154,7 +155,8 @@ class GradientSums {
   // Equations (5): delta = mu - nu, so the means of p take the minus sign.
   void write_rows(const SideGradients<T>& grad) {
     const int64_t n = problem_.p.n, tiles = num_row_tiles(problem_);
-    parallel_for(problem_.p.batch * tiles, threads_, [&](int64_t task) {
+    const int threads = threads_for(problem_.p.batch * n * dim_, threads_);
+    parallel_for(problem_.p.batch * tiles, threads, [&](int64_t task) {
       const int64_t item = task / tiles, first = task % tiles * kTileRows, count = std::min(kTileRows, n - first);
       const RowGradientSums sums = rows(item, first);
       const SideGradients<T> to = grad.from(item * n + first, dim_);

@@ -159,7 +159,8 @@ class GradientSweep {
     for (int64_t item = 0; columns_wanted_ && item < problem_.q.batch; ++item)
       sums_.scale_columns(item, fill_.factor * std::exp(column_references_[item] - fill_.log_total(item, 0)));
     const int64_t n = problem_.p.n;
-    parallel_for(int64_t(row_references_.size()), threads_, [&](int64_t row) {
+    const int64_t rows = int64_t(row_references_.size());
+    parallel_for(rows, threads_for(rows * dim_, threads_), [&](int64_t row) {
       const double factor = fill_.factor * std::exp(row_references_[row] - fill_.log_total(row / n, row % n));
       sums_.rows(row / n, row % n).scale(factor, dim_);
     });
@@ -171,7 +172,8 @@ class GradientSweep {
       Slab slab{begin, end, std::vector<RowTile<T>>(end - begin),
                 AlignedArray<T>(kFusedPass ? slab_size(end - begin) : 0),
                 AlignedArray<double>(kFusedPass ? (end - begin) * packed_.stripes() * kTileRows : 0)};
-      parallel_for(end - begin, threads_, [&](int64_t task) { slab.rows[task] = row_tile(problem_, b, begin + task); });
+      const int threads = threads_for((end - begin) * kTileRows * dim_, threads_);
+      parallel_for(end - begin, threads, [&](int64_t task) { slab.rows[task] = row_tile(problem_, b, begin + task); });
       if constexpr (kFusedPass) {
         find_terms(b, slab);
         if (!find_references(b, slab)) {
@@ -267,7 +269,8 @@ class GradientSweep {
   }
 
   void merge_rows(int64_t b, const Slab& slab, int64_t copies) {
-    parallel_for(slab.end - slab.begin, threads_, [&](int64_t task) {
+    const int threads = threads_for(copies * (slab.end - slab.begin) * kTileRows * dim_, threads_);
+    parallel_for(slab.end - slab.begin, threads, [&](int64_t task) {
       const int64_t tile = slab.begin + task, first = tile * kTileRows;
       const RowGradientSums to = sums_.rows_for_tile(problem_.p.item(b), tile);
       for (int64_t copy = 0; copy < copies; ++copy)

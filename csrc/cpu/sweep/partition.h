@@ -72,6 +72,12 @@ inline int64_t value_blocks(int64_t tiles, int64_t groups) {
   return std::max(ceil_div(tiles, kBlockTiles), groups >= kCopies ? 1 : std::min(tiles, kMaxBlocks));
 }
 
+// Threads for a pass over numbers that takes a cycle for each: waking one takes thousands.
+inline int threads_for(int64_t numbers, int threads) {
+  constexpr int64_t kFew = 1 << 15;
+  return numbers < kFew ? 1 : threads;
+}
+
 // run(b): problems that share no sums run side by side; those that do run one after the other.
 template <class T, class Run>
 void for_each_problem(const Problem<T>& problem, bool rows_wanted, bool columns_wanted, int threads, const Run& run) {
