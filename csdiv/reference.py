@@ -82,7 +82,7 @@ def component_divergence(p: Components, q: Components, q_self_overlap: Tensor | 
 
 
 def own_part(own: Tensor, self_overlap: Tensor, dim: int) -> Tensor:
-    """Equation (19) but for −ℓ_i, (*batch, N) float64, of own terms (*batch, N) and log V(q, q) (*batch,)."""
+    """Equation (20) but for −ℓ_i, (*batch, N) float64, of own terms (*batch, N) and log V(q, q) (*batch,)."""
     return own + (0.5 * self_overlap.double().unsqueeze(-1) - 0.25 * dim * _LOG_4PI)
 
 

@@ -66,21 +66,24 @@ bool read(py::handle tensor, py::handle dtype, Py_ssize_t ndim, int64_t* shape) 
 
 // Of one side: its fields, see bindings.cpp, and the addresses of its gradients.
 struct PlainSide {
-  py::object fields, grads;
+  py::object fields, grads, spread;   // the variances in full shape
   int64_t n = 0, dim = 0;
 
   // `count` tensors from `first` on; false: they are not plain.
   bool read_from(PyObject* const* tensors, PyObject* const* needs, int count, py::handle dtype, py::list& made) {
     int64_t means[2], variances[2], weights[1];
     if (!read(tensors[0], dtype, 2, means) || !read(tensors[1], dtype, 2, variances)) return false;
-    if (variances[0] != means[0] || variances[1] != means[1]) return false;
     n = means[0], dim = means[1];
+    const bool own = variances[0] == n && variances[1] == dim;   // else shared, which gradients would be summed for
+    if (!own && (needs[1] == Py_True || n == 0)) return false;
+    spread = py::reinterpret_borrow<py::object>(tensors[1]);
+    if (!own) spread = spread.attr("expand")(n, dim).attr("contiguous")();
     const bool weighted = count == 3 && tensors[2] != Py_None;
     if (weighted && (!read(tensors[2], dtype, 1, weights) || weights[0] != n)) return false;
     const py::int_ none(0), one(1);
     const py::object log_weights = weighted ? address(tensors[2]) : py::object(none);
-    fields = py::make_tuple(address(tensors[0]), address(tensors[1]), log_weights, none, one, py::int_(n),
-                            py::bool_(dim == 1), py::bool_(n == 1));
+    fields = py::make_tuple(address(tensors[0]), address(spread), log_weights, none, one, py::int_(n),
+                            py::bool_(variances[1] == 1), py::bool_(variances[0] == 1));
     py::object found[3] = {none, none, none};
     for (int k = 0; k < count; ++k) {
       if (needs[k] != Py_True || tensors[k] == Py_None) continue;
@@ -151,7 +154,7 @@ py::object plain_call(const py::tuple& spec, const py::handle& tensors, const py
   const py::tuple arguments =
       py::make_tuple(wide ? 8 : 4, 1, p.dim, py::tuple(addresses), py::make_tuple(p.fields, of_q ? q.fields : p.fields),
                      py::make_tuple(p.grads, of_q ? q.grads : nothing));
-  return py::make_tuple(arguments, outputs, grads);
+  return py::make_tuple(arguments, outputs, grads, py::make_tuple(p.spread, of_q ? q.spread : p.spread));
 }
 
 }   // namespace csdiv

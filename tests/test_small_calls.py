@@ -1,6 +1,6 @@
 """Eager calls that go past torch's dispatcher: the same bits, and whoever has to see an operator does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ class Names(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def value_and_gradients(entry: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def value_and_gradients(entry: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     value = function(entry)(*inputs)
     return [value.detach(), *torch.autograd.grad((value * value.detach().cos()).sum(), inputs)]
 
@@ -218,3 +218,42 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
     torch.set_num_threads(before)
     assert_same_bits(found[1], found[0])
     assert_same_bits(found[2], found[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (40, 70, 33)])
+@pytest.mark.parametrize("entry", ["cs_divergence", "cs_regularizer", "component_log_overlap", "self_overlap"])
+def test_the_same_bits_wherever_tensors_lie_in_memory(entry: str, shape: tuple[int, int, int]) -> None:
+    n, m, dim = shape
+    p, q = (testing.random_mixture(k, dim, generator=torch.Generator().manual_seed(k)) for k in (n, m))
+    count = ENTRIES[entry][0]
+    given = {3: q._tensors(), 5: [*p._tensors()[:2], *q._tensors()], 6: [*p._tensors(), *q._tensors()]}[count]
+
+    def moved(t: Tensor) -> Tensor:
+        place = torch.empty(t.numel() + 3)[3:].view(t.shape)
+        assert place.data_ptr() % 16 == 12
+        return place.copy_(t)
+
+    found = [value_and_gradients(entry, [f(t).requires_grad_() for t in given]) for f in (torch.clone, moved)]
+    assert_same_bits(*found)
+    assert_same_bits(value_and_gradients(entry, [t.clone().requires_grad_() for t in given]), found[0])
+
+
+@pytest.mark.parametrize("entry", ["cs_divergence", "component_log_overlap"])
+@pytest.mark.parametrize("n", [1, 6])
+def test_problems_in_lanes_agree_with_those_in_tiles(n: int, entry: str) -> None:
+    """A batch that fills a vector takes another kernel than one that lacks a problem."""
+    lanes = 16
+    generator = torch.Generator().manual_seed(n)
+    p = testing.random_mixture(n, 2, batch_shape=(lanes,), generator=generator)
+    q = testing.random_mixture(7, 2, batch_shape=(lanes,), generator=generator)
+    given = [*p._tensors(), *q._tensors()]
+    if entry == "component_log_overlap":
+        del given[2]
+
+    def first(count: int) -> list[Tensor]:
+        leaves = [t[:count].clone().requires_grad_() for t in given]
+        value = function(entry)(*leaves)
+        return [t[: lanes - 1] for t in (value.detach(), *torch.autograd.grad(value.sum(), leaves))]
+
+    for a, b in zip(first(lanes), first(lanes - 1), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)

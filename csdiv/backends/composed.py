@@ -17,7 +17,7 @@ from csdiv.transforms import autograd_enabled
 
 
 class Composed(Backend):
-    """The operators "regularizer" and "component_divergence", equation (19), made of "overlap_lse" and "self_overlap".
+    """The operators "regularizer" and "component_divergence", equation (20), made of "overlap_lse" and "self_overlap".
 
     Gradients of variances are those of rows, carried through the few operations of :mod:`csdiv.reference` by torch.
     """

@@ -71,7 +71,7 @@ class Cpu(Backend):
 
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
         if name in _PLAIN and (plain := _C.plain_call(_PLAIN[name], tensors, needs, None)) is not None:
-            arguments, outputs, grads = plain
+            arguments, outputs, grads, _alive = plain
             getattr(_C, f"cpu_{name}_forward")(*arguments, torch.get_num_threads())
             return outputs, grads
         call = _call(name, tensors, needs)
