@@ -37,6 +37,7 @@ format: .venv/built
 bench: .venv/built  ## csdiv beside its peers on this CPU: table, docs/benchmarks.md and its figures (minutes)
 	$(BIN)/python -m bench cpu --output bench/results/cpu.json
 	$(BIN)/python -m bench limits --output bench/results/limits.json
+	$(BIN)/python -m bench step --output bench/results/step.json
 	$(BIN)/python -m bench report
 
 bench-suite: .venv/built  ## csdiv alone, under pytest-benchmark: to compare commits
