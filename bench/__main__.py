@@ -42,10 +42,20 @@ def _cpu(options: argparse.Namespace, info: dict[str, str]) -> Found:
     records: Records = []
     for case in _cases(options):
         records += run_case(case, providers(case), options.rounds)
-        write(options.output, info, records)  # of a run that is stopped there is that much
+        write(options.output, info, _with_earlier(options, records))  # of a run that is stopped there is that much
     print(measure.markdown(records))
     print(", ".join(f"{key} {value}" for key, value in info.items()))
-    return records, {}
+    return _with_earlier(options, records), {}
+
+
+def _with_earlier(options: argparse.Namespace, records: Records) -> Records:
+    """The records in the order of the cases, with those of the other cases that the file to write has already."""
+    if not options.cases or options.output is None or not options.output.exists():
+        return records
+    new = {r["case"] for r in records}
+    records = records + [r for r in json.loads(options.output.read_text())["records"] if r["case"] not in new]
+    order = [case.name for case in CPU_CASES]
+    return sorted(records, key=lambda r: order.index(str(r["case"])))
 
 
 def _gpu(options: argparse.Namespace, info: dict[str, str]) -> Found:
@@ -182,7 +192,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="ab: threads of each build, by default those of torch")
     parser.add_argument("--data", help="epochs, swap-in: a folder with MNIST's IDX files, or what csdiv train takes")
     parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file to write; cpu with --cases: other cases that it has are kept"
+    )
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (ab.ROUNDS if options.suite == "ab" else 7)
     if options.suite == "ab" and len(options.files) not in (1, 2):

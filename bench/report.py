@@ -188,8 +188,9 @@ def page() -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m bench report` from the files in bench/results, each by one run of another suite; no",
-        "number here is from anywhere else. Every provider has to agree with float64 within a relative L2 error of",
+        "Made by `python -m bench report` from the files in bench/results, each by a run of another suite; no",
+        "number here is from anywhere else. A case is one run, in which all that is compared takes turns. Every",
+        "provider has to agree with float64 within a relative L2 error of",
         f"{measure.GATE:.0e} before its time is printed. Providers take turns; medians and quartiles of the rounds. An",
         "element is one triple (i, j, d) of the sums as the formula has them.",
         "",
