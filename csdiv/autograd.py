@@ -107,6 +107,7 @@ class _Value(torch.autograd.Function):
         rows = operator.at_once == "rows"
         at_once = at_once and any(needs) and (rows or _has_all_items(tensors, operator.event_dims, needs))
         ctx.name, ctx.backend, ctx.at_once = name, backend, at_once
+        ctx.owns_gradients = at_once and not transforms.saved_tensors_are_hooked()
         outputs, grads = ops.run_forward(name, tensors, needs if at_once else [False] * len(needs), backend)
         saved = [] if at_once and not rows else [outputs[k] for k in operator.saved]
         ctx.save_for_backward(*tensors, *saved, *grads)
@@ -122,7 +123,9 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms.higher_derivatives():
             grads = _Gradients.apply(*call, grad, *ctx.saved_tensors)
         else:
-            grads = _first_gradients(*call, grad, ctx.saved_tensors, last_use=not transforms.graph_is_kept())
+            grads = _first_gradients(
+                *call, grad, ctx.saved_tensors, last_use=ctx.owns_gradients and not transforms.graph_is_kept()
+            )
         return None, None, None, *_full_gradients(grads, needs)
 
 

@@ -89,7 +89,8 @@ def cs_divergence(
     p, q = as_pair(p, q)
     if p_self_overlap is None and _are_alone(p, q):
         known = None if q_self_overlap is None else known_self_overlap(q_self_overlap, q, "q", backend)
-        return _divergence_of_components(p, q, known, backend)
+        if known is None or known.ndim == 0:
+            return _divergence_of_components(p, q, known, backend)
     way, dtype = route(p, q, backend), p.means.dtype
     if way.formula == DIAGONAL and p_self_overlap is None and q_self_overlap is None:
         value = way.value("cs_divergence")

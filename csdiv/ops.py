@@ -84,12 +84,18 @@ def _define_forward(operator: Operator) -> Any:
     return _define(schema, forward, fake)
 
 
+def _resolved(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.clone() if t._is_zerotensor() else t.resolve_neg()
+
+
 def _define_backward(operator: Operator) -> Any:
     name = operator.name
 
     def backward(
         grad: Tensor, outputs: list[Tensor], tensors: list[Tensor | None], needs: list[bool], backend: str
     ) -> list[Tensor]:
+        # torch makes tensors of what stands for others, negatives and zeros, but not in lists.
+        tensors, outputs = [_resolved(t) for t in tensors], [t.resolve_neg() for t in outputs]
         chosen = backends.resolve(backend, grad.device, name)
         if operator.channels:
             return channels.backward(chosen, operator, grad, tensors, outputs, needs)

@@ -25,6 +25,16 @@ _keeps_graph: Callable[[], bool] = getattr(
 )
 
 
+_hooks: Callable[[bool], object] = getattr(
+    getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", lambda _: True
+)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether a hook gets the tensors that are saved from now on, and may keep them."""
+    return torch.compiler.is_compiling() or _hooks(False) is not None
+
+
 def graph_is_kept() -> bool:
     """Whether the backward pass under way may be followed by another through the same graph."""
     return torch.compiler.is_compiling() or _keeps_graph()
@@ -48,7 +58,11 @@ def watched(tensors: Sequence[torch.Tensor | None]) -> bool:
         return True
     for t in tensors:
         if t is not None and (
-            type(t) not in (torch.Tensor, torch.nn.Parameter) or t.is_neg() or t._is_zerotensor() or _is_wrapped(t)
+            type(t) not in (torch.Tensor, torch.nn.Parameter)
+            or t.is_neg()
+            or t._is_zerotensor()
+            or _is_wrapped(t)
+            or torch._is_functional_tensor(t)
         ):
             return True
     return False

@@ -306,11 +306,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", &cpu::current_isa, "The instruction set in use.");
   module.def("cpu_share_openmp_threads", &cpu::share_openmp_threads, "Whether PyTorch's threads are used from now on.");
   module.def("cpu_empty_cache", &cpu::empty_cache, "Gives back the memory that is kept between calls.");
-  using Bytes = cpu::AlignedArray<char>;
-  py::class_<Bytes>(module, "CpuBytes", "Uninitialised memory, kept for the next one when this is gone.",
-                    py::buffer_protocol(), py::module_local())
-      .def(py::init<int64_t>())
-      .def_buffer([](const Bytes& bytes) { return py::buffer_info(bytes.get(), bytes.size()); });
+  module.def(
+      "cpu_ask_for_huge_pages",
+      [](Pointer address, int64_t bytes) { cpu::ask_for_huge_pages(pointer<void>(address), bytes); },
+      "Of memory that was not written yet.");
   module.def("cpu_set_isa", &cpu::set_isa, "For tests: uses another instruction set.");
   py::enum_<cpu::Arithmetic>(module, "Arithmetic", "What cpu_arithmetic consists of.", py::module_local())
       .value("MULTIPLY_ADDS", cpu::Arithmetic::kMultiplyAdds)

@@ -257,3 +257,97 @@ def test_problems_in_lanes_agree_with_those_in_tiles(n: int, entry: str) -> None
 
     for a, b in zip(first(lanes), first(lanes - 1), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+# Hooks, and who holds a gradient
+
+
+def padded(t: Tensor) -> Tensor:
+    wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 1)
+    wide[..., :-1] = t.detach()
+    return wide[..., :-1]
+
+
+def one_number(t: Tensor) -> Tensor:
+    first = t.detach().flatten()[:1].clone()
+    return first.expand(t.shape) if t.ndim > 0 and bool((t == first).all()) else t.detach()
+
+
+HOOKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "padded": lambda t: padded(t) if t.ndim == 2 else t,
+    "bfloat16": lambda t: t.bfloat16() if t.is_floating_point() else t,
+    "constants expanded": one_number,
+    "clones": lambda t: t.detach().clone(),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("entry", ["cs_divergence", "cs_regularizer", "component_log_overlap", "self_overlap"])
+def test_hooks_may_give_saved_gradients_in_another_form(entry: str, name: str) -> None:
+    inputs = tensors(entry, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, HOOKS[name]):
+        total = 2.0 * function(entry)(*inputs).sum()
+    found = torch.autograd.grad(total, inputs)
+    expected = torch.autograd.grad(2.0 * function(entry)(*inputs).sum(), inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.to(b.dtype), b, rtol=2e-2 if name == "bfloat16" else 0.0, atol=1e-2)
+
+
+@pytest.mark.parametrize("n", [5, 70_000])
+def test_gradients_that_a_hook_keeps_are_not_changed(n: int) -> None:
+    kept: list[Tensor] = []
+    means, logs = (t.requires_grad_() for t in codes(n, 8))
+    prior = testing.random_mixture(2, 8)
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.detach())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        total = 0.5 * csdiv.cs_regularizer(means, logs, prior).sum()
+    before = [t.clone() for t in kept]
+    total.backward()
+    assert_same_bits(kept, before)
+
+
+def test_large_gradients_are_ordinary_tensors() -> None:
+    means, logs = (t.requires_grad_() for t in codes(70_000, 8))
+    total = csdiv.cs_regularizer(means, logs, testing.random_mixture(2, 8)).mean()
+    for grad in torch.autograd.grad(total, [means, logs]):
+        assert not grad._is_view()
+        grad.mul_(2.0)
+        grad.detach_().resize_(3, 2)
+        grad.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 1), ()])
+def test_known_overlaps_of_a_batch_broadcast_beside_single_gaussians(shape: tuple[int, ...]) -> None:
+    p, q = testing.random_mixture(1, 3, batch_shape=(4,)), testing.random_mixture(5, 3)
+    p = GaussianMixture(p.means, p.variances)
+    own = csdiv.log_overlap(q).expand(shape)
+    found = csdiv.cs_divergence(p, q, q_self_overlap=own)
+    torch.testing.assert_close(found, csdiv.cs_divergence(p, q).expand(found.shape))
+    assert found.shape == torch.broadcast_shapes(shape, (4,))
+
+
+def test_rows_without_an_upstream_gradient_have_none_whatever_they_are() -> None:
+    means, logs = torch.zeros(3, 2, requires_grad=True), torch.zeros(3, 2)
+    logs[1, 0] = float("nan")
+    logs.requires_grad_()
+    csdiv.cs_regularizer(means, logs, testing.random_mixture(4, 2))[[0, 2]].sum().backward()
+    assert means.grad is not None
+    assert logs.grad is not None
+    assert not logs.grad[1].any()
+    assert not means.grad[1].any()
+    assert logs.grad[[0, 2]].all()
+
+
+@pytest.mark.parametrize("entry", ["cs_regularizer", "component_log_overlap", "pairwise_log_overlap"])
+def test_contiguous_negatives_have_gradients(entry: str) -> None:
+    inputs = tensors(entry, requires_grad=False)
+    weights = torch.rand(function(entry)(*inputs).shape, dtype=torch.float64)
+    leaf, plain = torch._neg_view(-inputs[0]).requires_grad_(), inputs[0].clone().requires_grad_()
+    found, expected = (
+        torch.autograd.grad((weights * function(entry)(t, *inputs[1:])).sum(), t)[0] for t in (leaf, plain)
+    )
+    assert torch.equal(found, expected)

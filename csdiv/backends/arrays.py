@@ -132,17 +132,18 @@ def empty_output(output: Output, means: Tensor, batch: torch.Size, **sizes: int)
     return means.new_empty(shape) if output.dtype is None else means.new_empty(shape, dtype=output.dtype)
 
 
-_MANY_BYTES = 2**21
+MANY_BYTES = 2**21
 """From here on the system may be asked for each array's memory, whose pages take longer than the arithmetic."""
 
 
 def empty_like(t: Tensor) -> Tensor:
-    """As torch has it; a large array on the CPU in memory that is kept, see :func:`csdiv.empty_cache`."""
-    if t.device.type != "cpu" or t.nbytes < _MANY_BYTES:
-        return torch.empty_like(t)
-    import csdiv._C as _C  # which the other backends do without
+    """As torch has it; the system is asked for large pages of what is large, on the CPU."""
+    made = torch.empty_like(t)
+    if t.device.type == "cpu" and t.nbytes >= MANY_BYTES:
+        import csdiv._C as _C  # which the other backends do without
 
-    return torch.frombuffer(_C.CpuBytes(t.nbytes), dtype=t.dtype).view(t.shape)
+        _C.cpu_ask_for_huge_pages(made.data_ptr(), made.nbytes)
+    return made
 
 
 class Call:

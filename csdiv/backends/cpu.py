@@ -11,7 +11,7 @@ from torch import Tensor
 
 import csdiv._C as _C
 from csdiv import reference, transforms
-from csdiv.backends.arrays import Call, empty_like, make_points
+from csdiv.backends.arrays import MANY_BYTES, Call, empty_like, make_points
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import OPERATORS, Operator
 from csdiv.shapes import broadcast
@@ -66,6 +66,11 @@ def _run(function: str, call: Call, arrays: Sequence[Tensor]) -> None:
     getattr(_C, function)(*call.arguments(arrays), torch.get_num_threads())
 
 
+def _is_array(t: Tensor) -> bool:
+    """Not where a hook gives back saved gradients in another form."""
+    return t.is_contiguous() and t.dtype in (torch.float32, torch.float64)
+
+
 class Cpu(Backend):
     composed = frozenset()
 
@@ -105,7 +110,7 @@ class Cpu(Backend):
     def scaled(
         self, grads: Sequence[Tensor], grad: Tensor, *, one_factor: bool, in_place: bool = False
     ) -> list[Tensor] | None:
-        if transforms.watched((grad, grads[0])):
+        if transforms.watched((grad, grads[0])) or not all(map(_is_array, grads)):
             return super().scaled(grads, grad, one_factor=one_factor)
         factors, count = grad, grad.numel()
         if not grad.is_contiguous():
@@ -115,7 +120,7 @@ class Cpu(Backend):
                 factors = grad.contiguous()
         found, arrays = [], []
         for g in grads:
-            found.append(g if in_place else empty_like(g))
+            found.append(g if in_place and g.nbytes >= MANY_BYTES else empty_like(g))
             arrays.append((g.data_ptr(), found[-1].data_ptr(), g.numel(), g.itemsize))
         upstream = (factors.data_ptr(), count, factors.itemsize, one_factor)
         return found if _C.cpu_scaled(upstream, tuple(arrays), torch.get_num_threads()) else None

@@ -47,12 +47,17 @@ class OwnTerms {
   // -sum_d log(s_d) / 4 of a component, counted over all items, and what is to be added to -row_lse.
   double operator[](int64_t row) const { return own_.get()[row]; }
 
-  // From gradients of sum factor row_lse to those of sum (own - row_lse) upstream, where upstream is that of each row.
-  void finish(const SideGradients<T>& grads, T factor, const double* upstream) const {
+  // From gradients of sum factor row_lse to those of sum (own - row_lse) upstream, where upstream is that of each row;
+  // rows that are silent have none.
+  void finish(const SideGradients<T>& grads, T factor, const double* upstream, const char* silent = nullptr) const {
     for (int64_t k = 0; grads.means && k < own_.size() * dim_; ++k) grads.means[k] *= factor;
     for (int64_t row = 0; grads.variances && row < own_.size(); ++row) {
       T* const grad = grads.variances + row * dim_;
       const T* const given = given_ + row * dim_;
+      if (silent && silent[row]) {   // whatever the variances are
+        std::fill_n(grad, dim_, T(0));
+        continue;
+      }
       const double quarter = std::isinf(own_.get()[row]) && !logarithms_ ? 0 : 0.25 * upstream[row];
       if (sizeof(T) == sizeof(float) && logarithms_) {   // neither capped nor zero: extremes are computed in double
         const T* const variances = variances_.get() + row * dim_;
@@ -244,16 +249,18 @@ void component_divergence_backward(Problem<T> problem, bool logarithms, const do
   const Scaled<T> scaled(problem, logarithms, threads);
   const AlignedArray<T> minus(problem.rows());
   const AlignedArray<double> upstream = filled(problem.p.batch * n, 0.0), half_sums = filled(problem.batch, 0.0);
+  const AlignedArray<char> silent = filled(problem.p.batch * n, char(true));
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t i = 0; i < n; ++i) {
       const double grad = double(grad_values[b * n + i]);
+      silent.get()[problem.p.item(b) * n + i] &= grad == 0;
       minus.get()[b * n + i] = T(-grad);
       upstream.get()[problem.p.item(b) * n + i] += grad;
       half_sums.get()[b] += 0.5 * grad;
     }
   }
   overlap_lse_backward(problem, minus.get(), row_lse, grad_p, grad_q, threads);
-  if (grad_p.wanted()) scaled.own.finish(grad_p, T(1), upstream.get());
+  if (grad_p.wanted()) scaled.own.finish(grad_p, T(1), upstream.get(), silent.get());
   if (grad_known) std::copy_n(half_sums.get(), problem.batch, grad_known);
   if (!known && grad_q.wanted()) self_gradients(problem, half_sums.get(), self_overlaps, grad_q, threads);
 }

@@ -26,11 +26,7 @@ std::align_val_t alignment(int64_t bytes) {
 
 Block new_block(int64_t bytes) {
   void* const data = ::operator new(bytes, alignment(bytes));
-#ifdef MADV_HUGEPAGE
-  // Small pages of what is used once cost more than the arithmetic on it. Advice alone: where it fails, nothing is
-  // lost.
-  if (alignment(bytes) == std::align_val_t(kHugePage)) (void)madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+  if (alignment(bytes) == std::align_val_t(kHugePage)) ask_for_huge_pages(data, bytes);
   return {data, bytes};
 }
 
@@ -126,6 +122,16 @@ void free_block(Block block) {
   } else {
     own_blocks.keep(block);
   }
+}
+
+void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  // Small pages of what is used once cost more than the arithmetic on it. Advice alone: where it fails, nothing is
+  // lost.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), size = kHugePage;
+  const uintptr_t first = (begin + size - 1) / size * size, end = (begin + uintptr_t(bytes)) / size * size;
+  if (first < end) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 void empty_cache() {

@@ -18,7 +18,8 @@ struct Block {
 };
 Block allocate_block(int64_t bytes);   // of as many bytes or more
 void free_block(Block block);
-void empty_cache();   // gives back what the process and this thread keep
+void ask_for_huge_pages(void* data, int64_t bytes);   // for the whole ones in it; advice alone
+void empty_cache();                                   // gives back what the process and this thread keep
 
 // Uninitialised.
 template <class T>
