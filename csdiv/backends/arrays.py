@@ -132,14 +132,14 @@ def empty_output(output: Output, means: Tensor, batch: torch.Size, **sizes: int)
     return means.new_empty(shape) if output.dtype is None else means.new_empty(shape, dtype=output.dtype)
 
 
-MANY_BYTES = 2**21
+_MANY_BYTES = 2**21
 """From here on the system may be asked for each array's memory, whose pages take longer than the arithmetic."""
 
 
 def empty_like(t: Tensor) -> Tensor:
     """As torch has it; the system is asked for large pages of what is large, on the CPU."""
     made = torch.empty_like(t)
-    if t.device.type == "cpu" and t.nbytes >= MANY_BYTES:
+    if t.device.type == "cpu" and t.nbytes >= _MANY_BYTES:
         import csdiv._C as _C  # which the other backends do without
 
         _C.cpu_ask_for_huge_pages(made.data_ptr(), made.nbytes)

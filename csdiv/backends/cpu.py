@@ -11,7 +11,7 @@ from torch import Tensor
 
 import csdiv._C as _C
 from csdiv import reference, transforms
-from csdiv.backends.arrays import MANY_BYTES, Call, empty_like, make_points
+from csdiv.backends.arrays import Call, empty_like, make_points
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import OPERATORS, Operator
 from csdiv.shapes import broadcast
@@ -120,7 +120,7 @@ class Cpu(Backend):
                 factors = grad.contiguous()
         found, arrays = [], []
         for g in grads:
-            found.append(g if in_place and g.nbytes >= MANY_BYTES else empty_like(g))
+            found.append(g if in_place else empty_like(g))
             arrays.append((g.data_ptr(), found[-1].data_ptr(), g.numel(), g.itemsize))
         upstream = (factors.data_ptr(), count, factors.itemsize, one_factor)
         return found if _C.cpu_scaled(upstream, tuple(arrays), torch.get_num_threads()) else None
