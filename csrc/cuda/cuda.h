@@ -54,7 +54,8 @@ void cs_divergence_backward(Context& context, Problem<T> problem, const T* grad_
                             const SideGradients<T>& grad_p, const SideGradients<T>& grad_q);
 
 // values[b, i] = D_CS of component i of p from q: p's variances are these or, with `logarithms`, their logarithms.
-// row_lse leaves out what makes it minus the value; self_overlaps[b] = log V(q, q), which `known` has if that is not null.
+// row_lse leaves out what makes it minus the value; self_overlaps[b] = log V(q, q), which `known` has if that is not
+// null.
 template <class T>
 void component_divergence_forward(Context& context, Problem<T> problem, bool logarithms, const double* known, T* values,
                                   T* row_lse, double* self_overlaps);
