@@ -275,7 +275,9 @@ def _regularizer_derivatives_at_zero(
     assert missing is not None
     if self_term:
         own = self_overlap(fixed, backend).double()
-        missing = missing - with_derivatives_at_zero(own - own, prior, prior, backend, 1.0, own).unsqueeze(-1)
+        missing = missing - with_derivatives_at_zero(torch.zeros_like(own), prior, prior, backend, 1.0, own).unsqueeze(
+            -1
+        )
     return -missing
 
 
