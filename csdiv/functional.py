@@ -249,7 +249,8 @@ def cs_regularizer(
     value = component_divergence("regularizer", backend, means, log_variances, *q, known)
     if zero_weights(prior) is None:
         return value
-    codes = GaussianMixture._unchecked(means=means.detach(), variances=log_variances.detach().exp())
+    capped = log_variances.detach().clamp(max=reference.LOG_VARIANCE_CAPS[dtype])
+    codes = GaussianMixture._unchecked(means=means.detach(), variances=capped.exp())
     return value + _regularizer_derivatives_at_zero(codes, prior, known is None, backend).to(dtype)
 
 
@@ -275,9 +276,8 @@ def _regularizer_derivatives_at_zero(
     assert missing is not None
     if self_term:
         own = self_overlap(fixed, backend).double()
-        missing = missing - with_derivatives_at_zero(torch.zeros_like(own), prior, prior, backend, 1.0, own).unsqueeze(
-            -1
-        )
+        zeros = torch.zeros_like(own)  # own itself may be infinite
+        missing = missing - with_derivatives_at_zero(zeros, prior, prior, backend, 1.0, own).unsqueeze(-1)
     return -missing
 
 

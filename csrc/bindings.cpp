@@ -6,6 +6,7 @@
 // outputs; `sides` those of p and q, each (means, variances, log_weights, index, batch, n, same_dims, same_components),
 // see mixture.h, the same twice for a mixture with itself; `grads` those of the gradients to both sides, each (means,
 // variances, log_weights). An address is 0 where an array is not given or not wanted.
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -132,8 +133,10 @@ bool handler_raised() {
 bool on_main_thread() {              // where Python runs signal handlers
   thread_local bool known = false;   // it stays the main thread; another may become it in a forked child
   if (known) return true;
-  static const py::handle main_thread = py::getattr(py::module_::import("threading"), "main_thread").release();
-  return known = main_thread().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> main_thread;
+  const auto find = [] { return py::object(py::module_::import("threading").attr("main_thread")); };
+  return known = main_thread.call_once_and_store_result(find).get_stored()().attr("ident").cast<unsigned long>() ==
+                 PyThread_get_thread_ident();
 }
 
 // run() without Python's lock; signals end it.

@@ -1,7 +1,9 @@
 #include "plain_call.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <cstdint>
-#include <vector>
+#include <string>
 
 namespace csdiv {
 namespace {
@@ -23,8 +25,9 @@ struct Names {
 };
 
 const Names& names() {
-  static const Names* const found = new Names();
-  return *found;
+  // Python's lock may change hands while modules are looked up: a static that another lock guards would wait for ever.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<const Names*> found;
+  return *found.call_once_and_store_result([] { return new const Names(); }).get_stored();
 }
 
 py::object checked(PyObject* result) {

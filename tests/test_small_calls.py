@@ -1,5 +1,7 @@
 """Eager calls that go past torch's dispatcher: the same bits, and whoever has to see an operator does."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +89,7 @@ def test_who_watches() -> None:
     assert transforms.watched([torch.complex(t, t).conj().imag])  # its sign is not in its memory
     assert transforms.watched([torch._efficientzerotensor(2)])
     assert transforms.watched([t.as_subclass(type("Own", (Tensor,), {}))])
+    assert transforms.watched([torch._to_functional_tensor(t)])
     for mode in (Names(), Seen(), torch.device("cpu")):
         with mode:
             assert transforms.watched([t])
@@ -351,3 +354,35 @@ def test_contiguous_negatives_have_gradients(entry: str) -> None:
         torch.autograd.grad((weights * function(entry)(t, *inputs[1:])).sum(), t)[0] for t in (leaf, plain)
     )
     assert torch.equal(found, expected)
+
+
+FIRST_CALLS = """
+import sys, threading
+import torch, csdiv
+sys.setswitchinterval(1e-6)
+x = torch.randn(40, 40)
+p = csdiv.GaussianMixture(x, torch.ones(40, 40))
+found, gate = [], threading.Barrier(8)
+def call():
+    gate.wait()
+    found.append(csdiv.cs_regularizer(x, x, p).sum().item())
+threads = [threading.Thread(target=call) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert len(found) == 8 and len(set(found)) == 1
+"""
+
+
+def test_first_calls_of_several_threads_do_not_wait_for_each_other_for_ever() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True, timeout=120)
+
+
+def test_wide_codes_beside_weights_of_zero_have_their_derivative() -> None:
+    """Log variances beyond what float32 exponentiates: two components alike, one of weight zero, have one slope."""
+    means, logs = torch.zeros(2, 2), torch.full((2, 2), 90.0)
+    weights = torch.tensor([1.0, 0.0], requires_grad=True)
+    prior = GaussianMixture(torch.zeros(2, 2), torch.ones(2, 2), weights=weights)
+    own = csdiv.log_overlap(GaussianMixture(torch.zeros(1, 2), torch.ones(1, 2)))
+    total = csdiv.cs_regularizer(means, logs, prior, prior_self_overlap=own).sum()
+    (grad,) = torch.autograd.grad(total, weights)
+    torch.testing.assert_close(grad, torch.tensor([-2.0, -2.0]), rtol=1e-5, atol=1e-5)

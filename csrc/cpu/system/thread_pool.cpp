@@ -213,18 +213,19 @@ void parallel_for(int64_t tasks, int threads, TaskRef run) {
 double worthwhile_elements() {
   constexpr int kTrials = 32;
   constexpr double kCallsOfAProblem = 8, kElementsPerNs = 2;   // fewer elements, so that a core is gained and not lost
-  static constexpr double kLeast = 1 << 14, kMost = 1 << 20;
-  static const double measured = [] {
-    double least = 1e9;
-    for (int k = 0; k < kTrials; ++k) {
-      const auto begin = std::chrono::steady_clock::now();
-      parallel_for(2, 2, [](int64_t) {});
-      least =
-          std::min(least, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count());
-    }
-    return std::clamp(kCallsOfAProblem * kElementsPerNs * least, kLeast, kMost);
-  }();
-  return measured;
+  constexpr double kLeast = 1 << 14, kMost = 1 << 20;
+  // No static that a lock guards: in a forked child its holder may be gone. Threads that come at once all measure.
+  static std::atomic<double> known{0};
+  if (const double elements = known.load(std::memory_order_relaxed)) return elements;
+  double least = 1e9;
+  for (int k = 0; k < kTrials; ++k) {
+    const auto begin = std::chrono::steady_clock::now();
+    parallel_for(2, 2, [](int64_t) {});
+    least = std::min(least, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - begin).count());
+  }
+  const double elements = std::min(std::max(kCallsOfAProblem * kElementsPerNs * least, kLeast), kMost);
+  known.store(elements, std::memory_order_relaxed);
+  return elements;
 }
 
 Interruptible::Interruptible(bool (*wanted)()) {
