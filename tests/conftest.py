@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import emulation
 import gpu
 import interpreter
+import ptx
 import pytest
 import torch
 from hypothesis import settings
@@ -26,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # torch.empty is filled with NaN in this mode, so that an output that was never written shows.
     torch.use_deterministic_algorithms(True)
     emulation.install()
+    ptx.install()
     gpu.install()
 
 

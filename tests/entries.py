@@ -10,7 +10,7 @@ from csdiv import GaussianMixture, backends, pairs, testing
 
 Entry = Callable[..., Tensor]
 
-BACKENDS = tuple(name for name in csdiv.available_backends() if name not in ("cuda", "triton", "interpreter"))
+BACKENDS = tuple(name for name in csdiv.available_backends() if name not in ("cuda", "triton", "interpreter", "ptx"))
 """Those that compute on CPU tensors; where there is a GPU its backend is one of them, see gpu.py. The interpreter
 is slow, and has tests of its own in test_triton_contract.py and the like."""
 

@@ -141,6 +141,9 @@ struct Context {
   T* take(int64_t count) {
     T* const array = reinterpret_cast<T*>(scratch + used);
     used += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+#ifdef CSDIV_EMULATION
+    if (scratch) emulation::took(array, count * int64_t(sizeof(T)));
+#endif
     return array;
   }
 };
@@ -156,7 +159,7 @@ void launch(const Context& context, int64_t blocks, int64_t shared_bytes, void (
   if (!context.scratch || blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more blocks than a grid has");
 #ifdef CSDIV_EMULATION
-  emulation::launch(blocks, kThreads, size_t(shared_bytes), [&] { kernel(arguments...); });
+  emulation::launch(blocks, kThreads, size_t(shared_bytes), kernel, arguments...);
 #else
   constexpr int64_t kAlwaysAllowed = 48 << 10;
   if (shared_bytes > kAlwaysAllowed)

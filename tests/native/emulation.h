@@ -2,7 +2,7 @@
 // each thread of a block, one block after the other. Finds wrong results, reads of shared memory that nobody wrote (it
 // begins as NaN), writes beyond shared memory, missing barriers (threads run in several orders), threads that meet at
 // different barriers and warps that exchange values with a lane that left. Says nothing of time, of memory order
-// between blocks, or of what the hardware's approximations round to: those here err by as much, see below.
+// between blocks, or of what the hardware's approximations round to: those here err by as much, see approximations.h.
 #pragma once
 
 #include <math.h>
@@ -14,13 +14,18 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "approximations.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -66,7 +71,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(16) float4 {
@@ -247,15 +252,50 @@ inline void run_block() {
   ++m.blocks_run;
 }
 
-template <class Kernel>
-void launch(int64_t blocks, int threads, size_t shared_bytes, const Kernel& kernel) {
+// PTX in the place of the kernels, see tests/ptx.py; `names` of these, by their addresses.
+struct Ptx {
+  const char* (*launch)(const char*, int64_t, int, uint64_t, const void* const*, const uint32_t*, int) = nullptr;
+  void (*add_buffer)(uint64_t, uint64_t, int, int, const char*) = nullptr;
+  std::map<uintptr_t, std::string> names;
+};
+
+inline Ptx& ptx() {
+  static Ptx ptx;
+  return ptx;
+}
+
+// A piece of scratch memory.
+inline void took(const void* piece, int64_t bytes) {
+  if (piece && ptx().add_buffer) ptx().add_buffer(uint64_t(piece), uint64_t(bytes), false, false, "scratch");
+}
+
+template <class... Parameters>
+void launch_ptx(int64_t blocks, int threads, size_t shared_bytes, void (*kernel)(Parameters...),
+                const std::remove_cv_t<Parameters>&... arguments) {
+  const auto name = ptx().names.find(reinterpret_cast<uintptr_t>(kernel));
+  if (name == ptx().names.end()) fail("a kernel without a name");
+  const uint32_t sizes[] = {sizeof(Parameters)...};
+  const void* const pointers[] = {&arguments...};
+  const char* const error =
+      ptx().launch(name->second.c_str(), blocks, threads, shared_bytes, pointers, sizes, sizeof...(Parameters));
+  if (error) throw std::runtime_error(error);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(int64_t blocks, int threads, size_t shared_bytes, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.mutex);
+  if (ptx().launch) {
+    launch_ptx(blocks, threads, shared_bytes, kernel, arguments...);
+    m.blocks_run += blocks;
+    return;
+  }
   if (shared_bytes > 64 << 10) fail("more shared memory than a block has at compute capability 7.5");
   if (int(m.fibers.size()) != threads) m.fibers = std::vector<Fiber>(threads);
   m.shared.resize(shared_bytes + kCanaryBytes);
   m.shared_bytes = shared_bytes;
-  m.kernel = kernel;
+  m.kernel = [&] { kernel(arguments...); };
   for (int64_t block = 0; block < blocks; ++block) {
     m.block = unsigned(block);
     run_block();
@@ -278,15 +318,6 @@ T shown(const Fiber& fiber, int turn) {
   T value;
   std::memcpy(&value, fiber.slots[turn], sizeof(T));
   return value;
-}
-
-// Within one ulp or so of what the hardware gives, and off by as much as it may be: by `most`, in a direction that
-// depends on the argument.
-inline float perturbed(double exact, double most, float argument) {
-  uint32_t bits;
-  std::memcpy(&bits, &argument, sizeof(bits));
-  bits = (bits ^ bits >> 15) * 0x2c1b3c6du;
-  return float(exact + most * (double(bits >> 8) / (1 << 23) - 1));
 }
 
 }   // namespace emulation
@@ -317,19 +348,15 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()
 namespace csdiv::cuda {
 
 inline float approximate_reciprocal(float x) {
-  const double y = 1.0 / x;
-  return emulation::perturbed(y, fabs(y) * 0x1p-23, x);
+  return approximations::reciprocal(x);
 }
 
 inline float approximate_log2(float x) {
-  const double y = log2(double(x));
-  return isfinite(y) ? emulation::perturbed(y, fmax(1.0, fabs(y)) * 0x1p-22, x) : float(y);
+  return approximations::log2(x);
 }
 
 inline float approximate_exp2(float x) {
-  const double y = exp2(double(x));
-  if (x == 0 || !isfinite(y)) return float(y);
-  return y < 0x1p-126 ? 0.0f : emulation::perturbed(y, y * 0x1p-22, x);
+  return approximations::exp2(x);
 }
 
 }   // namespace csdiv::cuda

@@ -1,6 +1,7 @@
 // csdiv's CUDA backend on the host: the functions that csdiv._C has where it is built with nvcc, and the emulation's
 // own.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cuda/bindings.h"
 #include "emulation.h"
@@ -14,5 +15,12 @@ PYBIND11_MODULE(csdiv_emulation, module) {
       .value("REVERSE", emulation::Order::kReverse)
       .value("RANDOM", emulation::Order::kRandom);
   module.def("set_order", [](emulation::Order order) { emulation::machine().order = order; });
+  module.def("use_ptx", [](uintptr_t launch, uintptr_t add_buffer, const std::map<uintptr_t, std::string>& names) {
+    emulation::Ptx& ptx = emulation::ptx();
+    ptx.launch = reinterpret_cast<decltype(ptx.launch)>(launch);
+    ptx.add_buffer = reinterpret_cast<decltype(ptx.add_buffer)>(add_buffer);
+    ptx.names = names;
+  });
+  module.def("address", [] { return reinterpret_cast<uintptr_t>(&emulation::machine); });
   module.def("blocks_run", [] { return emulation::machine().blocks_run; });
 }
