@@ -180,7 +180,7 @@ def _addresses(native: ModuleType) -> dict[int, str]:
     listed = subprocess.run(["nm", native.__file__], capture_output=True, text=True, check=True).stdout
     symbols = {parts[2]: int(parts[0], 16) for line in listed.splitlines() if len(parts := line.split()) == 3}
     base = native.address() - symbols["_ZN9emulation7machineEv"]
-    return {base + at: name for name, at in symbols.items() if "_kernel" in name and ".cold" not in name}
+    return {base + at: name for name, at in symbols.items() if re.search(r"_kernel[IE]", name) and ".cold" not in name}
 
 
 def _written(t: Tensor) -> bool:
@@ -189,15 +189,20 @@ def _written(t: Tensor) -> bool:
     return not bool(filled.all())
 
 
+def add_kernels(texts: Sequence[str], *, contract: bool = False) -> None:
+    """Makes the kernels of PTX modules known to the machine, in the place of those of the same names."""
+    for text in texts:
+        for kernel in ptx_code.kernels_of(text, contract=contract):
+            machine().add(kernel, host_name(kernel.name))
+
+
 class Ptx(emulation.Emulation):
     """The emulation with the kernels of ``texts``, PTX, in the place of its own."""
 
     def __init__(self, native: ModuleType, texts: Sequence[str], *, contract: bool = False) -> None:
         super().__init__(native)
         self.machine, self._names = machine(), _addresses(native)
-        for text in texts:
-            for kernel in ptx_code.kernels_of(text, contract=contract):
-                self.machine.add(kernel, host_name(kernel.name))
+        add_kernels(texts, contract=contract)
 
     def _run(self, function: str, call: Call, arrays: Sequence[Tensor], *, flat: bool = False) -> None:
         self.machine.clear_buffers()

@@ -22,6 +22,12 @@ SPECIALS = {
 ZERO, PARAMETERS, SPECIAL_COUNT, SPECIAL_BYTES = 6, 8, 9, LANES * 8
 SHARED_BASE = 0x1000
 SPACES = {"global": 0, "shared": 1, "generic": 2, "param": 3}
+RESULTS = {
+    **{"ld": (7, None), "take_apart": (3, None), "ldmatrix": (4, None), "predicates": (1, 2), "setp": (0, 2)},
+    **{"shfl": (1, 3), "vote": (1, 2), "redux": (1, 2), "mma": (1, 5), "bar": (2, 3)},
+    **dict.fromkeys(("st", "bra", "exit", "trap", "nothing", "bar.warp.sync"), (0, 0)),
+}
+"""Which operands of a row are results; of other opcodes the first."""
 HINTS = re.compile(
     r"\.(?:nc|ca|cg|cs|lu|cv|wb|wt|weak|relaxed|volatile|gpu|cta|sys|L1::\w+|L2::\w+|shared::cta|uni)(?![\w:])"
 )
@@ -212,8 +218,25 @@ class _Translator:
                 rows.append(Row(name, operands, guard, s.negated, s.line))
         for k, label in jumps:
             rows[k] = rows[k]._replace(operands=[(labels[label], 0)])
+        self._check_that_registers_are_written(rows)
         last = rows[-1].line if rows else 0
         return [*rows, Row("exit", [], line=last)]
+
+    def _check_that_registers_are_written(self, rows: list[Row]) -> None:
+        """By any instruction: what an empty asm statement leaves to chance shows here."""
+        known, read = (
+            {*range(0, SPECIAL_COUNT * SPECIAL_BYTES, SPECIAL_BYTES), *self.constants.values()},
+            dict[int, int](),
+        )
+        for row in rows:
+            name = row.name if row.name in RESULTS else row.name.partition(".")[0]
+            results = range(len(row.operands))[slice(*RESULTS.get(name, (0, 1)))]
+            known |= {value for k, (value, width) in enumerate(row.operands) if width and k in results}
+            guard = [row.guard] if row.guard >= 0 else []
+            for value in [*guard, *(v for k, (v, width) in enumerate(row.operands) if width and k not in results)]:
+                read.setdefault(value, row.line)
+        if unwritten := {line for value, line in read.items() if value not in known}:
+            raise ValueError(f"line {min(unwritten)}: a register that nothing writes")
 
     def _declare(self, kind: str, names: str) -> None:
         if kind == "{":
@@ -365,7 +388,7 @@ class _Translator:
         register = self.register(s.operands[0])
         value = self.operand(s.operands[1], 8 if source[1:] == "64" else 4)
         rounding = roundings[modifiers[0]] if modifiers else 0
-        return f"cvt.{to}.{source}", [register, value, (rounding, 0), (register[1], 0)]
+        return f"cvt.{to}.{source}", [register, value, (rounding, 0), (register[1], 0), (value[1], 0)]
 
     def _compare(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
         comparison, *modifiers, kind = rest

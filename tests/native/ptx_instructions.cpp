@@ -291,17 +291,24 @@ To converted(From x,
   }
 }
 
-// Operands: result, number, rounding, bytes of the result's register.
+// Operands: result, number, rounding, bytes of either register, which may be wider than its type.
 template <class To, class From>
 void convert(Warp& warp, const Instruction& i, u32 lanes) {
-  const View<From> from(warp, i.operands[1]);
   const int rounding = i.operands[2];
-  if (sizeof(To) < 8 && i.operands[3] == 8) {   // an integer in a register that is wider: its sign goes on
+  const bool wide = sizeof(From) < 8 && i.operands[4] == 8;
+  const View<From> from(warp, i.operands[1]);
+  const u64* const wide_from = warp.lanes<u64>(i.operands[1]);
+  const auto value = [&](int l) {
+    if constexpr (std::is_integral_v<From>)
+      if (wide) return converted<To>(From(wide_from[l]), rounding);
+    return converted<To>(from[l], rounding);
+  };
+  if (sizeof(To) < 8 && i.operands[3] == 8) {   // an integer: its sign goes on
     u64* const to = warp.lanes<u64>(i.operands[0]);
-    each(lanes, [&](int l) { to[l] = u64(s64(converted<To>(from[l], rounding))); });
+    each(lanes, [&](int l) { to[l] = u64(s64(value(l))); });
   } else {
     const View<To> to(warp, i.operands[0]);
-    each(lanes, [&](int l) { to.set(l, converted<To>(from[l], rounding)); });
+    each(lanes, [&](int l) { to.set(l, value(l)); });
   }
 }
 
