@@ -48,12 +48,10 @@ def launch_of(scalar: str, function: Any, values: dict[str, Any]) -> Launch:
     signature: dict[str, Any] = {}
     for parameter in function.params:
         name, value = parameter.name, values[parameter.name]
-        if isinstance(value, int | tuple) and name not in constants and not parameter.do_not_specialize:
+        if isinstance(value, int) and name not in constants and not parameter.do_not_specialize:
             raise ValueError(f"{function.__name__}: {name} would be specialised")
         if name in constants:
             signature[name] = "constexpr"
-        elif isinstance(value, tuple):
-            signature[name] = ("i32",) * len(value)
         else:
             signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
     flags = [name for name, value in constants.items() if value is True]

@@ -121,15 +121,16 @@ def sweep_tied(weights, row, column, scales, dim, mean_sums, variance_sums, stri
             variance_sums += stride
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(
+    do_not_specialize=["n", "m", "dim", "scale_stride", "parts"], do_not_specialize_on_alignment=["given"]
+)
 def gradient_sweep_kernel(
     row_values, row_flags, column_values, column_flags, scales, row_index, column_index,
-    p_log2, q_log2, factors, given, sums, sizes,
+    p_log2, q_log2, factors, given, sums, n, m, dim, scale_stride, parts,
     COLUMNS_OF_P: tl.constexpr, DIMENSIONS: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums[b, part] = (2 padded dim + 1, padded m): of means, variances and weights of the columns, over a part of
     the rows; zero before. DIMENSIONS: whether any but those of the weights are wanted."""
-    n, m, dim, scale_stride, parts = sizes
     problem, column_tile, part = place(tiles_of(m), parts)
     row_item, column_item = item_of(row_index, problem), item_of(column_index, problem)
 
@@ -196,5 +197,5 @@ def launch_gradient_sweep(
         arguments = (*sides, weights.p_log2, q_log2, weights.p_factors, given, sums)
         sizes = (rows.n, columns.n, problem.dim, problem.scale.stride, parts)
         flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "FORM": form, "BLOCK_N": tile.block_n}
-        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, sizes, **flags, **tile.options)
+        gradient_sweep_kernel[(column_tiles * parts,)](*arguments, *sizes, **flags, **tile.options)
     return sums.sum(1) if parts > 1 else sums.squeeze(1)

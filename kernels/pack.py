@@ -107,7 +107,10 @@ def log2_center(p_mean, q_mean):
     return tl.where(p_finite | q_finite, 1 + mean, 0.0)
 
 
-@triton.jit(do_not_specialize=["p_count", "q_count", "dim"])
+# Tensors that a user gave may begin anywhere: a kernel for aligned ones would be compiled twice.
+@triton.jit(
+    do_not_specialize=["p_count", "q_count", "dim"], do_not_specialize_on_alignment=["p_variances", "q_variances"]
+)
 def scale_kernel(p_variances, q_variances, scales, offsets, p_count, q_count, dim, BLOCK_D: tl.constexpr):
     """One program for each scale; ``count`` components follow each other for it."""
     item, padded = tl.program_id(0).to(tl.int64), padded_dim(dim)
@@ -135,7 +138,10 @@ def scale_kernel(p_variances, q_variances, scales, offsets, p_count, q_count, di
     tl.store(offsets + item, -0.5 * (tl.sum(total, 0) * LOG_2 + constants))
 
 
-@triton.jit(do_not_specialize=["scale_stride", "n", "dim"])
+@triton.jit(
+    do_not_specialize=["scale_stride", "n", "dim"],
+    do_not_specialize_on_alignment=["means", "variances", "log_weights"],
+)
 def pack_kernel(
     means, variances, log_weights, scales, values, log2_weights, flags, scale_stride, n, dim,
     TIED: tl.constexpr, BLOCK_D: tl.constexpr,

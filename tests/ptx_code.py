@@ -69,7 +69,7 @@ def kernels_of(text: str, *, contract: bool = False) -> list[Kernel]:
         ValueError: there is something that the machine does not have.
     """
     text = re.sub(r"//[^\n]*", "", text)
-    text = re.sub(r"(?m)^\s*\.(?:loc|file)\b[^\n]*$", "", text)
+    text = re.sub(r"(?m)^[ \t]*\.(?:loc|file)\b[^\n]*$", "", text)
     symbols, size = _shared_symbols(text)
     ends = [m.start() for m in re.finditer("\n", text)]
     found = []
@@ -103,8 +103,9 @@ def _shared_symbols(text: str) -> tuple[dict[str, int], int]:
         size = -(-size // int(m[1])) * int(m[1])
         symbols[m[2]] = SHARED_BASE + size
         size += int(m[3] or 0)
-    for m in re.finditer(r"(?m)^\s*(?:\.visible\s+)?\.(global|const|local)\s[^;]*;", text):
-        raise ValueError(f"memory that the machine does not have: {m[0].strip()}")
+    for m in re.finditer(r"(?m)^\s*(?:\.visible\s+)?\.(?:global|const|local)\s[^;]*?\s([\w$]+)(?:\[[^;]*)?;", text):
+        if len(re.findall(rf"(?<![\w$]){re.escape(m[1])}(?![\w$])", text)) > 1:  # or nothing uses it
+            raise ValueError(f"memory that the machine does not have: {m[0].strip()}")
     return symbols, size
 
 
@@ -381,13 +382,15 @@ class _Translator:
 
     def _convert(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
         *modifiers, to, source = rest
+        flush = 8 * ("ftz" in modifiers)
+        modifiers = [m for m in modifiers if m != "ftz"]
         roundings = {"rn": 0, "rni": 1, "rzi": 2, "rmi": 3, "rpi": 4, "sat": 5}
         if unknown := [m for m in modifiers if m not in roundings]:
             raise ValueError(f"unknown {unknown}")
         to, source = (t.replace("b", "u") for t in (to, source))
         register = self.register(s.operands[0])
         value = self.operand(s.operands[1], 8 if source[1:] == "64" else 4)
-        rounding = roundings[modifiers[0]] if modifiers else 0
+        rounding = flush + (roundings[modifiers[0]] if modifiers else 0)
         return f"cvt.{to}.{source}", [register, value, (rounding, 0), (register[1], 0), (value[1], 0)]
 
     def _compare(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:

@@ -94,6 +94,17 @@ void add_float(const std::string& t) {
   add<[](T a, T b) { return std::copysign(b, a); }, T, T, T>("copysign." + t);
 }
 
+// The same with numbers below the normal ones taken and given as zeros.
+void add_flushing() {
+  add<[](f32 a, f32 b) { return flushed(flushed(a) + flushed(b)); }, f32, f32, f32>("add.ftz.f32");
+  add<[](f32 a, f32 b) { return flushed(flushed(a) - flushed(b)); }, f32, f32, f32>("sub.ftz.f32");
+  add<[](f32 a, f32 b) { return flushed(flushed(a) * flushed(b)); }, f32, f32, f32>("mul.ftz.f32");
+  add<[](f32 a, f32 b, f32 c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); }, f32, f32, f32, f32>(
+      "fma.ftz.f32");
+  add<[](f32 a) { return -flushed(a); }, f32, f32>("neg.ftz.f32");
+  add<[](f32 a) { return std::fabs(flushed(a)); }, f32, f32>("abs.ftz.f32");
+}
+
 // Rounded down.
 f32 fma_down(f32 a, f32 b, f32 c) {
   const long double exact = (long double)(a)*b + c;
@@ -270,9 +281,10 @@ void add_comparisons(const std::string& t) {
 }
 
 template <class To, class From>
-To converted(From x,
-             int rounding) {   // 0: to nearest, 1 to 4: to an integer, nearest, towards 0, down, up; 5: into 0 to 1
+To converted(From x, int rounding) {
+  // 0: to nearest, 1 to 4: to an integer, nearest, towards 0, down, up; 5: into 0 to 1; 8 more: flushed
   if constexpr (std::is_floating_point_v<From>) {
+    if (rounding & 8) return converted<To>(flushed(x), rounding - 8);
     const From y = rounding == 1   ? std::nearbyint(x)
                    : rounding == 2 ? std::trunc(x)
                    : rounding == 3 ? std::floor(x)
@@ -291,24 +303,20 @@ To converted(From x,
   }
 }
 
-// Operands: result, number, rounding, bytes of either register, which may be wider than its type.
+// Operands: result, number, rounding, bytes of the registers of both, which may be wider than an integer.
 template <class To, class From>
 void convert(Warp& warp, const Instruction& i, u32 lanes) {
   const int rounding = i.operands[2];
-  const bool wide = sizeof(From) < 8 && i.operands[4] == 8;
+  const bool narrow = sizeof(From) < 8 && i.operands[4] == 8;
   const View<From> from(warp, i.operands[1]);
-  const u64* const wide_from = warp.lanes<u64>(i.operands[1]);
-  const auto value = [&](int l) {
-    if constexpr (std::is_integral_v<From>)
-      if (wide) return converted<To>(From(wide_from[l]), rounding);
-    return converted<To>(from[l], rounding);
-  };
-  if (sizeof(To) < 8 && i.operands[3] == 8) {   // an integer: its sign goes on
+  const View<u64> wide(warp, i.operands[1]);
+  const auto number = [&](int l) { return narrow ? From(wide[l]) : from[l]; };
+  if (sizeof(To) < 8 && i.operands[3] == 8) {   // its sign goes on
     u64* const to = warp.lanes<u64>(i.operands[0]);
-    each(lanes, [&](int l) { to[l] = u64(s64(value(l))); });
+    each(lanes, [&](int l) { to[l] = u64(s64(converted<To>(number(l), rounding))); });
   } else {
     const View<To> to(warp, i.operands[0]);
-    each(lanes, [&](int l) { to.set(l, value(l)); });
+    each(lanes, [&](int l) { to.set(l, converted<To>(number(l), rounding)); });
   }
 }
 
@@ -557,7 +565,7 @@ void nothing(Warp&, const Instruction&, u32) {}
 
 const std::map<std::string, Operation>& operations() {
   if (!table.empty()) return table;
-  add_float<f32>("f32"), add_float<f64>("f64");
+  add_float<f32>("f32"), add_float<f64>("f64"), add_flushing();
   add_approximations();
   add_integer<s16>("s16"), add_integer<s32>("s32"), add_integer<s64>("s64");
   add_integer<u16>("u16"), add_integer<u32>("u32"), add_integer<u64>("u64");

@@ -280,7 +280,7 @@ void launch(Kernel& kernel, int64_t blocks, int threads, u64 dynamic_shared, con
   place_parameters(kernel, values, bytes, count);
   make_warps(kernel, u32(threads), u32(blocks));
   m.shared.resize(m.shared_bytes + 16);
-  m.shared_cells.assign(m.shared_bytes / 4 + 4, Cell());
+  m.shared_cells.assign(m.shared_bytes / 4 + 4, Cell()), m.shared_unit = 4;
   m.launch_stamp = m.stamp + 1;
   for (const u32 block : in_order(blocks)) {
     m.block = block;

@@ -129,6 +129,7 @@ struct Machine {
   const Instruction* instruction = nullptr;
   std::vector<char> shared;
   std::vector<Cell> shared_cells;
+  int shared_unit = 4;   // bytes of a cell
   u64 shared_bytes = 0;
   std::vector<char> parameters;
   std::vector<Warp> warps;

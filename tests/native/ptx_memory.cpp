@@ -34,10 +34,10 @@ Buffer& buffer_of(u64 address, int bytes, bool write, int thread) {
 }
 
 // Cells of single bytes from now on.
-void divide(Buffer& buffer) {
-  std::vector<Cell> cells(buffer.cells.size() * buffer.unit);
-  for (size_t k = 0; k < cells.size(); ++k) cells[k] = buffer.cells[k / buffer.unit];
-  buffer.cells = std::move(cells), buffer.unit = 1;
+void divide(std::vector<Cell>& cells, int& unit) {
+  std::vector<Cell> divided(cells.size() * unit);
+  for (size_t k = 0; k < divided.size(); ++k) divided[k] = cells[k / unit];
+  cells = std::move(divided), unit = 1;
 }
 
 struct Access {
@@ -175,13 +175,13 @@ void access(Warp& warp, u32 lanes, Space space, const u64* addresses, int bytes,
                  std::to_string(s64(address - kSharedBase)) + " of " + std::to_string(m.shared_bytes) + " bytes",
              thread);
       places[l] = m.shared.data() + (address - kSharedBase);
-      if (bytes < unit) fail("less than four bytes of shared memory", thread);
-      cells = &m.shared_cells[(address - kSharedBase) / unit];
+      if (bytes < m.shared_unit) divide(m.shared_cells, m.shared_unit);
+      unit = m.shared_unit, cells = &m.shared_cells[(address - kSharedBase) / unit];
     } else {
       Buffer& buffer = buffer_of(address, bytes, write, thread);
       if (write && buffer.read_only) report("write to an input", thread, buffer.name);
       places[l] = reinterpret_cast<char*>(address);
-      if (bytes < buffer.unit) divide(buffer);
+      if (bytes < buffer.unit) divide(buffer.cells, buffer.unit);
       unit = buffer.unit, cells = &buffer.cells[(address - buffer.begin) / unit];
     }
     Access a{warp, l, write, space == Space::kShared, false};

@@ -1,0 +1,186 @@
+"""The Triton backend on CPU tensors, its kernels compiled for a GPU and their PTX run by native/ptx_machine.h.
+
+Triton launches through a driver: the one here takes PTX for what a GPU loads, and the machine for that GPU. All before
+it, what a launch specialises on and what is compiled when, is as on a GPU. How a kernel runs is settled where it is
+decorated, and pytest's own process has it interpreted: so this is for processes of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.static_triton import SHARED_BYTES
+
+NAME = "triton-ptx"
+ROOT = Path(__file__).resolve().parents[1]
+PROCESSORS = 1  # work is cut in parts where it is less than a few tiles
+MAX_THREADS = 1024
+Tensors = Sequence[Any]
+
+
+class Driver:
+    """What Triton takes for the driver of a GPU of this compute capability, such as 80."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability, self.utils, self.launcher_cls = capability, self, Launcher
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_BYTES[self.capability]}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, str, int, int, int]:
+        """Module, function, registers, spills and the most threads; the machine knows the kernel afterwards."""
+        ptx, ptx_code = importlib.import_module("ptx"), importlib.import_module("ptx_code")
+        known = f"{name} {hashlib.sha256(binary).hexdigest()[:16]}"
+        if known not in ptx.machine().kernels:
+            (kernel,) = ptx_code.kernels_of(binary.decode())
+            ptx.machine().add(kernel, known)
+        return None, known, 0, 0, MAX_THREADS
+
+
+class Memory:
+    """The tensors that kernels have seen in a call of the backend, kept so that no other takes their place."""
+
+    def __init__(self) -> None:
+        self.tensors = dict[int, Tensor]()
+
+    def clear(self) -> None:
+        self.tensors.clear()
+        importlib.import_module("ptx").machine().clear_buffers()
+
+    def add(self, t: Tensor, *, read_only: bool = False) -> None:
+        """What torch has not written holds the one value that it fills memory with in tests."""
+        ptx = importlib.import_module("ptx")
+        begin, end = t.data_ptr(), t.data_ptr() + t.nbytes
+        known = any(o.data_ptr() <= begin and end <= o.data_ptr() + o.nbytes for o in self.tensors.values())
+        if t.numel() and not known:
+            self.tensors[begin] = t
+            ptx.machine().add_buffer(t, written=read_only or ptx._written(t), read_only=read_only)
+
+
+memory = Memory()
+
+
+class Launcher:
+    """A compiled kernel as Triton launches it."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.types, self.metadata = list(source.signature.values()), metadata
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+        """``rest``: metadata and hooks, four of them, and the arguments with the constants among them."""
+        ptx = importlib.import_module("ptx")
+        assert y == z == 1
+        values: list[Any] = []
+        for kind, value in zip(self.types, rest[4:], strict=True):
+            if kind == "constexpr":
+                continue
+            if kind[0] == "*":
+                memory.add(value)
+                values.append(ctypes.c_uint64(value.data_ptr()))
+            else:
+                values.append({"i32": ctypes.c_int32, "i64": ctypes.c_int64}[kind](value))
+        scratch = len(ptx.machine().kernels[function].parameters) - len(values)  # that no kernel here asks for
+        values += [ctypes.c_uint64(0)] * scratch
+        ptx.machine().launch(function, x, 32 * self.metadata.num_warps, self.metadata.shared, values)
+
+
+def _register(capability: int) -> None:
+    backends, module = (importlib.import_module(f"csdiv.{name}") for name in ("backends", "backends.triton"))
+
+    class OnMachine(module.Triton):
+        def processors(self, device: torch.device) -> int:
+            return PROCESSORS
+
+        def current(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+            return contextlib.nullcontext()
+
+        def capturing(self) -> bool:
+            return False
+
+        def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> Any:
+            with _checked(tensors):
+                return super().forward(name, tensors, needs)
+
+        def backward(
+            self, name: str, grad: Tensor, tensors: Tensors, outputs: Sequence[Tensor], needs: Sequence[bool]
+        ) -> Any:
+            with _checked([grad, *tensors, *outputs]):
+                return super().backward(name, grad, tensors, outputs, needs)
+
+        def assign(self, name: str, tensors: Tensors) -> Any:
+            with _checked(tensors):
+                return super().assign(name, tensors)
+
+    backends.register(NAME, OnMachine)
+
+
+@contextlib.contextmanager
+def _checked(tensors: Tensors) -> Iterator[None]:
+    """A call of the backend, which must not write to ``tensors``; what the machine finds is an error of it."""
+    memory.clear()
+    for t in tensors:
+        if t is not None:
+            memory.add(t, read_only=True)
+    try:
+        yield
+    finally:
+        memory.clear()
+    importlib.import_module("ptx").machine().check()
+
+
+def install(capability: int = 80, package: Path | None = None) -> None:
+    """Makes this process one where the backend "triton-ptx" runs, with the triton in ``package`` if that is given."""
+    if package is not None:
+        sys.path.insert(0, str(package))
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-ptx")
+    triton = importlib.import_module("triton")
+    assert package is None or Path(triton.__file__).is_relative_to(package)
+    compiler = importlib.import_module("triton.backends.nvidia.compiler").CUDABackend
+    compiler.make_cubin = lambda self, source, *options: source.encode()
+    importlib.import_module("triton.runtime").driver.set_active(Driver(capability))
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    _register(capability)
+
+
+@contextlib.contextmanager
+def process(*arguments: Any) -> Iterator[ProcessPoolExecutor]:
+    """One that has had ``install(*arguments)``."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=install, initargs=arguments) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def variants() -> Iterator[set[tuple[str, str]]]:
+    """The kernels that would be compiled, names and what Triton tells its variants by; none is, nor runs."""
+    function, found = importlib.import_module("triton").JITFunction, set[tuple[str, str]]()
+
+    def record(kernel: Any, key: Any, *rest: Any) -> None:
+        found.add((kernel.__name__, str(key)))
+
+    with mock.patch.object(function, "_do_compile", record):
+        yield found
