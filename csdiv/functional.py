@@ -355,7 +355,7 @@ def points(x: Tensor | GaussianMixture) -> GaussianMixture:
 
 
 def warmup(device: torch.device | str | None = None, *, backend: str = "auto") -> None:
-    """Loads the kernels onto a device, so that no later call waits for it and CUDA graphs can be captured.
+    """Loads the kernels onto a device, so that no later call waits for it and any CUDA graph can be captured.
 
     Every operator and its gradients are called once on tiny mixtures, in float32 and float64, and with full
     covariances. The time of the first call goes from milliseconds to microseconds; results do not change.

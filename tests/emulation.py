@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import os
@@ -36,9 +37,9 @@ def build(folder: Path, *options: str) -> Path:
     return module
 
 
-def load(path: Path) -> ModuleType:
-    """The built module."""
-    spec = importlib.util.spec_from_file_location("csdiv_emulation", path)
+def load(path: Path, package: str = "") -> ModuleType:
+    """The built module; in another ``package`` for each copy of it, or pybind11 gives the first."""
+    spec = importlib.util.spec_from_file_location(f"{package}csdiv_emulation", path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -55,8 +56,8 @@ class Emulation(Cuda):
     def stream(self, device: torch.device) -> int:
         return 0
 
-    def capturing(self) -> bool:
-        return False
+    def current(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def processors(self, device: torch.device) -> int:
         return PROCESSORS

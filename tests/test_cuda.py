@@ -3,14 +3,22 @@
 Values and gradients are held to the contract like those of every backend, see gpu.py.
 """
 
+import contextlib
+import importlib.util
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import emulation
 import gpu
 import pytest
 import torch
+from entries import function, tensors
 from torch import Tensor
 
 import csdiv
@@ -40,23 +48,91 @@ def value_and_gradients(p: GaussianMixture, q: GaussianMixture) -> list[Tensor]:
 
 
 @pytest.fixture
-def forgotten() -> Iterator[None]:
+def cold(tmp_path: Path) -> Iterator[ModuleType]:
+    """Another copy of the emulation, which has launched nothing yet, in its place."""
     backend = emulation.backend()
-    loaded, backend.loaded = backend.loaded, set()
+    native = emulation.load(Path(shutil.copy(str(backend.native.__file__), tmp_path)), f"{tmp_path.name}.")
+    with mock.patch.object(backend, "native", native):
+        yield native
+
+
+@contextlib.contextmanager
+def captured(native: ModuleType) -> Iterator[None]:
+    """As if the stream were captured into a CUDA graph."""
+    native.set_capturing(True)
     yield
-    backend.loaded = loaded
+    native.set_capturing(False)
 
 
-def test_a_cold_capture_is_refused_until_warmup(forgotten: None) -> None:
+REFUSAL = r'CUDA graph capture on cuda:0: call csdiv.warmup\("cuda:0"\), or the same function, before it'
+
+
+def test_a_cold_capture_is_refused_until_warmup(cold: ModuleType) -> None:
     p = testing.random_mixture(3, 2)
-    with mock.patch.object(emulation.backend(), "capturing", return_value=True):
-        with pytest.raises(RuntimeError, match=r"CUDA graph capture on cpu: call csdiv.warmup\('cpu'\) before it"):
+    with captured(cold):
+        with pytest.raises(RuntimeError, match=REFUSAL):
             csdiv.log_overlap(p, backend=emulation.NAME)
-        with pytest.raises(RuntimeError, match="warmup"):
+        with pytest.raises(RuntimeError, match=REFUSAL):
             csdiv.warmup("cpu", backend=emulation.NAME)  # too late
     csdiv.warmup("cpu", backend=emulation.NAME)
-    with mock.patch.object(emulation.backend(), "capturing", return_value=True):
-        csdiv.log_overlap(p, backend=emulation.NAME)
+    with captured(cold):
+        for entry in ("cs_divergence", "component_log_overlap", "cs_regularizer"):
+            x = tensors(entry, torch.float32)
+            function(entry, emulation.NAME)(*x).sum().backward()
+
+
+@pytest.mark.parametrize("entry", ["cs_divergence", "component_log_overlap", "pairwise_log_overlap", "cs_regularizer"])
+def test_what_was_called_before_can_be_captured(cold: ModuleType, entry: str) -> None:
+    """As torch.cuda.make_graphed_callables and torch.compile(mode="reduce-overhead") do it."""
+    x, call = tensors(entry, torch.float32), function(entry, emulation.NAME)
+    with torch.no_grad():
+        call(*x)
+        with captured(cold):
+            call(*x)
+            with pytest.raises(RuntimeError, match=REFUSAL):  # other kernels
+                call(*(t.double() for t in x))
+    with captured(cold), pytest.raises(RuntimeError, match=REFUSAL):
+        call(*x).sum().backward()
+    torch.autograd.grad(call(*x).sum(), x)
+    with captured(cold):
+        torch.autograd.grad(call(*x).sum(), x)
+
+
+def test_what_launches_nothing_loads_nothing(cold: ModuleType) -> None:
+    p, q = testing.random_mixture(3, 2, batch_shape=(0,)), testing.random_mixture(3, 2)
+    csdiv.cs_divergence(p, p, backend=emulation.NAME)
+    with captured(cold), pytest.raises(RuntimeError, match=REFUSAL):
+        csdiv.cs_divergence(q, q, backend=emulation.NAME)
+
+
+def test_only_the_device_of_a_call_is_set(cold: ModuleType) -> None:
+    """To set one creates a context there."""
+    p = testing.random_mixture(3, 2)
+    csdiv.log_overlap(p, backend=emulation.NAME)
+    assert cold.cuda_kernels_status(0) == ""
+    assert cold.devices_set() == []
+    assert cold.cuda_kernels_status(1) == ""
+    assert cold.devices_set() == [1, 0]
+
+
+def test_only_the_device_of_the_tensors_is_asked() -> None:
+    asked: list[torch.device] = []
+    with backends.registrations_restored(), mock.patch.object(torch.cuda, "current_device", return_value=0):
+        backends.register("cuda", emulation.backend, device="cuda", missing=lambda d: asked.append(d) or "")
+        for name in ("auto", "cuda"):
+            assert backends.resolve(name, torch.device("cuda:1")) is emulation.backend()
+        assert set(asked) == {torch.device("cuda:1")}
+        assert csdiv.backend_status()["cuda"].available
+        assert asked[-1] == torch.device("cuda:0")
+
+
+def test_the_status_of_the_machine_asks_no_device() -> None:
+    built = mock.Mock(has_cuda=True, cuda_versions=lambda: (13000, 13000))
+    cuda = {"is_available": lambda: True, "current_device": mock.Mock(side_effect=AssertionError)}
+    with mock.patch.object(csdiv, "_C", built, create=True), mock.patch.multiple(torch.cuda, **cuda):
+        assert backends._cuda_status.__wrapped__().available
+        if torch.version.hip is None and importlib.util.find_spec("triton"):
+            assert backends._triton_status.__wrapped__().available
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -75,8 +151,8 @@ def test_warmup_of_what_is_not_there_says_so() -> None:
 def test_a_gpu_that_has_no_kernels_is_refused_with_the_reason() -> None:
     """Beside one that has them, which "cuda" is available for."""
     device, reason = torch.device("cuda:1"), "built for 90a-real, but not for this one"
-    with backends.registrations_restored(), mock.patch.object(backends, "_missing_kernels", return_value=reason):
-        backends.register("cuda", emulation.backend, device="cuda")
+    with backends.registrations_restored():
+        backends.register("cuda", emulation.backend, device="cuda", missing=lambda device: reason)
         backends.register("triton", emulation.backend, status=lambda: backends.BackendStatus(False, ""))
         with pytest.raises(RuntimeError, match=f"not available: {reason}"):
             backends.resolve("cuda", device)
@@ -136,6 +212,43 @@ def test_graph_replays_give_the_same_bits(size: tuple[int, int, int]) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
+
+
+GRAPHED = """
+import sys, torch, csdiv
+from csdiv import GaussianMixture
+x = [(torch.rand(70, 5, device="cuda") + 0.5).requires_grad_() for _ in range(4)]
+def value(*x):
+    return csdiv.cs_divergence(GaussianMixture(*x[:2]), GaussianMixture(*x[2:]))
+if sys.argv[1] == "graphed":
+    call = torch.cuda.make_graphed_callables(value, tuple(x))
+else:
+    call = torch.compile(value, mode="reduce-overhead", fullgraph=True)
+for _ in range(4):
+    torch.compiler.cudagraph_mark_step_begin()
+    grads = [g.clone() for g in torch.autograd.grad(call(*x), x)]
+assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(value(*x), x)))
+"""
+
+
+@needs_gpu
+@pytest.mark.parametrize("way", ["graphed", "compiled"])
+def test_graphs_that_torch_captures_need_no_warmup(way: str) -> None:
+    done = subprocess.run([sys.executable, "-c", GRAPHED, way], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_other_devices_get_no_context() -> None:
+    code = """
+import torch, csdiv
+p = csdiv.GaussianMixture(torch.rand(9, 3, device="cuda:1"), torch.rand(9, 3, device="cuda:1"))
+assert csdiv.log_overlap(p, backend="cuda").isfinite()
+assert not torch._C._cuda_hasPrimaryContext(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_gpu

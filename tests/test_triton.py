@@ -27,9 +27,9 @@ def test_a_status_says_what_is_missing() -> None:
     with mock.patch("importlib.util.find_spec"), mock.patch.object(torch.cuda, "is_available", return_value=True):
         with mock.patch.object(torch.version, "hip", "6.0"):
             assert "NVIDIA" in status().reason
-        capability = {"get_device_capability": lambda: (7, 5), "get_device_name": lambda: "T4"}
-        with mock.patch.multiple(torch.cuda, **capability), mock.patch.object(torch.version, "hip", None):
-            assert "8.0 or later is needed, T4 has 7.5" in status().reason
+    capability = {"get_device_capability": lambda device: (7, 5 + device.index), "get_device_name": lambda device: "T4"}
+    with mock.patch.multiple(torch.cuda, **capability):
+        assert "8.0 or later is needed, T4 has 7.6" in backends._too_old(torch.device("cuda:1"))
 
 
 def available(backend: str, yes: bool = True) -> None:
@@ -54,7 +54,7 @@ def test_cpu_tensors_are_refused() -> None:
 @pytest.mark.parametrize(("present", "chosen"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")])
 def test_auto_on_a_gpu_takes_the_best_one(present: tuple[str, ...], chosen: str) -> None:
     gpu = torch.device("cuda")
-    with backends.registrations_restored(), mock.patch.object(backends, "_missing_kernels", return_value=""):
+    with backends.registrations_restored():
         for name in ("cuda", "triton"):
             available(name, name in present)
         assert backends.resolve("auto", gpu) is backends.resolve(chosen, gpu)

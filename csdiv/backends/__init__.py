@@ -47,6 +47,7 @@ class _Registered(NamedTuple):
     device: str | None  # the kind of device that it computes on, None: CPUs and CUDA devices
     full: bool  # whether it has full covariances, up to MAX_FULL_DIM
     factors: bool  # whether it takes factors of them against points
+    missing: Callable[[torch.device], str] | None  # why it cannot run on a device, though it can on others
 
 
 _registered: dict[str, _Registered] = {}
@@ -62,6 +63,7 @@ def register(
     full: bool = False,
     factors: bool = False,
     status: Callable[[], BackendStatus] = lambda: BackendStatus(True, ""),
+    missing: Callable[[torch.device], str] | None = None,
 ) -> None:
     """Adds a backend, or replaces the one of this name.
 
@@ -71,14 +73,15 @@ def register(
         device: the kind of device whose tensors it computes on, "cpu" or "cuda"; default both.
         full: whether it has the operators for full covariances, with D ≤ ``MAX_FULL_DIM``.
         factors: whether it has those named "factored_…" as well; else factors are multiplied out for it.
-        status: whether it can run here. By default it can.
+        status: whether it can run on this machine. By default it can.
+        missing: why it cannot run on a device, though it can on others, or "". By default it can run on all.
 
     Raises:
         ValueError: the name is "auto".
     """
     if name == "auto":
         raise ValueError('name: any but "auto" expected')
-    _registered[name] = _Registered(functools.cache(load), status, device, full, factors)
+    _registered[name] = _Registered(functools.cache(load), status, device, full, factors, missing)
     resolve.cache_clear()
 
 
@@ -95,13 +98,25 @@ def registrations_restored() -> Iterator[None]:
 
 
 def backend_status() -> dict[str, BackendStatus]:
-    """The status of every backend.
+    """The status of every backend, on the current CUDA device where it computes on such.
 
     Example:
         >>> csdiv.backend_status()["reference"]
         BackendStatus(available=True, reason='')
     """
-    return {name: registered.status() for name, registered in _registered.items()}
+    return {name: _status(name) for name in _registered}
+
+
+def _status(name: str, device: torch.device | None = None) -> BackendStatus:
+    """That of a backend on ``device``, None: the current CUDA device. No other one gets a context."""
+    registered = _registered[name]
+    status = registered.status()
+    if registered.missing is None or not status.available:
+        return status
+    if device is None or device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    reason = registered.missing(device)
+    return BackendStatus(not reason, reason)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -155,20 +170,19 @@ def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
     if name == "auto":
         name = _first_able(device)
         if device.type == "cuda" and name == "reference":
-            _warn_slow_cuda()
+            _warn_slow_cuda(device)
         if operator.startswith(("full_", "factored_")) and not has_full(name):
             name = "reference"
     registered = _registered[name]
-    status = registered.status()
+    fits = registered.device in (None, device.type)
+    status = _status(name, device) if fits else registered.status()
     if not status.available:
         raise RuntimeError(f'backend "{name}" is not available: {status.reason}')
-    if registered.device not in (None, device.type):
+    if not fits:
         raise RuntimeError(
             f'backend "{name}" computes on {str(registered.device).upper()} tensors, got {device}: '
             'move them, or take backend="auto"'
         )
-    if name == "cuda" and (reason := _missing_kernels(device)):
-        raise RuntimeError(f'backend "cuda" is not available: {reason}')
     backend = registered.load()
     if operator in backend.lacks:
         if automatic:
@@ -179,8 +193,7 @@ def resolve(name: str, device: torch.device, operator: str = "") -> Backend:
 
 def _first_able(device: torch.device) -> str:
     order, _ = AUTO.get(device.type, ((), ""))
-    able = (name for name in order if _registered[name].status().available)
-    return next((name for name in able if name != "cuda" or not _missing_kernels(device)), "reference")
+    return next((name for name in order if _status(name, device).available), "reference")
 
 
 def explain(device: str, dim: int, p_variances: Sequence[int], q_variances: Sequence[int]) -> list[str]:
@@ -238,8 +251,7 @@ def _cuda_status() -> BackendStatus:
         )
     if not torch.cuda.is_available():
         return BackendStatus(False, built + "torch sees no GPU: torch.cuda.is_available() is False")
-    reason = _missing_kernels(torch.device("cuda", torch.cuda.current_device()))
-    return BackendStatus(not reason, reason)
+    return BackendStatus(True, "")
 
 
 @functools.cache
@@ -247,7 +259,9 @@ def _missing_kernels(device: torch.device) -> str:
     """Why the CUDA kernels do not run on this GPU, though they do on some; empty if they do."""
     import csdiv._C as _C
 
-    if device.type != "cuda" or not (error := _C.cuda_kernels_status(device.index or 0)):
+    with torch.cuda.device(device):
+        error = _C.cuda_kernels_status(device.index)
+    if not error:
         return ""
     name = torch.cuda.get_device_name(device)
     return f"{_C.cuda_status}, but not for {name} ({error}): set CSDIV_CUDA_ARCHS and build again"
@@ -261,11 +275,6 @@ def _triton_status() -> BackendStatus:
         return BackendStatus(False, "torch sees no GPU: torch.cuda.is_available() is False")
     if torch.version.hip:
         return BackendStatus(False, "its kernels have instructions of NVIDIA GPUs, and this torch is for AMD ones")
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return BackendStatus(
-            False, f"compute capability 8.0 or later is needed, {torch.cuda.get_device_name()} has {major}.{minor}"
-        )
     try:
         importlib.import_module("csdiv.backends.triton")
     except ImportError as error:
@@ -276,8 +285,17 @@ def _triton_status() -> BackendStatus:
 
 
 @functools.cache
-def _warn_slow_cuda() -> None:
-    reasons = "; ".join(f"{name}: {backend_status()[name].reason}" for name in AUTO["cuda"][0])
+def _too_old(device: torch.device) -> str:
+    """Why the Triton kernels do not run on this GPU; empty if they do."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return ""
+    return f"compute capability 8.0 or later is needed, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+
+
+@functools.cache
+def _warn_slow_cuda(device: torch.device) -> None:
+    reasons = "; ".join(f"{name}: {_status(name, device).reason}" for name in AUTO["cuda"][0])
     warnings.warn(
         f"csdiv computes on CUDA tensors with the eager reference, which is slow ({reasons})",
         RuntimeWarning,
@@ -292,5 +310,5 @@ def _module(name: str) -> Callable[[], Backend]:
 
 register("reference", _module("reference"), full=True, factors=True)
 register("cpu", _module("cpu"), device="cpu", full=True, factors=True, status=_native_status)
-register("cuda", _module("cuda"), device="cuda", full=True, status=_cuda_status)
-register("triton", _module("triton"), device="cuda", status=_triton_status)
+register("cuda", _module("cuda"), device="cuda", full=True, status=_cuda_status, missing=_missing_kernels)
+register("triton", _module("triton"), device="cuda", status=_triton_status, missing=_too_old)

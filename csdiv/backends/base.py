@@ -41,7 +41,7 @@ class Backend(abc.ABC):
 
     @functools.cached_property
     def loaded(self) -> set[torch.device]:
-        """Devices that have all kernels; see :func:`csdiv.warmup`."""
+        """Devices that :func:`csdiv.warmup` was called for."""
         return set()
 
     @abc.abstractmethod

@@ -6,6 +6,7 @@ waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -38,9 +39,10 @@ class Cuda(Backend):
         """The number of multiprocessors: how work is cut depends on it, so results are the same on one device model."""
         return _processors(device)
 
-    def capturing(self) -> bool:
-        """Whether the current stream is being captured into a CUDA graph."""
-        return torch.cuda.is_current_stream_capturing()
+    def current(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """Makes ``device`` the current one for a while. Torch goes back to a device without a context by name alone;
+        the native code would create one."""
+        return torch.cuda.device(device)
 
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
         if any(needs) and OPERATORS[name].at_once == "rows":
@@ -86,14 +88,13 @@ class Cuda(Backend):
     def _run(self, function: str, call: Call, arrays: Sequence[Tensor], *, flat: bool = False) -> None:
         """Calls a native function twice: for the size of its scratch memory, and with it."""
         device = arrays[0].device
-        if device not in self.loaded and self.capturing():
-            raise RuntimeError(f"CUDA graph capture on {device}: call csdiv.warmup({str(device)!r}) before it")
         run, arguments = getattr(self.native, function), call.arguments(arrays, flat=flat)
         where = (device.index or 0, self.stream(device), self.processors(device))
         size = run(*arguments, (*where, 0))
         scratch = torch.empty(size, dtype=torch.uint8, device=device)
         if size:
-            run(*arguments, (*where, scratch.data_ptr()))
+            with self.current(device):
+                run(*arguments, (*where, scratch.data_ptr()))
 
 
 @functools.cache

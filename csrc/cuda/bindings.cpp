@@ -19,17 +19,19 @@ using cuda::Mixture;
 using cuda::Problem;
 using cuda::SideGradients;
 
-// The device of a call, for its duration.
+// The device of a call, for its duration. To set a device creates a context there, so none is set but to change it.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device) {
     cuda::check(cudaGetDevice(&previous_));
-    if (device != previous_) cuda::check(cudaSetDevice(device));
+    if (device_ != previous_) cuda::check(cudaSetDevice(device_));
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
 
  private:
-  int previous_ = 0;
+  int device_, previous_ = 0;
 };
 
 template <class T>
@@ -92,7 +94,7 @@ template <class T, class F>
 int64_t run_in(const py::tuple& context, const Call<T>& call, const F& run) {
   check(context.size() == 4, "a context has 4 fields");
   const int device = context[0].cast<int>();
-  Context where{reinterpret_cast<cudaStream_t>(context[1].cast<Pointer>()), context[2].cast<int>(),
+  Context where{reinterpret_cast<cudaStream_t>(context[1].cast<Pointer>()), context[2].cast<int>(), device,
                 reinterpret_cast<char*>(context[3].cast<Pointer>())};
   const py::gil_scoped_release unlocked;
   if (where.scratch) {

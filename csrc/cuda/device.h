@@ -6,8 +6,11 @@
 
 #include <cfloat>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifdef CSDIV_EMULATION
 #include "emulation.h"
@@ -134,7 +137,8 @@ CSDIV_HOST_DEVICE Part part(int64_t size, int64_t parts, int64_t k) {
 struct Context {
   cudaStream_t stream;
   int processors;   // multiprocessors of the device
-  char* scratch;    // null: nothing is launched, `used` tells what is needed
+  int device;
+  char* scratch;   // null: nothing is launched, `used` tells what is needed
   int64_t used = 0;
 
   template <class T>
@@ -152,12 +156,48 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
+// The kernels that each device has loaded: a kernel is loaded at its first launch, which drivers may refuse while a
+// graph is captured.
+class Loaded {
+ public:
+  // Throws where the kernel would be loaded in a capture.
+  void before_launch(const void* kernel, const Context& context) {
+    if (has(kernel, context.device)) return;
+    cudaStreamCaptureStatus status;
+    check(cudaStreamIsCapturing(context.stream, &status));
+    const std::string device = "cuda:" + std::to_string(context.device);
+    if (status != cudaStreamCaptureStatusNone)
+      throw std::runtime_error("CUDA graph capture on " + device + ": call csdiv.warmup(\"" + device +
+                               "\"), or the same function, before it");
+  }
+
+  void after_launch(const void* kernel, const Context& context) {
+    const std::lock_guard lock(mutex_);
+    kernels_.emplace(kernel, context.device);
+  }
+
+ private:
+  bool has(const void* kernel, int device) {
+    const std::lock_guard lock(mutex_);
+    return kernels_.count({kernel, device});
+  }
+
+  std::mutex mutex_;
+  std::set<std::pair<const void*, int>> kernels_;
+};
+
+inline Loaded& loaded() {
+  static Loaded loaded;
+  return loaded;
+}
+
 #if defined(__CUDACC__) || defined(CSDIV_EMULATION)
 template <class... Parameters, class... Arguments>
 void launch(const Context& context, int64_t blocks, int64_t shared_bytes, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
   if (!context.scratch || blocks == 0) return;
   if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more blocks than a grid has");
+  loaded().before_launch(reinterpret_cast<const void*>(kernel), context);
 #ifdef CSDIV_EMULATION
   emulation::launch(blocks, kThreads, size_t(shared_bytes), kernel, arguments...);
 #else
@@ -169,6 +209,7 @@ void launch(const Context& context, int64_t blocks, int64_t shared_bytes, void (
   // clang-format on
   check(cudaGetLastError());
 #endif
+  loaded().after_launch(reinterpret_cast<const void*>(kernel), context);
 }
 #endif
 

@@ -48,11 +48,34 @@ enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) {
   return "";
 }
+
+namespace emulation {
+
+struct Driver {
+  int device = 0;
+  std::vector<int> devices_set;   // in this order
+  bool capturing = false;
+};
+
+inline Driver& driver() {
+  static Driver driver;
+  return driver;
+}
+
+}   // namespace emulation
+
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulation::driver().device;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) {
+inline cudaError_t cudaSetDevice(int device) {
+  emulation::driver().device = device;
+  emulation::driver().devices_set.push_back(device);
+  return cudaSuccess;
+}
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::driver().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() {

@@ -10,7 +10,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(csdiv_emulation, module) {
   csdiv::bind_cuda(module);
-  py::enum_<emulation::Order>(module, "Order")
+  py::enum_<emulation::Order>(module, "Order", py::module_local())
       .value("FORWARD", emulation::Order::kForward)
       .value("REVERSE", emulation::Order::kReverse)
       .value("RANDOM", emulation::Order::kRandom);
@@ -22,5 +22,7 @@ PYBIND11_MODULE(csdiv_emulation, module) {
     ptx.names = names;
   });
   module.def("address", [] { return reinterpret_cast<uintptr_t>(&emulation::machine); });
+  module.def("set_capturing", [](bool capturing) { emulation::driver().capturing = capturing; });
+  module.def("devices_set", [] { return std::exchange(emulation::driver().devices_set, {}); });
   module.def("blocks_run", [] { return emulation::machine().blocks_run; });
 }
