@@ -1,7 +1,7 @@
 """The PTX of the built CUDA kernels in the place of the emulation's kernels, as one more backend for tests: "ptx".
 
-The host code is the emulation's, so is what the kernels are given; what runs is the PTX that csdiv._C was built with, on
-native/ptx_machine.h. A finding of the machine is an error of the call.
+The host code is the emulation's, so is what the kernels are given; what runs is the PTX that csdiv._C was built with,
+on native/ptx_machine.h. A finding of the machine is an error of the call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -219,7 +219,8 @@ class Ptx(emulation.Emulation):
             self.machine.add_buffer(t, written=False, read_only=False)
         for t in call._others:
             self.machine.add_buffer(t, written=True, read_only=True)
-        launch, add = (ctypes.cast(f, ctypes.c_void_p).value for f in self._functions())
+        library = self.machine.library
+        launch, add = (ctypes.cast(f, ctypes.c_void_p).value for f in (library.ptx_launch, library.ptx_add_buffer))
         self.native.use_ptx(launch, add, self._names)
         try:
             super()._run(function, call, arrays, flat=flat)
@@ -229,9 +230,6 @@ class Ptx(emulation.Emulation):
             self.native.use_ptx(0, 0, {})
             self.machine.clear_buffers()
         self.machine.check()
-
-    def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        return self.machine.library.ptx_launch, self.machine.library.ptx_add_buffer
 
     def _add_side(self, side: Side) -> None:
         for t in (side.means, side.variances, side.log_weights):

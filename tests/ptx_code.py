@@ -6,46 +6,33 @@ file of a warp, and numbers registers that hold them. What is not known raises.
 
 from __future__ import annotations
 
-import bisect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from ptx_text import Body, Part, Statement, contracted, parameter, shared_symbols
+
 LANES = 32
-SPECIALS = {
-    **{"%tid.x": 0, "%ctaid.x": 1, "%ntid.x": 2, "%nctaid.x": 3, "%laneid": 4, "%warpid": 5},
-    **dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), 6),
-    **dict.fromkeys(("%ntid.y", "%ntid.z", "%nctaid.y", "%nctaid.z"), 7),
-}
+SPECIALS = {"%tid.x": 0, "%ctaid.x": 1, "%ntid.x": 2, "%nctaid.x": 3, "%laneid": 4, "%warpid": 5}
+SPECIALS |= dict.fromkeys(("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z"), 6)
+SPECIALS |= dict.fromkeys(("%ntid.y", "%ntid.z", "%nctaid.y", "%nctaid.z"), 7)
 """As in native/ptx_machine.h; the launches that there are have one dimension."""
 ZERO, PARAMETERS, SPECIAL_COUNT, SPECIAL_BYTES = 6, 8, 9, LANES * 8
-SHARED_BASE = 0x1000
 SPACES = {"global": 0, "shared": 1, "generic": 2, "param": 3}
-RESULTS = {
-    **{"ld": (7, None), "take_apart": (3, None), "ldmatrix": (4, None), "predicates": (1, 2), "setp": (0, 2)},
-    **{"shfl": (1, 3), "vote": (1, 2), "redux": (1, 2), "mma": (1, 5), "bar": (2, 3)},
-    **dict.fromkeys(("st", "bra", "exit", "trap", "nothing", "bar.warp.sync"), (0, 0)),
-}
+RESULTS: dict[str, tuple[int, int | None]] = {"ld": (7, None), "take_apart": (3, None), "ldmatrix": (4, None)}
+RESULTS |= {"predicates": (1, 2), "setp": (0, 2), "shfl": (1, 3), "vote": (1, 2), "redux": (1, 2), "mma": (1, 5)}
+RESULTS |= {"bar": (2, 3)} | dict.fromkeys(("st", "bra", "exit", "trap", "nothing", "bar.warp.sync"), (0, 0))
 """Which operands of a row are results; of other opcodes the first."""
-HINTS = re.compile(
-    r"\.(?:nc|ca|cg|cs|lu|cv|wb|wt|weak|relaxed|volatile|gpu|cta|sys|L1::\w+|L2::\w+|shared::cta|uni)(?![\w:])"
-)
-
-
-class Statement(NamedTuple):
-    line: int
-    guard: str  # a predicate's register, "" for none
-    negated: bool
-    opcode: str
-    operands: list[str]
+Operand = tuple[int, int]
+"""The offset of a register and its bytes; or a number, and 0."""
+Made = tuple[str, list[Operand]]
 
 
 class Row(NamedTuple):
-    """An instruction: its operands with the bytes of each one's register, 0 for numbers."""
+    """An instruction; ``guard`` is a predicate's register, -1 for none."""
 
     name: str
-    operands: list[tuple[int, int]]
+    operands: list[Operand]
     guard: int = -1
     negated: bool = False
     line: int = 0
@@ -70,16 +57,16 @@ def kernels_of(text: str, *, contract: bool = False) -> list[Kernel]:
     """
     text = re.sub(r"//[^\n]*", "", text)
     text = re.sub(r"(?m)^[ \t]*\.(?:loc|file)\b[^\n]*$", "", text)
-    symbols, size = _shared_symbols(text)
+    symbols, size = shared_symbols(text)
     ends = [m.start() for m in re.finditer("\n", text)]
     found = []
     for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", text):
-        body = _Body(text, entry.end(), ends)
+        body = Body(text, entry.end(), ends)
         threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)", entry[3])
-        parameters = [_parameter(p) for p in entry[2].split(",") if p.strip()]
+        parameters = [parameter(p) for p in entry[2].split(",") if p.strip()]
         translator = _Translator(parameters, symbols)
         statements = list(body.statements())
-        rows = translator.rows(_contracted(statements) if contract else statements)
+        rows = translator.rows(contracted(statements) if contract else statements)
         found.append(
             Kernel(
                 name=entry[1],
@@ -95,112 +82,18 @@ def kernels_of(text: str, *, contract: bool = False) -> list[Kernel]:
     return found
 
 
-def _shared_symbols(text: str) -> tuple[dict[str, int], int]:
-    """Where arrays of shared memory begin, and the bytes of those whose size is known."""
-    symbols, size = dict[str, int](), 0
-    pattern = r"(?m)^\s*(?:\.extern|\.visible)?\s*\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\];"
-    for m in sorted(re.finditer(pattern, text), key=lambda m: not m[3]):
-        size = -(-size // int(m[1])) * int(m[1])
-        symbols[m[2]] = SHARED_BASE + size
-        size += int(m[3] or 0)
-    for m in re.finditer(r"(?m)^\s*(?:\.visible\s+)?\.(?:global|const|local)\s[^;]*?\s([\w$]+)(?:\[[^;]*)?;", text):
-        if len(re.findall(rf"(?<![\w$]){re.escape(m[1])}(?![\w$])", text)) > 1:  # or nothing uses it
-            raise ValueError(f"memory that the machine does not have: {m[0].strip()}")
-    return symbols, size
-
-
-def _parameter(text: str) -> tuple[str, int, int]:
-    """Name, bytes and alignment."""
-    if m := re.search(r"\.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", text):
-        return m[2], int(m[3]), int(m[1])
-    m = re.search(r"\.param\s+\.[a-z](\d+)", text)
-    if m is None:
-        raise ValueError(f"parameter {text!r}")
-    size = int(m[1]) // 8
-    return text.split()[-1], size, size
-
-
-class _Body:
-    def __init__(self, text: str, begin: int, ends: list[int]) -> None:
-        self._text, self._at, self._ends = text, begin, ends
-
-    def statements(self) -> Iterator[Statement | str | tuple[str, str]]:
-        """Labels as strings, scopes as ("{", "") and ("}", ""), declarations of registers as (type, names)."""
-        depth = 1
-        label, end = re.compile(r"([\w$]+):(?!:)"), re.compile(r"[^;]*;")
-        while True:
-            self._at = re.compile(r"\s*").match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._text[self._at] in "{}":
-                depth += 1 if self._text[self._at] == "{" else -1
-                if not depth:
-                    return
-                yield (self._text[self._at], "")
-                self._at += 1
-            elif m := label.match(self._text, self._at):
-                yield m[1]
-                self._at = m.end()
-            else:
-                m = end.match(self._text, self._at)
-                assert m
-                line = bisect.bisect(self._ends, self._at) + 1
-                statement = " ".join(m[0][:-1].split())
-                self._at = m.end()
-                if statement.startswith(".reg"):
-                    _, kind, names = statement.split(" ", 2)
-                    yield (kind, names)
-                elif statement.startswith(".pragma"):
-                    continue
-                elif statement.startswith("."):
-                    raise ValueError(f"line {line}: {statement}")
-                else:
-                    yield self._statement(statement, line)
-
-    @staticmethod
-    def _statement(text: str, line: int) -> Statement:
-        guard, negated = "", False
-        if m := re.match(r"@(!?)(%\w+)\s+", text):
-            guard, negated, text = m[2], bool(m[1]), text[m.end() :]
-        opcode, _, rest = text.partition(" ")
-        operands = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", rest)
-        return Statement(line, guard, negated, HINTS.sub("", opcode), [o.strip() for o in operands if o.strip()])
-
-
-def _contracted(statements: list[Statement | str | tuple[str, str]]) -> list[Statement | str | tuple[str, str]]:
-    """With a product that one sum uses in it, where neither has a rounding of its own."""
-    text = " ".join(" ".join(s.operands) for s in statements if isinstance(s, Statement))
-    uses = Counter(re.findall(r"%\w+", text))
-    products, result = dict[str, tuple[int, Statement]](), list[Statement | str | tuple[str, str]]()
-    for s in statements:
-        if not isinstance(s, Statement):
-            products.clear()
-        elif s.opcode in ("mul.f32", "mul.f64") and not s.guard and uses[s.operands[0]] == 2:
-            products[s.operands[0]] = (len(result), s)
-        elif s.opcode in ("add.f32", "add.f64", "sub.f32", "sub.f64") and not s.guard:
-            to, *terms = s.operands
-            k = next((k for k in (0, 1) if terms[k] in products), None)
-            if k is not None:
-                at, product = products.pop(terms[k])
-                result[at] = ("nothing", "")
-                name = "fma" if s.opcode[:3] == "add" else ("fma.minus", "fma.from")[k]
-                s = s._replace(opcode=name + s.opcode[3:], operands=[to, *product.operands[1:], terms[1 - k]])
-        elif s.opcode.partition(".")[0] in ("bra", "ret", "exit", "bar"):
-            products.clear()
-        result.append(s)
-    return result
-
-
 class _Translator:
     def __init__(self, parameters: list[tuple[str, int, int]], symbols: dict[str, int]) -> None:
         self.symbols, self.used = symbols, SPECIAL_COUNT * SPECIAL_BYTES
         self.constants: dict[tuple[int, int], int] = {}
-        self._scopes: list[dict[str, tuple[int, int]]] = [{}]
+        self._scopes: list[dict[str, Operand]] = [{}]
         self._parameters, at = dict[str, int](), 0
         for name, size, alignment in parameters:
             at = -(-at // alignment) * alignment
             self._parameters[name] = at
             at += size
 
-    def rows(self, statements: list[Statement | str | tuple[str, str]]) -> list[Row]:
+    def rows(self, statements: list[Part]) -> list[Row]:
         labels, rows = dict[str, int](), list[Row]()
         jumps = list[tuple[int, str]]()
         for s in statements:
@@ -225,10 +118,8 @@ class _Translator:
 
     def _check_that_registers_are_written(self, rows: list[Row]) -> None:
         """By any instruction: what an empty asm statement leaves to chance shows here."""
-        known, read = (
-            {*range(0, SPECIAL_COUNT * SPECIAL_BYTES, SPECIAL_BYTES), *self.constants.values()},
-            dict[int, int](),
-        )
+        known = {*range(0, SPECIAL_COUNT * SPECIAL_BYTES, SPECIAL_BYTES), *self.constants.values()}
+        read = dict[int, int]()
         for row in rows:
             name = row.name if row.name in RESULTS else row.name.partition(".")[0]
             results = range(len(row.operands))[slice(*RESULTS.get(name, (0, 1)))]
@@ -257,21 +148,21 @@ class _Translator:
         self.used += LANES * width
         return self.used - LANES * width
 
-    def register(self, name: str) -> tuple[int, int]:
+    def register(self, name: str) -> Operand:
         """Offset and bytes."""
         for scope in reversed(self._scopes):
             if name in scope:
                 return scope[name]
         raise ValueError(f"no register {name}")
 
-    def number(self, value: int, width: int) -> tuple[int, int]:
+    def number(self, value: int, width: int) -> Operand:
         """A register that holds it."""
         key = (value & (2 ** (8 * width) - 1), width)
         if key not in self.constants:
             self.constants[key] = self._take(width)
         return self.constants[key], width
 
-    def operand(self, text: str, width: int = 4) -> tuple[int, int]:
+    def operand(self, text: str, width: int = 4) -> Operand:
         """A register, of what is a number too."""
         if text in SPECIALS:
             return SPECIALS[text] * SPECIAL_BYTES, 4
@@ -283,17 +174,17 @@ class _Translator:
             return self.number(self.symbols[text], width)
         return self.register(text)
 
-    def predicate(self, text: str) -> list[tuple[int, int]]:
+    def predicate(self, text: str) -> list[Operand]:
         """A register and whether it is negated."""
         return [self.operand(text.removeprefix("!")), (int(text.startswith("!")), 0)]
 
-    def target(self, text: str) -> tuple[int, int]:
+    def target(self, text: str) -> Operand:
         return (-1, 0) if text == "_" else self.register(text)
 
-    def mask(self, text: str) -> tuple[int, int]:
+    def mask(self, text: str) -> Operand:
         return self.operand(text)
 
-    def address(self, text: str) -> list[tuple[int, int]]:
+    def address(self, text: str) -> list[Operand]:
         """Base, its bytes and the offset."""
         m = re.fullmatch(r"\[\s*([\w%$.]+?)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if m is None:
@@ -304,14 +195,12 @@ class _Translator:
         base = self.operand(m[1])
         return [base, (base[1], 0), (offset, 0)]
 
-    def instruction(self, s: Statement) -> tuple[str, list[tuple[int, int]]]:
+    def instruction(self, s: Statement) -> Made:
         name, *rest = s.opcode.split(".")
         kind = rest[-1] if rest else ""
-        special: dict[str, Callable[[Statement, list[str]], tuple[str, list[tuple[int, int]]]]] = {
-            **{"ld": self._transfer, "st": self._transfer, "mov": self._move, "cvt": self._convert},
-            **{"setp": self._compare, "bar": self._barrier, "barrier": self._barrier, "shfl": self._shuffle},
-            **{"vote": self._vote, "redux": self._reduce, "mma": self._product, "ldmatrix": self._matrices},
-        }
+        special = {"ld": self._transfer, "st": self._transfer, "mov": self._move, "cvt": self._convert}
+        special |= {"setp": self._compare, "bar": self._barrier, "barrier": self._barrier, "shfl": self._shuffle}
+        special |= {"vote": self._vote, "redux": self._reduce, "mma": self._product, "ldmatrix": self._matrices}
         if name in special:
             return special[name](s, rest)
         if name in ("bra", "trap"):
@@ -327,7 +216,7 @@ class _Translator:
             return "predicates", [(how, 0), self.register(s.operands[0]), *a, *b]
         return self._plain(s, name, rest)
 
-    def _plain(self, s: Statement, name: str, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _plain(self, s: Statement, name: str, rest: list[str]) -> Made:
         """Operands of the type in the opcode's name, but for the shift, the selector, and what is wide."""
         *modifiers, kind = rest
         if kind[0] == "f" or modifiers[:1] == ["approx"]:
@@ -350,7 +239,7 @@ class _Translator:
         operands = [self.operand(text, w) for text, w in zip(s.operands, widths, strict=True)]
         return ".".join((name, *modifiers, kind)), operands
 
-    def _transfer(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _transfer(self, s: Statement, rest: list[str]) -> Made:
         is_load = s.opcode.startswith("ld")
         known = {*SPACES, "v2", "v4"}
         if unknown := [m for m in rest[:-1] if m not in known]:
@@ -363,7 +252,7 @@ class _Translator:
         head = [(SPACES[space], 0), (len(texts), 0), (size, 0), (int(kind[0] == "s"), 0), *self.address(where)]
         return s.opcode[:2], head + [x for r in registers for x in (r, (r[1], 0))]
 
-    def _move(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _move(self, s: Statement, rest: list[str]) -> Made:
         to, value = s.operands
         size = 1 if rest[-1] == "pred" else int(rest[-1][1:]) // 8
         width = max(4, size)
@@ -380,7 +269,7 @@ class _Translator:
             return "predicates", [(4, 0), self.register(to), *self.predicate(value), (ZERO * SPECIAL_BYTES, 4), (0, 0)]
         return f"mov.b{8 * size}", [self.register(to), self.operand(value, width)]
 
-    def _convert(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _convert(self, s: Statement, rest: list[str]) -> Made:
         *modifiers, to, source = rest
         flush = 8 * ("ftz" in modifiers)
         modifiers = [m for m in modifiers if m != "ftz"]
@@ -393,7 +282,7 @@ class _Translator:
         rounding = flush + (roundings[modifiers[0]] if modifiers else 0)
         return f"cvt.{to}.{source}", [register, value, (rounding, 0), (register[1], 0), (value[1], 0)]
 
-    def _compare(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _compare(self, s: Statement, rest: list[str]) -> Made:
         comparison, *modifiers, kind = rest
         unsigned = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
         kind = kind.replace("b", "u")
@@ -410,7 +299,7 @@ class _Translator:
             other[1],
         ]
 
-    def _barrier(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _barrier(self, s: Statement, rest: list[str]) -> Made:
         if rest[0] == "warp":
             return "bar.warp.sync", [self.mask(s.operands[0])]
         nobody, everybody = (-1, 0), (ZERO * SPECIAL_BYTES, 4)
@@ -426,29 +315,29 @@ class _Translator:
         count = self.operand(s.operands[1]) if len(s.operands) > 1 else everybody
         return "bar", [self.operand(s.operands[0]), count, nobody, everybody, (0, 0)]
 
-    def _shuffle(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _shuffle(self, s: Statement, rest: list[str]) -> Made:
         to, _, inside = s.operands[0].partition("|")
         value, lane, clamp, mask = (self.operand(t) for t in s.operands[1:])
         mode = ("up", "down", "bfly", "idx").index(rest[1])
         outcome = self.register(inside.strip()) if inside else (-1, 0)
         return "shfl", [mask, self.register(to.strip()), outcome, value, lane, clamp, (mode, 0)]
 
-    def _vote(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _vote(self, s: Statement, rest: list[str]) -> Made:
         mode = ("ballot", "all", "any", "uni").index(rest[1])
         value = self.predicate(s.operands[1])
         return "vote", [self.mask(s.operands[2]), self.register(s.operands[0]), *value, (mode, 0)]
 
-    def _reduce(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _reduce(self, s: Statement, rest: list[str]) -> Made:
         to, value, mask = s.operands
         return f"redux.{rest[1]}.{rest[2]}", [self.mask(mask), self.register(to), self.operand(value)]
 
-    def _product(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _product(self, s: Statement, rest: list[str]) -> Made:
         if rest != ["sync", "aligned", "m16n8k8", "row", "col", "f32", "tf32", "tf32", "f32"]:
             raise ValueError("not known")
         registers = [self.operand(t.strip()) for o in s.operands for t in o.strip("{}").split(",")]
         return "mma.m16n8k8.tf32", [self.number(-1, 4), *registers]
 
-    def _matrices(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    def _matrices(self, s: Statement, rest: list[str]) -> Made:
         if "trans" in rest or rest[2] != "m8n8":
             raise ValueError("not known")
         to = [self.register(t.strip()) for t in s.operands[0].strip("{}").split(",")]

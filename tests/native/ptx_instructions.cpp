@@ -1,49 +1,16 @@
-// The opcodes of PTX, by their names without what changes nothing here; tests/ptx.py brings them to this form.
+// Opcodes of PTX that compute, each lane for itself, by their names without what changes nothing here:
+// tests/ptx_code.py brings them to this form.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <utility>
 
 #include "approximations.h"
-#include "ptx_machine.h"
+#include "ptx_lanes.h"
 
 namespace ptx {
 namespace {
-
-// A register's lanes as a type: 8 bytes a lane for types of 8, else 4.
-template <class T>
-struct View {
-  using Word = std::conditional_t<sizeof(T) == 8, u64, u32>;
-  Word* words;
-
-  View(Warp& warp, s32 offset) : words(warp.lanes<Word>(offset)) {}
-  T operator[](int l) const {
-    if constexpr (std::is_floating_point_v<T>)
-      return __builtin_bit_cast(T, words[l]);
-    else
-      return T(words[l]);
-  }
-  void set(int l, T value) const {
-    if constexpr (std::is_floating_point_v<T>)
-      words[l] = __builtin_bit_cast(Word, value);
-    else
-      words[l] = Word(std::make_unsigned_t<T>(value));
-  }
-};
-
-template <>
-struct View<bool> {
-  u32* words;
-
-  View(Warp& warp, s32 offset) : words(warp.lanes<u32>(offset)) {}
-  bool operator[](int l) const { return words[l]; }
-  void set(int l, bool value) const { words[l] = value; }
-};
-
-template <class T>
-constexpr int kWidth = sizeof(T) == 8 ? 8 : 4;
 
 template <auto function, class To, class... From>
 void elementwise(Warp& warp, const Instruction& i, u32 lanes) {
@@ -339,228 +306,6 @@ void add_conversions() {
   });
 }
 
-// Operands: 0 and, 1 or, 2 xor, 3 not, 4 mov; result; two predicates, each with whether it is negated.
-void predicates(Warp& warp, const Instruction& i, u32 lanes) {
-  const View<bool> to(warp, i.operands[1]), a(warp, i.operands[2]), b(warp, i.operands[4]);
-  each(lanes, [&](int l) {
-    const bool x = a[l] != bool(i.operands[3]), y = b[l] != bool(i.operands[5]);
-    to.set(l, i.operands[0] == 0   ? x && y
-              : i.operands[0] == 1 ? x || y
-              : i.operands[0] == 2 ? x != y
-              : i.operands[0] == 3 ? !x
-                                   : x);
-  });
-}
-
-// Operands: wide register, bytes of a part, parts.
-void take_apart(Warp& warp, const Instruction& i, u32 lanes) {
-  const int bytes = i.operands[1], parts = i.operands[2];
-  each(lanes, [&](int l) {
-    const u64 wide = bytes * parts == 8 ? warp.lanes<u64>(i.operands[0])[l] : warp.lanes<u32>(i.operands[0])[l];
-    for (int k = 0; k < parts; ++k)
-      if (i.operands[3 + k] >= 0)
-        warp.lanes<u32>(i.operands[3 + k])[l] = u32(bytes == 4 ? wide >> 32 * k : wide >> 16 * k & 0xffff);
-  });
-}
-
-void put_together(Warp& warp, const Instruction& i, u32 lanes) {
-  const int bytes = i.operands[1], parts = i.operands[2];
-  each(lanes, [&](int l) {
-    u64 wide = 0;
-    for (int k = 0; k < parts; ++k) {
-      const u32 part = warp.lanes<u32>(i.operands[3 + k])[l];
-      wide |= u64(bytes == 4 ? part : part & 0xffff) << 8 * bytes * k;
-    }
-    if (bytes * parts == 8)
-      warp.lanes<u64>(i.operands[0])[l] = wide;
-    else
-      warp.lanes<u32>(i.operands[0])[l] = u32(wide);
-  });
-}
-
-// Operands: space, elements, bytes of one, signed, base, bytes of its register, offset; a register and its bytes each.
-struct Transfer {
-  Space space;
-  int count, bytes;
-  bool is_signed;
-  u64 addresses[kLanes];
-  const s32* registers;
-
-  Transfer(Warp& warp, const Instruction& i, u32 lanes)
-      : space(Space(i.operands[0])),
-        count(i.operands[1]),
-        bytes(i.operands[2]),
-        is_signed(i.operands[3]),
-        registers(i.operands + 7) {
-    const s64 offset = i.operands[6];
-    if (i.operands[5] == 8)
-      each(lanes, [&](int l) { addresses[l] = warp.lanes<u64>(i.operands[4])[l] + offset; });
-    else
-      each(lanes, [&](int l) { addresses[l] = u32(warp.lanes<u32>(i.operands[4])[l] + offset); });
-  }
-};
-
-void load(Warp& warp, const Instruction& i, u32 lanes) {
-  const Transfer t(warp, i, lanes);
-  char* places[kLanes];
-  access(warp, lanes, t.space, t.addresses, t.count * t.bytes, nullptr, places);
-  for (int k = 0; k < t.count; ++k) {
-    const s32 to = t.registers[2 * k], width = t.registers[2 * k + 1];
-    if (to < 0) continue;
-    for (u32 rest = lanes; rest; rest &= rest - 1) {
-      const int l = __builtin_ctz(rest);
-      u64 value = 0;
-      std::memcpy(&value, places[l] + k * t.bytes, t.bytes);
-      if (t.is_signed) value = u64(s64(value << (64 - 8 * t.bytes)) >> (64 - 8 * t.bytes));
-      if (width == 8)
-        warp.lanes<u64>(to)[l] = value;
-      else
-        warp.lanes<u32>(to)[l] = u32(value);
-    }
-  }
-}
-
-void store(Warp& warp, const Instruction& i, u32 lanes) {
-  const Transfer t(warp, i, lanes);
-  char* places[kLanes];
-  const char* values[kLanes];
-  alignas(16) char bytes[kLanes][16];
-  for (u32 rest = lanes; rest; rest &= rest - 1) {
-    const int l = __builtin_ctz(rest);
-    for (int k = 0; k < t.count; ++k) {
-      const s32 from = t.registers[2 * k];
-      const u64 value = t.registers[2 * k + 1] == 8 ? warp.lanes<u64>(from)[l] : warp.lanes<u32>(from)[l];
-      std::memcpy(bytes[l] + k * t.bytes, &value, t.bytes);
-    }
-    values[l] = bytes[l];
-  }
-  access(warp, lanes, t.space, t.addresses, t.count * t.bytes, values, places);
-}
-
-// Operations of a warp: the first operand is the mask's register.
-
-void meet(Warp& warp, const Instruction&, u32 lanes) {
-  const u32 turn = ++warp.next_turn;
-  each(lanes, [&](int l) { warp.turns[l] = turn; });
-}
-
-// Operands: mask, result, predicate or -1, value, lane, clamp and segment; 0 up, 1 down, 2 butterfly, 3 index.
-void shuffle(Warp& warp, const Instruction& i, u32 lanes) {
-  u32 values[kLanes];
-  std::memcpy(values, warp.lanes<u32>(i.operands[3]), sizeof(values));
-  const View<u32> by(warp, i.operands[4]), clamps(warp, i.operands[5]);
-  u32 results[kLanes], inside[kLanes];
-  for (u32 rest = lanes; rest; rest &= rest - 1) {
-    const int l = __builtin_ctz(rest);
-    const int b = by[l] & 31, clamp = clamps[l] & 31, segment = clamps[l] >> 8 & 31;
-    const int last = (l & segment) | (clamp & ~segment), first = l & segment;
-    int from = 0;
-    bool valid = false;
-    switch (i.operands[6]) {
-      case 0:
-        from = l - b, valid = from >= last;
-        break;
-      case 1:
-        from = l + b, valid = from <= last;
-        break;
-      case 2:
-        from = l ^ b, valid = from <= last;
-        break;
-      default:
-        from = first | (b & ~segment), valid = from <= last;
-    }
-    if (!valid) from = l;
-    if (!(lanes >> from & 1))
-      report("shuffle from a lane outside the mask", warp.index * kLanes + l, "lane " + std::to_string(from));
-    results[l] = lanes >> from & 1 ? values[from] : 0xfefefefeu, inside[l] = valid;
-  }
-  each(lanes, [&](int l) {
-    warp.lanes<u32>(i.operands[1])[l] = results[l];
-    if (i.operands[2] >= 0) warp.lanes<u32>(i.operands[2])[l] = inside[l];
-  });
-}
-
-// Operands: mask, result, value.
-template <auto combine, class T>
-void reduce(Warp& warp, const Instruction& i, u32 lanes) {
-  const View<T> values(warp, i.operands[2]), to(warp, i.operands[1]);
-  T result = values[__builtin_ctz(lanes)];
-  for (u32 rest = lanes & (lanes - 1); rest; rest &= rest - 1) result = combine(result, values[__builtin_ctz(rest)]);
-  each(lanes, [&](int l) { to.set(l, result); });
-}
-
-// Operands: mask, result, predicate, negated; 0 ballot, 1 all, 2 any, 3 uni.
-void vote(Warp& warp, const Instruction& i, u32 lanes) {
-  const View<bool> values(warp, i.operands[2]);
-  u32 ballot = 0;
-  each(lanes, [&](int l) { ballot |= u32(values[l] != bool(i.operands[3])) << l; });
-  const u32 result = i.operands[4] == 0   ? ballot
-                     : i.operands[4] == 1 ? ballot == lanes
-                     : i.operands[4] == 2 ? ballot != 0
-                                          : ballot == lanes || !ballot;
-  each(lanes, [&](int l) { warp.lanes<u32>(i.operands[1])[l] = result; });
-}
-
-f32 tf32(u32 bits) {
-  return __builtin_bit_cast(f32, bits & 0xffffe000u);
-}
-
-// Operands: mask, four of D, four of A, two of B, four of C. Sums are rounded once.
-void mma_m16n8k8(Warp& warp, const Instruction& i, u32) {
-  f32 a[16][8], b[8][8];
-  f64 d[16][8];
-  const auto word = [&](int operand, int l) { return warp.lanes<u32>(i.operands[operand])[l]; };
-  for (int l = 0; l < kLanes; ++l) {
-    const int row = l / 4, column = l % 4;
-    for (int k = 0; k < 4; ++k) a[row + k % 2 * 8][column + k / 2 * 4] = tf32(word(5 + k, l));
-    for (int k = 0; k < 2; ++k) b[column + 4 * k][row] = tf32(word(9 + k, l));
-    for (int k = 0; k < 4; ++k) d[row + k / 2 * 8][2 * column + k % 2] = __builtin_bit_cast(f32, word(11 + k, l));
-  }
-  for (int row = 0; row < 16; ++row)
-    for (int column = 0; column < 8; ++column)
-      for (int k = 0; k < 8; ++k) d[row][column] += f64(a[row][k]) * b[k][column];
-  for (int l = 0; l < kLanes; ++l)
-    for (int k = 0; k < 4; ++k) View<f32>(warp, i.operands[1 + k]).set(l, f32(d[l / 4 + k / 2 * 8][l % 4 * 2 + k % 2]));
-}
-
-// Operands: mask, matrices, base, offset, results. Lane 8 q + r has the address of row r of matrix q.
-void load_matrices(Warp& warp, const Instruction& i, u32) {
-  const int count = i.operands[1];
-  u64 addresses[kLanes];
-  for (int l = 0; l < kLanes; ++l) addresses[l] = u32(warp.lanes<u32>(i.operands[2])[l] + i.operands[3]);
-  char* rows[kLanes];
-  access(warp, count == 4 ? kEveryLane : (1u << 8 * count) - 1, Space::kShared, addresses, 16, nullptr, rows);
-  for (int q = 0; q < count; ++q)
-    for (int l = 0; l < kLanes; ++l)
-      std::memcpy(&warp.lanes<u32>(i.operands[4 + q])[l], rows[8 * q + l / 4] + l % 4 * 4, 4);
-}
-
-void add_warp_operations() {
-  table["bar.warp.sync"] = {meet, Kind::kOfWarp, {4}};
-  table["shfl"] = {shuffle, Kind::kOfWarp, {4, 4, 0, 4, 4, 4}};
-  table["vote"] = {vote, Kind::kOfWarp, {4, 4, 4}};
-  table["mma.m16n8k8.tf32"] = {mma_m16n8k8, Kind::kOfWarp, {4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4}};
-  table["ldmatrix"] = {load_matrices, Kind::kOfWarp, {4, 0, 4}};
-  const auto put = [](const char* name, Handler run) {
-    table[std::string("redux.") + name] = {run, Kind::kOfWarp, {4, 4, 4}};
-  };
-  put("add.s32", reduce<[](u32 a, u32 b) { return a + b; }, u32>);
-  put("add.u32", reduce<[](u32 a, u32 b) { return a + b; }, u32>);
-  put("min.s32", reduce<[](s32 a, s32 b) { return a < b ? a : b; }, s32>);
-  put("max.s32", reduce<[](s32 a, s32 b) { return (a > b) ? a : b; }, s32>);
-  put("min.u32", reduce<[](u32 a, u32 b) { return a < b ? a : b; }, u32>);
-  put("max.u32", reduce<[](u32 a, u32 b) { return (a > b) ? a : b; }, u32>);
-  put("and.b32", reduce<[](u32 a, u32 b) { return a & b; }, u32>);
-  put("or.b32", reduce<[](u32 a, u32 b) { return a | b; }, u32>);
-  put("xor.b32", reduce<[](u32 a, u32 b) { return a ^ b; }, u32>);
-}
-
-void trap(Warp& warp, const Instruction&, u32 lanes) {
-  fail("trap", warp.index * kLanes + __builtin_ctz(lanes));
-}
-
-void nothing(Warp&, const Instruction&, u32) {}
-
 }   // namespace
 
 const std::map<std::string, Operation>& operations() {
@@ -575,13 +320,7 @@ const std::map<std::string, Operation>& operations() {
     if constexpr (sizeof(type) > 1) add_comparisons<decltype(type)>(name);
   });
   add_conversions();
-  add_warp_operations();
-  table["predicates"] = {predicates, Kind::kPlain, {0, 4, 4, 0, 4}};
-  table["take_apart"] = {take_apart}, table["put_together"] = {put_together};
-  table["ld"] = {load}, table["st"] = {store};
-  table["bra"] = {nothing, Kind::kBranch}, table["exit"] = {nothing, Kind::kExit};
-  table["bar"] = {nothing, Kind::kOfBlock, {4, 4, 0, 4}};
-  table["trap"] = {trap}, table["nothing"] = {nothing};
+  for (const auto& [name, operation] : other_operations()) table[name] = operation;
   return table;
 }
 

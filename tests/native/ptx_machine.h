@@ -55,6 +55,7 @@ struct Instruction {
 };
 
 const std::map<std::string, Operation>& operations();
+std::map<std::string, Operation> other_operations();   // of them, those in ptx_moves.cpp
 
 struct Counts {
   u64 executed = 0, lanes = 0;
@@ -141,6 +142,10 @@ struct Machine {
 };
 
 Machine& machine();
+
+// Runs a kernel; `bytes` are those of its parameters.
+void launch(Kernel& kernel, int64_t blocks, int threads, u64 dynamic_shared, const void* const* values,
+            const u32* bytes, int count);
 
 // Something is wrong; the kernel goes on.
 void report(const char* what, int thread, const std::string& detail);
