@@ -34,7 +34,7 @@ _INT, _LONG = ctypes.c_int32, ctypes.c_uint64
 
 
 class Line(NamedTuple):
-    """What the machine counted of one instruction, in all launches: see Counts in native/ptx_machine.h."""
+    """What the machine counted of one instruction since counts were cleared: see Counts in native/ptx_machine.h."""
 
     line: int
     executed: int
@@ -60,7 +60,8 @@ class Machine:
         self.library = ctypes.CDLL(str(path))
         for name in ("add_kernel", "launch", "findings", "counts"):
             getattr(self.library, f"ptx_{name}").restype = ctypes.c_char_p
-        self.library.ptx_skip.restype = _LONG
+        for name in ("skip", "executed"):
+            getattr(self.library, f"ptx_{name}").restype = _LONG
         self.kernels: dict[str, ptx_code.Kernel] = {}
 
     def add(self, kernel: ptx_code.Kernel, name: str) -> None:
@@ -143,10 +144,18 @@ class Machine:
         """Leaves out the barrier of a kernel at a line, from now on; how often the one before was left out."""
         return int(self.library.ptx_skip(name.encode(), line))
 
-    def counts(self, name: str, *, clear: bool = True) -> list[Line]:
-        """What a kernel's instructions did since they were last cleared."""
-        text = self.library.ptx_counts(name.encode(), int(clear)).decode()
+    def executed(self) -> Counter[str]:
+        """Instructions of warps, by the kernels that ran."""
+        return +Counter({name: self.library.ptx_executed(name.encode()) for name in self.kernels})
+
+    def counts(self, name: str) -> list[Line]:
+        """What a kernel's instructions did."""
+        text = self.library.ptx_counts(name.encode()).decode()
         return [Line(*map(int, line.split())) for line in text.splitlines()]
+
+    def clear_counts(self) -> None:
+        """Of all kernels."""
+        self.library.ptx_clear_counts()
 
 
 @functools.cache

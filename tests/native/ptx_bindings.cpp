@@ -104,12 +104,25 @@ const char* ptx_findings() {
   return text.c_str();
 }
 
+// Instructions of warps that a kernel has executed since its counts were last cleared.
+u64 ptx_executed(const char* name) {
+  u64 sum = 0;
+  const auto found = machine().kernels.find(name);
+  if (found != machine().kernels.end())
+    for (const Counts& c : found->second.counts) sum += c.executed;
+  return sum;
+}
+
+void ptx_clear_counts() {
+  for (auto& [_, kernel] : machine().kernels) kernel.counts.assign(kernel.code.size(), Counts());
+}
+
 // A line for each instruction: line, executed, lanes, clocks of shared memory, without conflicts, sectors, at best.
-const char* ptx_counts(const char* name, int clear) {
+const char* ptx_counts(const char* name) {
   text.clear();
   const auto found = machine().kernels.find(name);
   if (found == machine().kernels.end()) return text.c_str();
-  Kernel& kernel = found->second;
+  const Kernel& kernel = found->second;
   for (size_t k = 0; k < kernel.code.size(); ++k) {
     const Counts& c = kernel.counts[k];
     for (const u64 x :
@@ -117,7 +130,6 @@ const char* ptx_counts(const char* name, int clear) {
       text += std::to_string(x) + " ";
     text += "\n";
   }
-  if (clear) kernel.counts.assign(kernel.code.size(), Counts());
   return text.c_str();
 }
 
