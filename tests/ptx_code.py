@@ -288,6 +288,7 @@ class _Translator:
             **{"ld": self._transfer, "st": self._transfer, "mov": self._move, "cvt": self._convert},
             **{"setp": self._compare, "bar": self._barrier, "barrier": self._barrier, "shfl": self._shuffle},
             **{"vote": self._vote, "redux": self._reduce, "mma": self._product, "ldmatrix": self._matrices},
+            **{"stmatrix": self._matrices, "wgmma": self._group_product, "fence": self._fence},
         }
         if name in special:
             return special[name](s, rest)
@@ -428,6 +429,23 @@ class _Translator:
     def _matrices(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
         if "trans" in rest or rest[2] != "m8n8":
             raise ValueError("not known")
-        to = [self.register(t.strip()) for t in s.operands[0].strip("{}").split(",")]
-        base, _, offset = self.address(s.operands[1])
-        return "ldmatrix", [self.number(-1, 4), (len(to), 0), base, offset, *to]
+        is_load = s.opcode.startswith("ld")
+        values, where = s.operands if is_load else reversed(s.operands)
+        registers = [self.operand(t.strip()) for t in values.strip("{}").split(",")]
+        base, _, offset = self.address(where)
+        return s.opcode[:8], [self.number(-1, 4), (len(registers), 0), base, offset, *registers]
+
+    def _group_product(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+        if rest[0] in ("fence", "commit_group", "wait_group"):
+            return "nothing", []
+        to, a, descriptor, adds, *signs = s.operands
+        size = rest.pop(3)
+        if rest != ["mma_async", "sync", "aligned", "f32", "tf32", "tf32"] or signs != ["1", "1"]:
+            raise ValueError("not known")
+        registers = [self.operand(t.strip()) for o in (to, a) for t in o.strip("{}").split(",")]
+        return f"wgmma.{size}.tf32", [self.number(-1, 4), *registers, self.operand(descriptor), self.operand(adds)]
+
+    def _fence(self, s: Statement, rest: list[str]) -> tuple[str, list[tuple[int, int]]]:
+        if rest != ["proxy", "async"]:
+            raise ValueError("not known")
+        return "nothing", []
