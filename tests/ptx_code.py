@@ -21,6 +21,7 @@ ZERO, PARAMETERS, SPECIAL_COUNT, SPECIAL_BYTES = 6, 8, 9, LANES * 8
 SPACES = {"global": 0, "shared": 1, "generic": 2, "param": 3}
 RESULTS: dict[str, tuple[int, int | None]] = {"ld": (7, None), "take_apart": (3, None), "ldmatrix": (4, None)}
 RESULTS |= {"predicates": (1, 2), "setp": (0, 2), "shfl": (1, 3), "vote": (1, 2), "redux": (1, 2), "mma": (1, 5)}
+RESULTS |= {"wgmma.m64n16k8.tf32": (1, 9), "wgmma.m64n32k8.tf32": (1, 17), "stmatrix": (0, 0)}
 RESULTS |= {"bar": (2, 3)} | dict.fromkeys(("st", "bra", "exit", "trap", "nothing", "bar.warp.sync"), (0, 0))
 """Which operands of a row are results; of other opcodes the first."""
 Operand = tuple[int, int]
@@ -201,6 +202,7 @@ class _Translator:
         special = {"ld": self._transfer, "st": self._transfer, "mov": self._move, "cvt": self._convert}
         special |= {"setp": self._compare, "bar": self._barrier, "barrier": self._barrier, "shfl": self._shuffle}
         special |= {"vote": self._vote, "redux": self._reduce, "mma": self._product, "ldmatrix": self._matrices}
+        special |= {"stmatrix": self._matrices, "wgmma": self._group_product, "fence": self._fence}
         if name in special:
             return special[name](s, rest)
         if name in ("bra", "trap"):
@@ -340,6 +342,23 @@ class _Translator:
     def _matrices(self, s: Statement, rest: list[str]) -> Made:
         if "trans" in rest or rest[2] != "m8n8":
             raise ValueError("not known")
-        to = [self.register(t.strip()) for t in s.operands[0].strip("{}").split(",")]
-        base, _, offset = self.address(s.operands[1])
-        return "ldmatrix", [self.number(-1, 4), (len(to), 0), base, offset, *to]
+        is_load = s.opcode.startswith("ld")
+        values, where = s.operands if is_load else reversed(s.operands)
+        registers = [self.operand(t.strip()) for t in values.strip("{}").split(",")]
+        base, _, offset = self.address(where)
+        return s.opcode[:8], [self.number(-1, 4), (len(registers), 0), base, offset, *registers]
+
+    def _group_product(self, s: Statement, rest: list[str]) -> Made:
+        if rest[0] in ("fence", "commit_group", "wait_group"):
+            return "nothing", []
+        to, a, descriptor, adds, *signs = s.operands
+        size = rest.pop(3)
+        if rest != ["mma_async", "sync", "aligned", "f32", "tf32", "tf32"] or signs != ["1", "1"]:
+            raise ValueError("not known")
+        registers = [self.operand(t.strip()) for o in (to, a) for t in o.strip("{}").split(",")]
+        return f"wgmma.{size}.tf32", [self.number(-1, 4), *registers, self.operand(descriptor), self.operand(adds)]
+
+    def _fence(self, s: Statement, rest: list[str]) -> Made:
+        if rest != ["proxy", "async"]:
+            raise ValueError("not known")
+        return "nothing", []

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import csdiv
 from bench.static_triton import SHARED_BYTES
 
 NAME = "triton-ptx"
@@ -172,6 +173,29 @@ def process(*arguments: Any) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=install, initargs=arguments) as pool:
         yield pool
+
+
+def check(case: Any, order: str = "forward") -> None:
+    """Holds the backend to the contract, in this process; threads and blocks take turns in an ``order``."""
+    with importlib.import_module("ptx").machine().set(order):
+        importlib.import_module("contract").check(case, NAME)
+
+
+def assigned(points: Tensor, means: Tensor, variances: Tensor) -> list[int]:
+    """The components that points are assigned to."""
+    return csdiv.GaussianMixture(means, variances).assign(points, backend=NAME).tolist()
+
+
+def combine_rows(n: int, written: bool) -> str:
+    """What the machine says of a launch on ``n`` rows whose tensors have 5; "" if nothing."""
+    ptx, module = importlib.import_module("ptx"), importlib.import_module("csdiv.kernels.overlap_lse_forward")
+    partials = torch.zeros(1, 1, 5, dtype=torch.float64) if written else torch.empty(1, 1, 5, dtype=torch.float64)
+    try:
+        with _checked([]):
+            module.combine_rows_kernel[(1,)](partials, torch.empty(1, 5), n, 1, BLOCK=256, **module.OPTIONS)
+    except ptx.Finding as finding:
+        return str(finding)
+    return ""
 
 
 @contextlib.contextmanager

@@ -190,16 +190,64 @@ void mma_m16n8k8(Warp& warp, const Instruction& i, u32) {
     for (int k = 0; k < 4; ++k) View<f32>(warp, i.operands[1 + k]).set(l, f32(d[l / 4 + k / 2 * 8][l % 4 * 2 + k % 2]));
 }
 
-// Operands: mask, matrices, base, offset, results. Lane 8 q + r has the address of row r of matrix q.
-void load_matrices(Warp& warp, const Instruction& i, u32) {
+// Where the word k of row n of a matrix in shared memory is, K-major as wgmma has it; rows of `swizzle` bytes, whose 16
+// bytes change places by the row.
+u64 address_of(u64 descriptor, int n, int k) {
+  const u64 begin = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+            stride = (descriptor >> 32 & 0x3fff) << 4;
+  const int mode = descriptor >> 62, swizzle = mode ? 256 >> mode : 0;   // 0: none, 1 to 3: 128, 64 and 32 bytes
+  const int byte = 4 * k;
+  if (!mode) return begin + n / 8 * stride + byte / 16 * leading + n % 8 * 16 + byte % 16;
+  const u64 address = begin + n / 8 * stride + n % 8 * swizzle + byte;
+  return address ^ ((address >> 7 & (swizzle / 16 - 1)) << 4);
+}
+
+// A warp's 16 rows of the 64. Operands: mask, half of the columns of D, four of A, the descriptor of B, whether D is
+// added. What is asynchronous on a GPU is done when it is issued.
+template <int kColumns>
+void wgmma_m64k8(Warp& warp, const Instruction& i, u32) {
+  constexpr int kDepth = 8, kOfLane = kColumns / 2;
+  const s32* const inputs = i.operands + 1 + kOfLane;
+  const u64 descriptor = warp.lanes<u64>(inputs[4])[0];
+  const bool adds = warp.lanes<u32>(inputs[5])[0];
+  f32 a[16][kDepth], b[kDepth][kColumns];
+  for (int k = 0; k < kDepth; ++k) {
+    u64 addresses[kLanes];
+    char* places[kLanes];
+    for (int n = 0; n < kColumns; ++n) addresses[n] = address_of(descriptor, n, k);
+    access(warp, kEveryLane >> (kLanes - kColumns), Space::kShared, addresses, 4, nullptr, places);
+    for (int n = 0; n < kColumns; ++n) {
+      u32 word;
+      std::memcpy(&word, places[n], 4);
+      b[k][n] = tf32(word);
+    }
+  }
+  for (int l = 0; l < kLanes; ++l)
+    for (int k = 0; k < 4; ++k) a[l / 4 + k % 2 * 8][l % 4 + k / 2 * 4] = tf32(warp.lanes<u32>(inputs[k])[l]);
+  for (int l = 0; l < kLanes; ++l)
+    for (int r = 0; r < kOfLane; ++r) {
+      const View<f32> d(warp, i.operands[1 + r]);
+      const int row = l / 4 + r / 2 % 2 * 8, column = r / 4 * 8 + l % 4 * 2 + r % 2;
+      f64 sum = adds ? d[l] : 0;
+      for (int k = 0; k < kDepth; ++k) sum += f64(a[row][k]) * b[k][column];
+      d.set(l, f32(sum));
+    }
+}
+
+// Operands: mask, matrices, base, offset, a register for each. Lane 8 q + r has the address of row r of matrix q, and
+// lane 4 r + k the word k of that row.
+template <bool is_store>
+void move_matrices(Warp& warp, const Instruction& i, u32) {
   const int count = i.operands[1];
+  const u32 lanes = count == 4 ? kEveryLane : (1u << 8 * count) - 1;
   u64 addresses[kLanes];
-  for (int l = 0; l < kLanes; ++l) addresses[l] = u32(warp.lanes<u32>(i.operands[2])[l] + i.operands[3]);
+  each(lanes, [&](int l) { addresses[l] = u32(warp.lanes<u32>(i.operands[2])[l] + i.operands[3]); });
+  const auto words = [&](int l) { return warp.lanes<u32>(i.operands[4 + l / 8]) + l % 8 * 4; };
   char* rows[kLanes];
-  access(warp, count == 4 ? kEveryLane : (1u << 8 * count) - 1, Space::kShared, addresses, 16, nullptr, rows);
-  for (int q = 0; q < count; ++q)
-    for (int l = 0; l < kLanes; ++l)
-      std::memcpy(&warp.lanes<u32>(i.operands[4 + q])[l], rows[8 * q + l / 4] + l % 4 * 4, 4);
+  const char* values[kLanes];
+  each(lanes, [&](int l) { values[l] = reinterpret_cast<const char*>(words(l)); });
+  access(warp, lanes, Space::kShared, addresses, 16, is_store ? values : nullptr, rows);
+  if (!is_store) each(lanes, [&](int l) { std::memcpy(words(l), rows[l], 16); });
 }
 
 void trap(Warp& warp, const Instruction&, u32 lanes) {
@@ -216,7 +264,15 @@ std::map<std::string, Operation> other_operations() {
   table["shfl"] = {shuffle, Kind::kOfWarp, {4, 4, 0, 4, 4, 4}};
   table["vote"] = {vote, Kind::kOfWarp, {4, 4, 4}};
   table["mma.m16n8k8.tf32"] = {mma_m16n8k8, Kind::kOfWarp, {4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4}};
-  table["ldmatrix"] = {load_matrices, Kind::kOfWarp, {4, 0, 4}};
+  const auto widths = [](int columns) {
+    std::vector<int> all(columns / 2 + 7, 4);
+    all[columns / 2 + 5] = 8;
+    return all;
+  };
+  table["wgmma.m64n16k8.tf32"] = {wgmma_m64k8<16>, Kind::kOfWarp, widths(16)};
+  table["wgmma.m64n32k8.tf32"] = {wgmma_m64k8<32>, Kind::kOfWarp, widths(32)};
+  table["ldmatrix"] = {move_matrices<false>, Kind::kOfWarp, {4, 0, 4}};
+  table["stmatrix"] = {move_matrices<true>, Kind::kOfWarp, {4, 0, 4}};
   const auto put = [&](const char* name, Handler run) {
     table[std::string("redux.") + name] = {run, Kind::kOfWarp, {4, 4, 4}};
   };
