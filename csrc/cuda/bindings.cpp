@@ -50,7 +50,8 @@ Mixture<T> mixture(const py::tuple& fields, int64_t dim) {
           n,
           nullptr,
           nullptr,
-          nullptr};
+          nullptr,
+          0};
 }
 
 template <class T>

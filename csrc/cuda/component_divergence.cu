@@ -67,17 +67,19 @@ struct Divergences {
   double* self_overlaps;
 };
 
-// A thread for a row; the task's problem may be `problem` flattened.
+// The task's problem may be `problem` flattened.
 template <class T>
 __global__ void combine_divergences_kernel(const __grid_constant__ RowTask<T> task,
                                            const __grid_constant__ Problem<T> problem, Divergences<T> out) {
-  const int64_t n = problem.p.n, row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const bool first = task.partials.lane() == 0;
+  const int64_t n = problem.p.n, row = task.partials.row_of_thread();
   const auto self_overlap = [&](int64_t b) { return out.known ? out.known[b] : out.found[problem.q.item(b)]; };
-  if (row < problem.batch) out.self_overlaps[row] = self_overlap(row);
+  if (first && row < problem.batch) out.self_overlaps[row] = self_overlap(row);
   if (row >= problem.batch * n) return;
   const int64_t rows = task.problem.p.n;
-  const double row_lse =
-      kLog2 * task.partials.log2_value(row / rows, rows, row % rows) + log_offset(task.problem, row / rows, false);
+  const double log2_value = task.partials.row(row / rows, rows, row % rows).log2_value();
+  if (!first) return;
+  const double row_lse = kLog2 * log2_value + log_offset(task.problem, row / rows, false);
   const double part = own_part(problem, out.own, row, self_overlap(row / n));
   out.row_lse[row] = T(isfinite(part) ? row_lse - part : row_lse);
   out.values[row] = T(part - row_lse);
@@ -177,13 +179,13 @@ void component_divergence_forward(Context& context, Problem<T> problem, bool log
   const double* const own = take_own_terms(context, problem, logarithms);
   Problem<T> pair = flattened(problem);
   pack(context, pair);
-  RowTasks<T> tasks{{{pair, false, {}, 0}}, 1};
-  if (!known) tasks.tasks[tasks.count++] = {packed_with_itself(context, problem), true, {}, 0};
+  RowTasks<T> tasks{{{pair, false}}, 1};
+  if (!known) tasks.tasks[tasks.count++] = {packed_with_itself(context, problem), true};
   sum_rows(context, tasks);
   double* const found = context.take<double>(known ? 0 : problem.q.items);
   if (!known) total_rows(context, RowTasks<T>{{tasks.tasks[1]}, 1}, Totals<T>{nullptr, found});
-  const int64_t threads = problem.batch * (problem.p.n > 1 ? problem.p.n : 1);
-  launch(context, ceil_div(threads, kThreads), 0, combine_divergences_kernel<T>, tasks.tasks[0], problem,
+  const int64_t rows = problem.batch * (problem.p.n > 1 ? problem.p.n : 1);
+  launch(context, tasks.tasks[0].partials.row_blocks(rows), 0, combine_divergences_kernel<T>, tasks.tasks[0], problem,
          Divergences<T>{own, known, found, values, row_lse, self_overlaps});
 }
 

@@ -53,10 +53,8 @@ template <class T>
 void cs_divergence_forward(Context& context, Problem<T> problem, T* values, T* row_lse, double* overlaps,
                            const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
   pack(context, problem);
-  RowTasks<T> tasks{{{problem, false, {}, 0},
-                     {with_itself(problem, problem.p), true, {}, 0},
-                     {with_itself(problem, problem.q), true, {}, 0}},
-                    3};
+  RowTasks<T> tasks{
+      {{problem, false}, {with_itself(problem, problem.p), true}, {with_itself(problem, problem.q), true}}, 3};
   sum_rows(context, tasks);
   total_rows(context, tasks, Totals<T>{row_lse, overlaps, values});
   gradients<T>(context, problem, nullptr, overlaps, grad_p, grad_q);

@@ -63,10 +63,11 @@ __global__ void __launch_bounds__(kThreads, kWidth < 32 ? 2 : 1)
   }
 }
 
-// A thread for a row.
 __global__ void full_rows_kernel(int64_t size, int64_t n, RowPartials<double> sums, double* row_lse) {
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (row < size) row_lse[row] = kLog2 * sums.log2_value(row / n, n, row % n);
+  const int64_t row = sums.row_of_thread();
+  if (row >= size) return;
+  const double value = kLog2 * sums.row(row / n, n, row % n).log2_value();
+  if (sums.lane() == 0) row_lse[row] = value;
 }
 
 void run(const Context& context, const FullRows& rows) {
@@ -91,9 +92,9 @@ int64_t parts_of(const Context& context, const Problem<double>& problem) {
 void full_overlap_lse_forward(Context& context, const Problem<double>& problem, bool self, double* row_lse) {
   const int64_t size = problem.batch * problem.p.n, parts = parts_of(context, problem);
   FullRows task{problem, self, parts};
-  task.sums = {context.take<double>(size * parts), context.take<double>(size * parts), parts};
+  task.sums = {context.take<double>(size * parts), context.take<double>(size * parts), int(parts)};
   run(context, task);
-  launch(context, ceil_div(size, kThreads), 0, full_rows_kernel, size, problem.p.n, task.sums, row_lse);
+  launch(context, task.sums.row_blocks(size), 0, full_rows_kernel, size, problem.p.n, task.sums, row_lse);
 }
 
 void full_pairwise_forward(Context& context, const Problem<double>& problem, double* values) {

@@ -18,7 +18,7 @@ template <class T>
 void log_overlap_forward(Context& context, Problem<T> problem, double* values, T* row_lse,
                          const SideGradients<T>& grad_p, const SideGradients<T>& grad_q) {
   pack(context, problem);
-  RowTasks<T> tasks{{{problem, false, {}, 0}}, 1};
+  RowTasks<T> tasks{{{problem, false}}, 1};
   sum_rows(context, tasks);
   total_rows(context, tasks, Totals<T>{row_lse, values});
   gradients<T>(context, problem, nullptr, values, grad_p, grad_q);

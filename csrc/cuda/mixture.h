@@ -49,9 +49,10 @@ struct Mixture {
   const int64_t* index;   // the item that each problem uses; null: its own, or the only one
   int64_t items;
   int64_t n;
-  T* values;         // (items, tiles, padded_dim, 2, kTile) scaled means and variances
-  T* log2_weights;   // (items, tiles, kTile); -inf where there is no component
-  uint8_t* flags;    // (items, tiles, flags_per_tile)
+  T* values;          // (items, tiles, padded_dim, 2, kTile) scaled means and variances
+  T* log2_weights;    // (items, tiles, kTile); -inf where there is no component
+  uint8_t* flags;     // (items, tiles, flags_per_tile)
+  double log_count;   // what uniform weights leave out: log n; 0 if weights are given
 
   CSDIV_HOST_DEVICE int64_t tiles() const { return ceil_div(n, kTile); }
   CSDIV_HOST_DEVICE int64_t item(int64_t problem) const { return index ? index[problem] : items == 1 ? 0 : problem; }
@@ -91,10 +92,9 @@ struct Problem {
 // uniform weights, those of p only where its weights count.
 template <class T>
 CSDIV_DEVICE double log_offset(const Problem<T>& problem, int64_t b, bool p_weights) {
-  const double q_uniform = problem.q.log_weights ? 0 : log(double(problem.q.n));
-  const double p_uniform = problem.p.log_weights || !p_weights ? 0 : log(double(problem.p.n));
   const double reference = problem.scale.references[problem.scale.item(b)];
-  return -0.5 * (kLog2 * reference + double(problem.dim) * kLog2Pi) - p_uniform - q_uniform;
+  const double uniform = (p_weights ? problem.p.log_count : 0) + problem.q.log_count;
+  return -0.5 * (kLog2 * reference + double(problem.dim) * kLog2Pi) - uniform;
 }
 
 }   // namespace csdiv::cuda

@@ -5,37 +5,44 @@ namespace {
 
 constexpr int kSamples = 8;   // of each side, for the scale of a dimension
 
+static_assert(kSamples * kFlagDims == kThreads);
+
 template <class T>
 struct PackShared {
-  int exponents[kFlagDims];
+  T means[kFlagDims][kTile + 1], variances[kFlagDims][kTile + 1];   // as they are given; no bank conflicts
+  T log2_weights[kTile];
+  T samples[2][kSamples][kFlagDims];   // log2 variances of p and of q
   T centers[kFlagDims];
+  T mean_units[kFlagDims], variance_units[kFlagDims];   // 2^k and 4^k
 };
 
-// Mean of log2 variance over some components of an item, or of all where problems share the scale; infinite or NaN
-// where one of them has no logarithm.
+// log2 of the k-th of some variances of an item, or of all where problems share the scale; infinite or NaN where it has
+// no logarithm.
 template <class T>
-CSDIV_DEVICE T mean_log2_variance(const Mixture<T>& side, int64_t item, bool all, int64_t dim, int64_t d) {
+CSDIV_DEVICE T sample_log2_variance(const Problem<T>& problem, const Mixture<T>& side, int64_t item, int64_t d, int k) {
+  const bool all = problem.scale.items == 1;
   const int64_t first = all ? 0 : item * side.n, count = all ? side.items * side.n : side.n;
-  if (count == 0) return T(NAN);
-  T sum = 0;
-#pragma unroll
-  for (int k = 0; k < kSamples; ++k) sum += log2(side.variances[(first + count * k / kSamples) * dim + d]);
-  return sum / kSamples;
+  return count == 0 ? T(NAN) : log2(side.variances[(first + count * k / kSamples) * problem.dim + d]);
 }
 
-// log2 of what c = s + t is like in dimension d.
+// log2 of what c = s + t is like in a dimension: of those sides whose samples have a mean.
 template <class T>
-CSDIV_DEVICE T log2_center(const Problem<T>& problem, int64_t item, int64_t d) {
-  const bool all = problem.scale.items == 1;
-  const T p = mean_log2_variance(problem.p, problem.p.items == 1 ? 0 : item, all, problem.dim, d);
-  const T q = mean_log2_variance(problem.q, problem.q.items == 1 ? 0 : item, all, problem.dim, d);
+CSDIV_DEVICE T log2_center(const PackShared<T>& shared, int d) {
+  T means[2] = {};
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+#pragma unroll
+    for (int k = 0; k < kSamples; ++k) means[side] += shared.samples[side][k][d];
+    means[side] /= kSamples;
+  }
+  const auto [p, q] = means;
   if (!isfinite(p) && !isfinite(q)) return 0;
   return 1 + (!isfinite(p) ? q : !isfinite(q) ? p : (p + q) / 2);
 }
 
 // One block for a tile of p or q.
 template <class T>
-__global__ void pack_kernel(Problem<T> problem) {
+__global__ void pack_kernel(const __grid_constant__ Problem<T> problem) {
   CSDIV_SHARED(PackShared<T>, shared);
   const int64_t p_blocks = problem.p.items * problem.p.tiles();
   const bool of_q = blockIdx.x >= p_blocks;
@@ -43,34 +50,46 @@ __global__ void pack_kernel(Problem<T> problem) {
   const int64_t block = of_q ? blockIdx.x - p_blocks : blockIdx.x;   // item * tiles + tile
   const int64_t item = block / side.tiles(), first = block % side.tiles() * kTile;
   const int64_t dim = problem.dim, padded = padded_dim(dim);
+  const int components = int(side.n - first < kTile ? side.n - first : kTile);
   const Scale<T>& scale = problem.scale;
   const int64_t scale_item = scale.item(item);
-  // Some block of each scale's items keeps the scale.
-  const bool keeps = !of_q && first == 0 && (scale.items > 1 || item == 0);
+  // Some block of each scale's items keeps the scale: of q if p has no components.
+  const bool keeps = of_q == (p_blocks == 0) && first == 0 && (scale.items > 1 || item == 0);
 
-  for (int64_t k = threadIdx.x; k < kTile; k += kThreads) {
-    T weight = first + k < side.n ? T(0) : -T(INFINITY);
-    if (side.log_weights && first + k < side.n) weight = side.log_weights[item * side.n + first + k] * T(kLog2E);
-    side.log2_weights[block * kTile + k] = finite_weight(weight);
+  for (int k = threadIdx.x; k < kTile; k += kThreads) {
+    T weight = k < components ? T(0) : -T(INFINITY);
+    if (side.log_weights && k < components) weight = side.log_weights[item * side.n + first + k] * T(kLog2E);
+    side.log2_weights[block * kTile + k] = shared.log2_weights[k] = finite_weight(weight);
   }
-  __syncthreads();
 
   double reference = 0;
   for (int64_t begin = 0; begin < padded; begin += kFlagDims) {
     const int dims = int(padded - begin < kFlagDims ? padded - begin : kFlagDims);
+    const int present = int(dim - begin < kFlagDims ? dim - begin : kFlagDims);
+#pragma unroll 4
+    for (int k = threadIdx.x / present, d = threadIdx.x % present; k < components;) {   // neighbours as in memory
+      const int64_t at = (item * side.n + first + k) * dim + begin + d;
+      shared.means[d][k] = side.means[at];
+      shared.variances[d][k] = side.variances[at];
+      k += kThreads / present, d += kThreads % present;
+      if (d >= present) ++k, d -= present;
+    }
+    if (const int k = threadIdx.x / kFlagDims, d = threadIdx.x % kFlagDims; d < present) {
+      shared.samples[0][k][d] = sample_log2_variance(problem, problem.p, item, begin + d, k);
+      shared.samples[1][k][d] = sample_log2_variance(problem, problem.q, item, begin + d, k);
+    }
+    __syncthreads();
     if (int(threadIdx.x) < dims) {
-      const int64_t d = begin + threadIdx.x;
-      const T log2_c = d < dim ? log2_center(problem, item, d) : T(0);
+      const int64_t at = scale_item * padded + begin + threadIdx.x;
+      const T log2_c = int(threadIdx.x) < present ? log2_center(shared, threadIdx.x) : T(0);
       constexpr int kMost = Float<T>::kScaleExponentMax;
       const int k = -max(-kMost, min(kMost, int(rint(log2_c / 2))));
       const T center = rint((log2_c + 2 * k) * 1024) / 1024;   // so that sums of centers are exact
-      shared.exponents[threadIdx.x] = k;
       shared.centers[threadIdx.x] = center;
+      shared.mean_units[threadIdx.x] = ldexp(T(1), k);
+      shared.variance_units[threadIdx.x] = ldexp(T(1), 2 * k);
       reference += double(center) - 2.0 * k;
-      if (keeps) {
-        scale.exponents[scale_item * padded + d] = k;
-        scale.centers[scale_item * padded + d] = center;
-      }
+      if (keeps) scale.exponents[at] = k, scale.centers[at] = center;
     }
     __syncthreads();
     if (keeps && int(threadIdx.x) < dims / kGroup) {
@@ -81,20 +100,18 @@ __global__ void pack_kernel(Problem<T> problem) {
 
     bool irregular = false, narrow = false;
     for (int e = threadIdx.x; e < dims * kTile; e += kThreads) {
-      const int component = e % kTile;
-      const int64_t d = begin + e / kTile, k = first + component;
+      const int k = e % kTile, d = e / kTile;
       T mean = 0, variance = T(0.5);   // padding: delta = 0 and c = 1 in dimensions, anything in components
-      if (d < dim && counts(side.log2_weights[block * kTile + component])) {
-        const int exponent = shared.exponents[e / kTile];
-        mean = ldexp(side.means[(item * side.n + k) * dim + d], exponent);
-        variance = ldexp(side.variances[(item * side.n + k) * dim + d], 2 * exponent);
+      if (d < present && counts(shared.log2_weights[k])) {
+        mean = shared.means[d][k] * shared.mean_units[d];
+        variance = shared.variances[d][k] * shared.variance_units[d];
         irregular |= !(variance >= 0 && variance <= Float<T>::kVarianceMax / 2);
         irregular |= !(fabs(mean) <= Float<T>::kDeltaMax / 2);
         narrow |= variance < Float<T>::kVarianceMin;
       }
-      T* const values = side.values + (block * padded + d) * (2 * kTile);
-      values[component] = mean;
-      values[kTile + component] = variance;
+      T* const values = side.values + (block * padded + begin + d) * (2 * kTile);
+      values[k] = mean;
+      values[kTile + k] = variance;
     }
     irregular = __syncthreads_or(irregular);
     narrow = __syncthreads_or(narrow);
@@ -124,6 +141,7 @@ void pack(Context& context, Problem<T>& problem) {
   const bool same = problem.p.means == problem.q.means && problem.p.variances == problem.q.variances &&
                     problem.p.log_weights == problem.q.log_weights && problem.p.n == problem.q.n &&
                     problem.p.items == problem.q.items;
+  for (Mixture<T>* side : {&problem.p, &problem.q}) side->log_count = side->log_weights ? 0 : log(double(side->n));
   take(context, problem.p, problem.dim);
   if (same) {
     problem.q.values = problem.p.values;

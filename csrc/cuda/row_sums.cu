@@ -3,9 +3,6 @@
 namespace csdiv::cuda {
 namespace {
 
-constexpr int kBlocksPerProcessor = 24;   // some waves of resident blocks, so that the last one is short
-constexpr int64_t kTilesPerBlock = 4;     // at least, where a row has them
-
 template <class T>
 struct RowShared {
   LogitShared<T> logits;
@@ -20,15 +17,11 @@ CSDIV_DEVICE void begin_rows(const RowTasks<T>& tasks, RowShared<T>& shared) {
   int k = 0;
   int64_t block = blockIdx.x;
   while (block >= tasks.tasks[k].blocks) block -= tasks.tasks[k++].blocks;
-  const RowTask<T>& task = tasks.tasks[k];
-  const Mixture<T>&p = task.problem.p, &q = task.problem.q;
-  const int64_t parts = task.partials.parts;
-  const int b = int(block / parts / p.tiles()), row_tile = int(block / parts % p.tiles());
-  const int first = task.self ? row_tile * (kTile / kColumns<T>) : 0;
-  const Part columns = part(column_tiles(task.problem) - first, parts, block % parts);
-  if (threadIdx.x == 0) shared.task = k, shared.part = int(block % parts);
-  shared.walk.begin({b, int(p.item(b)), int(q.item(b))}, {row_tile, row_tile + 1},
-                    {first + columns.begin, first + columns.end});
+  const Problem<T>& problem = tasks.tasks[k].problem;
+  const RowBlock rows = tasks.tasks[k].block(block);
+  if (threadIdx.x == 0) shared.task = k, shared.part = rows.part;
+  shared.walk.begin({rows.problem, int(problem.p.item(rows.problem)), int(problem.q.item(rows.problem))},
+                    {rows.row_tile, rows.row_tile + 1}, rows.columns);
 }
 
 template <class T>
@@ -70,17 +63,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
 
 template <class T>
 void sum_rows(Context& context, RowTasks<T>& tasks) {
-  int64_t row_tiles = 0, blocks = 0;
-  for (int k = 0; k < tasks.count; ++k) row_tiles += tasks.tasks[k].problem.batch * tasks.tasks[k].problem.p.tiles();
-  const int64_t wanted = ceil_div(int64_t(context.processors) * kBlocksPerProcessor, row_tiles > 0 ? row_tiles : 1);
+  tasks.cut(context.processors);
+  int64_t blocks = 0;
   for (int k = 0; k < tasks.count; ++k) {
     RowTask<T>& task = tasks.tasks[k];
-    const int64_t columns = column_tiles(task.problem), most = ceil_div(columns, kTilesPerBlock);
-    const int64_t n = task.problem.p.n, parts = wanted < most ? wanted : most;
-    task.partials.parts = parts;
-    task.partials.maxima = context.take<T>(task.problem.batch * parts * n);
-    task.partials.sums = context.take<double>(task.problem.batch * parts * n);
-    task.blocks = task.problem.batch * task.problem.p.tiles() * parts;
+    const int64_t size = task.problem.batch * task.partials.parts * task.problem.p.n;
+    task.partials.maxima = context.take<T>(size);
+    task.partials.sums = context.take<double>(size);
     blocks += task.blocks;
   }
   launch(context, blocks, sizeof(RowShared<T>), overlap_lse_forward_kernel<T>, tasks);

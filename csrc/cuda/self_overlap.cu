@@ -26,7 +26,7 @@ void gradients(Context& context, const Problem<T>& problem, const T* grad_values
 template <class T>
 void self_overlap_forward(Context& context, Problem<T> problem, double* values, const SideGradients<T>& grad) {
   pack(context, problem);
-  RowTasks<T> tasks{{{problem, true, {}, 0}}, 1};
+  RowTasks<T> tasks{{{problem, true}}, 1};
   sum_rows(context, tasks);
   total_rows(context, tasks, Totals<T>{nullptr, values});
   gradients<T>(context, problem, nullptr, values, grad);

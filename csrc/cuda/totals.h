@@ -13,8 +13,8 @@ struct Totals {
   T* divergences = nullptr;   // (batch) of three tasks pq, pp, qq
 };
 
-// The first task has the problems; the others are of their sides alone.
+// The first task has the problems; the others are of their sides alone. One launch, or two if rows are many.
 template <class T>
-void total_rows(const Context& context, const RowTasks<T>& tasks, const Totals<T>& totals);
+void total_rows(Context& context, const RowTasks<T>& tasks, const Totals<T>& totals);
 
 }   // namespace csdiv::cuda

@@ -140,7 +140,7 @@ struct Machine {
   size_t shared_bytes = 0;
   Order order = Order::kForward;
   std::mt19937 random{0};
-  int64_t blocks_run = 0;
+  int64_t blocks_run = 0, launches = 0;
   std::exception_ptr error;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -309,6 +309,7 @@ void launch(int64_t blocks, int threads, size_t shared_bytes, void (*kernel)(Par
             const Arguments&... arguments) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.mutex);
+  ++m.launches;
   if (ptx().launch) {
     launch_ptx(blocks, threads, shared_bytes, kernel, arguments...);
     m.blocks_run += blocks;
