@@ -3,7 +3,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: train studies test test-slow mutate lint format bench bench-suite gpu-check figures clean
+.PHONY: train studies test test-slow mutate lint format bench bench-suite gpu-check gpu-dry-run figures clean
 
 train: .venv/built  ## train a CSRAE on scikit-learn's digits; everything goes to runs/digits
 	$(BIN)/csdiv train --output-dir runs/digits --overwrite --num-threads 1
@@ -44,7 +44,10 @@ bench-suite: .venv/built  ## csdiv alone, under pytest-benchmark: to compare com
 	$(BIN)/python -m pytest bench/suite.py --benchmark-json=build/suite.json
 
 gpu-check:  ## on a machine with a GPU, in the environment at hand: build, contract, compute-sanitizer, benchmarks
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py $(GPU_CHECK)
+
+gpu-dry-run: .venv/built  ## the same without a GPU, on the emulation and the PTX machine: its numbers mean nothing
+	$(BIN)/python bench/gpu_check.py --dry-run
 
 figures: .venv/built runs/digits/model.safetensors  ## the README's picture
 	$(BIN)/python docs/figures.py

@@ -62,19 +62,22 @@ def _gpu(options: argparse.Namespace, info: dict[str, str]) -> Found:
     from . import gpu  # imports what a CPU machine may lack
 
     records: Records = []
-    info |= gpu.device_info()
+    device = gpu.STAND_IN if options.dry_run else gpu.current()
+    info |= gpu.device_info(device)
+    kernels = gpu.kernels_of(device)
     if not installed("pykeops"):
         print("skipped: KeOps, which is not installed")
-    with gpu.clocks() as clocks:
-        for case in gpu.cases(options.cases):
-            records += run_case(case, gpu.providers(case), options.rounds, "cuda")
-            write(options.output, info, records)
-    if clocks:
-        info["clock_mhz"] = str(max(clocks))
-        gpu.add_bounds(records, max(clocks))
-    print(gpu.markdown(records))
-    more = {"full_covariances": gpu.full_covariances()}
-    print(*more["full_covariances"], sep="\n")
+    more: dict[str, Any] = {"dry_run": options.dry_run}
+    for case in gpu.cases(options.cases, device):
+        found = gpu.run(
+            case, device, options.rounds, kernels, alone=options.alone or (options.dry_run and bool(records))
+        )
+        records += found
+        write(options.output, info, records, **more)
+        print(gpu.markdown(found), flush=True)
+    if not options.alone:
+        more["full_covariances"] = gpu.full_covariances(device)
+        print(*more["full_covariances"], sep="\n")
     print(", ".join(f"{key} {value}" for key, value in info.items()))
     return records, more
 
@@ -190,6 +193,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="cpu, gpu, limits, ab: only these cases")
     parser.add_argument("--rounds", type=int, help="how often each call is timed where calls take turns: 7, ab: 100")
     parser.add_argument("--threads", type=int, help="ab: threads of each build, by default those of torch")
+    parser.add_argument("--alone", action="store_true", help='gpu: the backend "cuda" without its peers')
+    parser.add_argument("--dry-run", action="store_true", help="gpu: a rehearsal on tests/stand_in.py")
     parser.add_argument("--data", help="epochs, swap-in: a folder with MNIST's IDX files, or what csdiv train takes")
     parser.add_argument("--markdown", type=Path, help="accuracy: file to write the tables to")
     parser.add_argument(

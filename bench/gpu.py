@@ -1,61 +1,84 @@
 """csdiv's GPU backends beside their peers, and the share of what their kernels allow.
 
 The bound is that of the shipped kernels' own hot loops (bench/static.py) at the clock that the device had meanwhile.
+Records are those of bench/measure.py, for each case its clock, its bound and what bench/predict.py expects as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
+import math
 import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import csdiv
-from csdiv import testing
+from csdiv import backends, testing
 
 from . import static
 from .cases import Case, tensors_of
-from .measure import refusal
+from .measure import Record, refusal, run_case
 from .peers import ChunkedEager, Compiled, Csdiv, HandDerived, KeOps, Provider, installed
-from .timing import cold_ms
+from .timing import cold_ms, interleave
 
 CASES = (
-    Case(128, 500, 40, "one step of a small autoencoder: launches show"),
-    Case(1024, 1024, 32, "square, few blocks"),
-    Case(4096, 4096, 16, "square, few dimensions"),
-    Case(2048, 2048, 128, "square, many dimensions"),
-    Case(256, 10000, 64, "a batch of codes against a large mixture"),
     Case(8192, 8192, 64, "square, fills the chip"),
     Case(1024, 100000, 64, "a batch of codes against a very large mixture"),
+    Case(128, 500, 40, "one step of a small autoencoder: launches show"),
+    Case(256, 10000, 64, "a batch of codes against a large mixture"),
+    Case(2048, 2048, 128, "square, many dimensions"),
+    Case(4096, 4096, 16, "square, few dimensions"),
+    Case(1024, 1024, 32, "square, few blocks"),
 )
-NAIVE = Path(__file__).resolve().parent.parent / "build" / "naive" / "csdiv"
-"""Where bench/gpu_check.py builds the kernels with groups of one dimension: what sharing reciprocals is worth."""
+"""What matters most comes first: a rented GPU may be gone before the last."""
+BUILD = Path(__file__).resolve().parent.parent / "build"
+
+
+class Device(NamedTuple):
+    """The GPU that is measured."""
+
+    kind: str
+    processors: int
+    capability: tuple[int, int]
+    free_bytes: int
+    naive: Path = BUILD / "naive" / "csdiv"
+    """Where bench/gpu_check.py builds the kernels with groups of one dimension: what sharing reciprocals is worth."""
+
+
+STAND_IN = Device("cpu", 132, (9, 0), 2**20, BUILD / "gpu-dry-run" / "naive")
+"""tests/stand_in.py on CPU tensors, in a rehearsal."""
+
+
+def current() -> Device:
+    """The current CUDA device."""
+    properties = torch.cuda.get_device_properties()
+    free, _ = torch.cuda.mem_get_info()
+    return Device("cuda", properties.multi_processor_count, (properties.major, properties.minor), free)
 
 
 class Naive(Csdiv):
     """csdiv's own kernels, but with a reciprocal and a logarithm for every dimension."""
 
-    def __init__(self, module: Path) -> None:
+    def __init__(self, module: Path, device: torch.device) -> None:
         super().__init__("cuda")
-        self.name = "csdiv cuda, groups of 1"
-        spec = importlib.util.spec_from_file_location("csdiv_naive._C", module)
+        self.name, self._device = "csdiv cuda, groups of 1", device
+        spec = importlib.util.spec_from_file_location(f"csdiv_naive.{module.name.split('.')[0]}", module)
         assert spec
         assert spec.loader
         self._native = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._native)
 
     def _in_place(self) -> contextlib.AbstractContextManager[object]:
-        return mock.patch.object(importlib.import_module("csdiv.backends.cuda").backend, "native", self._native)
+        return mock.patch.object(backends.resolve("cuda", self._device), "native", self._native)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         with self._in_place():
@@ -73,29 +96,33 @@ def fitting(case: Case, free: int) -> Case:
     return case
 
 
-def cases(names: list[str] | None) -> list[Case]:
+def cases(names: list[str] | None, device: Device) -> list[Case]:
     """Those of these names, or all, as large as free memory allows."""
-    free, _ = torch.cuda.mem_get_info()
-    return [fitting(case, free) for case in CASES if not names or case.name in names]
+    return [fitting(case, device.free_bytes) for case in CASES if not names or case.name in names]
 
 
-def providers(case: Case) -> list[Provider]:
-    """csdiv's backends that can run here, and every peer that is installed."""
-    everyone: list[Provider] = [Csdiv(name) for name in ("cuda", "triton") if name in csdiv.available_backends()]
-    everyone += [Naive(module) for module in sorted(NAIVE.glob("_C.*"))[:1]]
+def providers(device: Device, alone: bool) -> list[Provider]:
+    """csdiv's backends that can run here, and every peer that is installed; or "cuda" alone."""
+    able = [name for name in ("cuda", "triton") if name in csdiv.available_backends()]
+    everyone: list[Provider] = [Csdiv(name) for name in able]
+    if alone:
+        return everyone[:1]
+    everyone += [Naive(module, torch.device(device.kind, 0)) for module in sorted(device.naive.glob("*.so"))[:1]]
     everyone.append(ChunkedEager(chunk_bytes=2**28))
     everyone += [Compiled(), HandDerived()]
-    if installed("pykeops"):
+    if installed("pykeops") and device != STAND_IN:
         everyone.append(KeOps())
     return everyone
 
 
-def device_info() -> dict[str, str]:
-    """Name, driver and versions of the current GPU, for every result that is written."""
+def device_info(device: Device) -> dict[str, str]:
+    """Name, driver and versions of the GPU, for every result that is written."""
+    if device == STAND_IN:
+        return {"name": "stand-in on the CPU", "kernels": csdiv._C.cuda_status}
     fields = ("name", "driver_version", "memory.total", "clocks.max.sm")
     values = _query(",".join(fields)).split(", ")
     return dict(zip(fields, values, strict=True)) | {
-        "processors": str(torch.cuda.get_device_properties().multi_processor_count),
+        "processors": str(device.processors),
         "cuda": str(torch.version.cuda),
         "kernels": csdiv._C.cuda_status,
     }
@@ -109,12 +136,12 @@ def _query(fields: str) -> str:
 
 @contextlib.contextmanager
 def clocks() -> Iterator[list[int]]:
-    """The multiprocessors' clock in MHz, read every second while the block runs."""
+    """The multiprocessors' clock in MHz, read some times a second while the block runs."""
     read, stop = list[int](), threading.Event()
 
     def watch() -> None:
-        while not stop.wait(1.0):
-            with contextlib.suppress(ValueError):
+        while not stop.wait(0.2):
+            with contextlib.suppress(ValueError, OSError):
                 read.append(int(_query("clocks.sm")))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -145,19 +172,34 @@ def instructions(kernels: list[static.Kernel], dim: int) -> dict[str, float]:
     return {"forward": logits, "forward + backward": 2 * logits + min(sweeps)}
 
 
-def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
-    """Adds to the CUDA kernels' records the share of their bound that they reach."""
-    capability = torch.cuda.get_device_capability()
+def run(case: Case, device: Device, rounds: int, kernels: list[static.Kernel], *, alone: bool = False) -> list[Record]:
+    """The records of a case."""
+    with clocks() as read:
+        records = run_case(case, providers(device, alone), rounds, device.kind)
+    if device == STAND_IN:
+        read.append(1980)
+    for record in records if read else ():
+        record["clock_mhz"] = max(read)
+    add_bounds(records, device, kernels)
+    return records
+
+
+def kernels_of(device: Device) -> list[static.Kernel]:
+    """The machine code that runs on the GPU; none where it cannot be read."""
     try:
-        kernels = [k for k in static.read() if re.match(f"sm_{capability[0]}{capability[1]}(?!\\d)", k.architecture)]
+        return static.running_on(static.read(), device.capability)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"no bounds: {error}")
-        return
-    lanes = torch.cuda.get_device_properties().multi_processor_count * static.issue_lanes(capability)
+        return []
+
+
+def add_bounds(records: list[Record], device: Device, kernels: list[static.Kernel]) -> None:
+    """Adds to the CUDA kernels' records the share of their bound that they reach."""
+    lanes = device.processors * static.issue_lanes(device.capability)
     for record in records if kernels else ():
-        if record["provider"] == "csdiv cuda" and "gel_per_s" in record:
+        if record["provider"] == "csdiv cuda" and "gel_per_s" in record and "clock_mhz" in record:
             dim = int(str(record["case"]).split("x")[-1])
-            bound = lanes * clock_mhz * 1e-3 / instructions(kernels, dim)[record["direction"]]
+            bound = lanes * record["clock_mhz"] * 1e-3 / instructions(kernels, dim)[record["direction"]]
             record["bound_gel_per_s"] = bound
             record["share_of_bound"] = record["gel_per_s"] / bound
 
@@ -165,15 +207,21 @@ def add_bounds(records: list[dict[str, Any]], clock_mhz: float) -> None:
 FULL_CASES = ((4096, 4096, 3), (2048, 2048, 5), (1024, 1024, 8), (512, 512, 32))
 
 
+def _milliseconds(call: Callable[[], object], count: int) -> float:
+    return interleave([call], count)[0].median_ms
+
+
 def _gradients(value: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value(), leaves)
 
 
-def full_covariances(count: int = 5) -> list[dict[str, Any]]:
+def full_covariances(device: Device, count: int = 5) -> list[dict[str, Any]]:
     """D_CS of mixtures with full covariances and its gradients, on "cuda" and by the reference: times and the error."""
     records = []
+    smaller, milliseconds = (1, cold_ms) if device.kind == "cuda" else (128, _milliseconds)
     for n, m, dim in FULL_CASES:
-        p, q = (testing.random_mixture(k, dim, structure="full", dtype=torch.float64).to("cuda") for k in (n, m))
+        sides = (testing.random_mixture(k // smaller, dim, structure="full", dtype=torch.float64) for k in (n, m))
+        p, q = (side.to(device.kind) for side in sides)
         leaves = [t.requires_grad_() for side in (p, q) for t in tensors_of(side)]
         truth = None
         for backend in ("reference", "cuda"):
@@ -188,8 +236,8 @@ def full_covariances(count: int = 5) -> list[dict[str, Any]]:
                 {
                     "case": f"{n}x{m}x{dim} full",
                     "provider": f"csdiv {backend}, float64",
-                    "forward_ms": cold_ms(forward, count),
-                    "forward_backward_ms": cold_ms(gradients, count),
+                    "forward_ms": milliseconds(forward, count),
+                    "forward_backward_ms": milliseconds(gradients, count),
                     "error_nats": (value - truth).abs().item(),
                 }
             )
@@ -210,8 +258,9 @@ def markdown(records: list[dict[str, Any]]) -> str:
             continue
         share = f"{r['share_of_bound']:.0%}" if "share_of_bound" in r else ""
         ratio = r["median_ms"] / csdiv_ms.setdefault((r["case"], r["direction"]), r["median_ms"])
+        cold = r.get("cold_ms", math.nan)
         lines.append(
-            f"{head}| {r['median_ms']:.3f} | {r['cold_ms']:.3f} | {r['gel_per_s'] / 1e3:.3f} | {ratio:.1f} | {share} "
+            f"{head}| {r['median_ms']:.3f} | {cold:.3f} | {r['gel_per_s'] / 1e3:.3f} | {ratio:.1f} | {share} "
             f"| {r['extra_peak_mib']} | {r['relative_error']:.1e} |"
         )
     return "\n".join(lines)

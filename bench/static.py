@@ -163,6 +163,17 @@ def read(module: Path | None = None) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: (kernel.architecture, kernel.name))
 
 
+def running_on(kernels: list[Kernel], capability: tuple[int, int]) -> list[Kernel]:
+    """Those whose machine code runs on a GPU of this capability: for itself, or for an earlier one of its family."""
+    major, minor = capability
+    found: dict[int, list[Kernel]] = {}
+    for kernel in kernels:
+        match = re.fullmatch(r"sm_(\d+)(\d)(a?)", kernel.architecture)
+        if match and int(match[1]) == major and (int(match[2]) == minor or (int(match[2]) < minor and not match[3])):
+            found.setdefault(int(match[2]), []).append(kernel)
+    return found[max(found)] if found else []
+
+
 def architecture_of(cubin: str) -> str:
     """Such as sm_90a, from the name that cuobjdump gives to a file."""
     match = re.search(r"\.(sm_\w+)\.cubin", cubin)

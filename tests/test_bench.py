@@ -13,7 +13,7 @@ import torch
 from test_static import with_kernels
 
 import csdiv
-from bench import ab, accuracy, compare, gpu, gpu_check, instructions, limits, measure, report, static, step, tune
+from bench import ab, accuracy, compare, gpu, instructions, limits, measure, report, static, step, tune
 from bench.__main__ import main as bench_main
 from bench.cases import CPU_CASES, DIRECTIONS, Case, make_inputs
 from bench.peers import (
@@ -203,24 +203,6 @@ def test_calls_take_turns_and_the_device_is_waited_for() -> None:
     assert [timing.count for timing in timings] == [3, 3]
     assert "".join(order).startswith("|a|b|a")
     assert order[-1] == "|"
-
-
-def test_a_step_that_fails_or_hangs_is_reported_and_the_next_one_runs(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_check, "START", time.monotonic())  # not when it was imported: the tests take longer
-    assert gpu_check.step("fine", [sys.executable, "-c", "print(6 * 7)"], tmp_path, 60)
-    assert not gpu_check.step("broken", [sys.executable, "-c", "raise SystemExit('broken')"], tmp_path, 60)
-    assert not gpu_check.step("endless", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 1)
-    assert not gpu_check.step("absent", ["no-such-command"], tmp_path, 60)
-    printed = capsys.readouterr().out
-    for words in ("fine: passed", "42", "broken: 1", "endless: still running after 1 s", "No such file"):
-        assert words in printed
-    assert (tmp_path / "fine.log").read_text() == "42\n"
-
-
-def test_no_step_begins_after_the_deadline(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(gpu_check, "START", gpu_check.START - 2 * gpu_check.DEADLINE_S)
-    assert not gpu_check.step("late", [sys.executable, "-c", "print(6 * 7)"], tmp_path, 60)
-    assert "late: not run: 480 s have passed" in capsys.readouterr().out
 
 
 def test_cases_shrink_to_the_memory_there_is() -> None:
