@@ -179,10 +179,10 @@ def test_self_overlap_in_the_square_cut(backend: str) -> None:
     check("self_overlap", backend, *pair(70, 1, 1700), P)
 
 
-# Sums so large that blocks are launched in phases: 2, 4 and 3 with the two multiprocessors of the emulation.
+# Sums so large that blocks are launched in phases: 4, 2 and 3 with the two multiprocessors of the emulation.
 @pytest.mark.parametrize(
     ("entry", "n", "m", "dim"),
-    [("log_overlap", 600, 700, 13), ("log_overlap", 720, 730, 12), ("cs_divergence", 740, 70, 15)],
+    [("log_overlap", 200, 250, 130), ("log_overlap", 260, 200, 150), ("cs_divergence", 300, 70, 60)],
 )
 def test_every_phase_of_a_launch_gives_the_gradients(entry: str, n: int, m: int, dim: int) -> None:
     check(entry, "emulation", *pair(n, m, dim))

@@ -5,11 +5,16 @@
 // many bytes it wants.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "../arguments.h"
 #include "cuda.h"
 #include "pack.h"
+#include "partition.h"
 
 namespace csdiv {
 namespace {
@@ -212,6 +217,25 @@ void define_operators(py::module_& module) {
   });
 }
 
+// How the gradients of one to three sums over pairs, (batch, n, m, whether of a mixture with itself), are cut for so
+// many multiprocessors: (ranges of rows, of columns, phases) of each, see partition.h.
+std::vector<std::tuple<int, int, int>> partitions(int itemsize, int64_t dim,
+                                                  const std::vector<std::tuple<int64_t, int64_t, int64_t, bool>>& sums,
+                                                  int processors) {
+  check(sums.size() >= 1 && sums.size() <= 3, "one to three sums");
+  cuda::SweepSize sizes[3];
+  cuda::Partition found[3];
+  for (size_t k = 0; k < sums.size(); ++k)
+    sizes[k] = {std::get<0>(sums[k]), std::get<1>(sums[k]), std::get<2>(sums[k]), std::get<3>(sums[k])};
+  with_type(itemsize, [&](auto type) {
+    cuda::choose_partitions<decltype(type)>(sizes, int(sums.size()), dim, processors, found);
+  });
+  std::vector<std::tuple<int, int, int>> result;
+  for (size_t k = 0; k < sums.size(); ++k)
+    result.emplace_back(found[k].row_ranges, found[k].column_ranges, found[k].phases);
+  return result;
+}
+
 // Versions as 1000 major + 10 minor; a driver of 0 is none.
 py::tuple versions() {
   int runtime = 0, driver = 0;
@@ -232,6 +256,7 @@ std::string kernels_status(int device) {
 void bind_cuda(py::module_& module) {
   module.def("cuda_versions", &versions, "Of the runtime built in and of the driver.");
   module.def("cuda_kernels_status", &kernels_status, "Loads the kernels on a device; why that fails, or nothing.");
+  module.def("cuda_partitions", &partitions, "How the gradient sweep is cut.");
   module.attr("cuda_max_full_dim") = cuda::kMaxFullDim;
   define_operators(module);
 }

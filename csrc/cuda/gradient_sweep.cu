@@ -1,5 +1,7 @@
 #include "gradient_sweep.h"
 
+#include "pair_weights.h"
+
 namespace csdiv::cuda {
 namespace {
 
@@ -11,11 +13,22 @@ constexpr int kGroups = kWarp / kLanes;
 template <int kLanes>
 constexpr int kLaneRows = kWarpRows / kGroups<kLanes>;
 
+// Columns are in sets, as many as a thread has of a tile. What is left free behind each set puts those of neighbouring
+// threads into different banks.
 template <class T>
 struct SweepShared {
-  alignas(16) T weights[kColumns<T>][kTile];
-  T columns[2][kColumns<T>][kWarp];   // means and variances, (kColumns, kLanes)
-  T sums[2][kColumns<T>][kWarp];      // likewise
+  alignas(16) T weights[kColumns<T> * (kTile + 1)];
+  alignas(16) T columns[2 * kColumns<T> * kWarp];   // means, then variances, in kLanes dimensions
+  alignas(16) T sums[2 * kColumns<T> * kWarp];      // likewise, of each lane
+
+  // Where the rows of column j begin.
+  CSDIV_DEVICE static constexpr int rows_of(int j) { return j * kTile + j / kThreadColumns<T> * kThreadColumns<T>; }
+
+  // Where its dimensions begin.
+  template <int kLanes>
+  CSDIV_DEVICE static constexpr int lanes_of(int j) {
+    return j * kLanes + (kLanes < kWarp ? j / kThreadColumns<T> * kLanes : 0);
+  }
 };
 
 // The blocks' own sums, where they go.
@@ -31,82 +44,23 @@ struct GradientShared {
     LogitShared<T> logits;
     SweepShared<T> sweep;
   };
-  TileSums sums;
+  RowShare<T> rows[kTile];
   TileWalk walk;
   int task, row_copy, column_copy;
+  double reference;   // of the problem's logits
 };
-
-// As a thread has them of a tile: in registers first.
-template <class T>
-using TileWeights = Logits<T>;
-
-// From logits to the pairs' shares, times the gradient of the row where there is one; zero where the sum is infinite.
-template <class T>
-CSDIV_DEVICE void shares(const GradientTask<T>& task, const TileIndex& tile, TileWeights<T>& weights) {
-  const Problem<T>& problem = task.problem;
-  const bool of_total = task.weights == Weights::kOfTotal;
-  const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
-  const int64_t first_column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
-  const double offset = log_offset(problem, tile.problem, of_total);
-  const T total = of_total ? T((task.value(tile.problem) - offset) * kLog2E) : T(0);
-#pragma unroll
-  for (int a = 0; a < kThreadRows; ++a) {
-    const int64_t i = first_row + a, row = tile.problem * problem.p.n + i;
-    T shift = -T(INFINITY), factor = 1;   // the infinity: a row that counts nothing
-    if (of_total) {
-      const T log_weight = problem.p.log2_weights[tile.p_item * problem.p.tiles() * kTile + i];
-      shift = log_weight - total;
-      if (!counts(log_weight) || isinf(total)) factor = 0;
-    } else {
-      factor = i < problem.p.n && !isinf(task.row_lse[row]) ? task.given[row] : T(0);
-      if (factor != 0) shift = T((offset - task.row_lse[row]) * kLog2E);
-    }
-#pragma unroll
-    for (int c = 0; c < kThreadColumns<T>; ++c) {
-      T& weight = weights[a][c];
-      const T logit = task.self ? upper_triangle(weight, i, first_column + c) : weight;
-      weight = factor == 0 || logit == -T(INFINITY) ? T(0) : factor * approximate_exp2(logit + shift);
-    }
-  }
-}
-
-// Whether weights are given and no logit of the tile can be infinite, so that none is needed.
-template <class T>
-CSDIV_DEVICE bool needs_no_logits(const GradientTask<T>& task, const TileIndex& tile) {
-  bool result = task.weights == Weights::kGiven;
-  for (int k = 0; result && k < flags_per_tile(task.problem.dim); ++k) result = certified(task.problem, tile, k);
-  return result;
-}
-
-// The gradients of pairs; those of components too far apart, or of points at one place, count nothing.
-template <class T>
-CSDIV_DEVICE void given_weights(const GradientTask<T>& task, const TileIndex& tile, TileWeights<T>& weights) {
-  const Problem<T>& problem = task.problem;
-  const bool plain = needs_no_logits(task, tile);
-  const int64_t n = problem.p.n, m = problem.q.n;
-  const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
-  const int64_t first_column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
-#pragma unroll
-  for (int a = 0; a < kThreadRows; ++a) {
-#pragma unroll
-    for (int c = 0; c < kThreadColumns<T>; ++c) {
-      const int64_t i = first_row + a, j = first_column + c;
-      const bool counts = i < n && j < m && (plain || !isinf(weights[a][c]));
-      weights[a][c] = counts ? task.given[(tile.problem * n + i) * m + j] : T(0);
-    }
-  }
-}
 
 // The tile's weights into shared memory; returns whether any is not zero.
 template <class T>
 CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& tile, GradientShared<T>& shared) {
   TileWeights<T> weights;
   bool rows_kept = false;
+  if (task.weights != Weights::kGiven) share_rows(task, tile, shared.reference, shared.rows);
   if (!needs_no_logits(task, tile)) tile_logits(task.problem, tile, rows_kept, shared.logits, weights);
   if (task.weights == Weights::kGiven)
     given_weights(task, tile, weights);
   else
-    shares(task, tile, weights);
+    shares(task, tile, shared.rows, weights);
   const int row = threadIdx.x / kColumnThreads * kThreadRows;
   const int column = threadIdx.x % kColumnThreads * kThreadColumns<T>;
   bool any = false;
@@ -119,7 +73,8 @@ CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& til
 #pragma unroll
   for (int c = 0; c < kThreadColumns<T>; ++c) {
 #pragma unroll
-    for (int a = 0; a < kThreadRows; ++a) shared.sweep.weights[column + c][row + a] = weights[a][c];
+    for (int a = 0; a < kThreadRows; ++a)
+      shared.sweep.weights[shared.sweep.rows_of(column + c) + row + a] = weights[a][c];
   }
   __syncthreads();
   return any;
@@ -140,72 +95,119 @@ CSDIV_DEVICE void read_packed(const Mixture<T>& side, int64_t dim, int64_t tile,
   }
 }
 
+// Of the kTile components from `first` on.
+CSDIV_DEVICE int existing(int64_t n, int64_t first) {
+  return int(n - first < kTile ? n - first : kTile);
+}
+
+template <class T>
+CSDIV_DEVICE TileSums tile_sums(const GradientTask<T>& task, const GradientShared<T>& shared) {
+  const TileIndex& tile = shared.walk.tile;
+  const int64_t dim = task.problem.dim, n = task.problem.p.n, m = task.problem.q.n;
+  const int64_t first_row = tile.first_row(), first_column = tile.first_column<T>();
+  TileSums sums{nullptr, nullptr, existing(n, first_row), existing(m, first_column)};
+  if (task.rows_wanted) sums.rows = task.row_sums.of(tile.problem, shared.row_copy, n, first_row, dim);
+  if (task.columns_wanted) sums.columns = task.column_sums.of(tile.problem, shared.column_copy, m, first_column, dim);
+  return sums;
+}
+
+// Adds the sums of kCount components, of which `existing` exist, to their float64 ones in dimension `d`; components are
+// kStep apart. All are loaded before one is stored, so that they come in one round trip.
+template <int kStep, int kCount, class T>
+CSDIV_DEVICE void add_sums(double* sums, int first, int existing, int d, int dim, double unit,
+                           const T (&mean_sums)[kCount], const T (&variance_sums)[kCount]) {
+  forget(first), forget(dim);   // addresses are made here, not kept through the sweep
+  const int64_t width = 2 * int64_t(dim) + 1;
+  double* const own = sums + first * width + d;
+  double means[kCount], variances[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const bool exists = first + k * kStep < existing;
+    means[k] = exists ? own[k * kStep * width] : 0;
+    variances[k] = exists ? own[k * kStep * width + dim] : 0;
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (first + k * kStep >= existing) continue;
+    own[k * kStep * width] = means[k] + unit * double(mean_sums[k]);
+    own[k * kStep * width + dim] = variances[k] + unit * unit * double(variance_sums[k]);
+  }
+}
+
 // One chunk of kLanes dimensions from `begin` on: every warp has kWarpRows rows, in registers, and goes through the
-// columns; in each of kWarps phases it has a part of them to itself.
+// columns; in each of kWarps phases it has a part of them to itself. Groups of lanes have sums of their own.
 template <int kLanes, bool kFast, class T>
-CSDIV_DEVICE void sweep(const Problem<T>& problem, const TileIndex& tile, int64_t begin, const TileSums& sums,
-                        SweepShared<T>& shared) {
-  constexpr int kRows = kLaneRows<kLanes>, kVector = 16 / sizeof(T);
-  constexpr int kPhaseColumns = kColumns<T> / kWarps, kStepColumns = kPhaseColumns / kGroups<kLanes>;
-  const int dd = threadIdx.x % kLanes, group = threadIdx.x % kWarp / kLanes, warp = threadIdx.x / kWarp;
-  const int row = warp * kWarpRows + group * kRows;
+CSDIV_DEVICE void sweep(const GradientTask<T>& task, int64_t begin, GradientShared<T>& block) {
+  constexpr int kRows = kLaneRows<kLanes>, kVector = 16 / sizeof(T), kPhaseColumns = kColumns<T> / kWarps;
+  constexpr int kVariances = kColumns<T> * kWarp;   // from means to variances
+  const Problem<T>& problem = task.problem;
+  const TileIndex& tile = block.walk.tile;
+  SweepShared<T>& shared = block.sweep;
+  int thread = threadIdx.x;
+  forget(thread);
+  const int dd = thread % kLanes, lane = thread % kWarp, warp = thread / kWarp;
+  const int row = warp * kWarpRows + lane / kLanes * kRows;
   const int64_t dim = problem.dim, d = begin + dd, first_column = tile.first_column<T>();
-  T* const columns = &shared.columns[0][0][0];
-  T* const column_sums = &shared.sums[0][0][0];
-  constexpr int kVariances = kColumns<T> * kLanes;   // from means to variances
+  T* const columns = shared.columns + dd;
 
   T means[kRows], variances[kRows], mean_sums[kRows] = {}, variance_sums[kRows] = {};
   if constexpr (kFast) {
     read_packed(problem.p, dim, tile.p_item * problem.p.tiles() + tile.row_tile, row, d, means, variances);
-    for (int e = threadIdx.x / kLanes * kVector; e < kColumns<T>; e += kThreads / kLanes * kVector) {
+    for (int e = thread / kLanes * kVector; e < kColumns<T>; e += kThreads / kLanes * kVector) {
       T packed_means[kVector], packed_variances[kVector];
       read_packed(problem.q, dim, tile.q_item * problem.q.tiles() + first_column / kTile, int(first_column % kTile) + e,
                   d, packed_means, packed_variances);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
-        columns[(e + k) * kLanes + dd] = packed_means[k];
-        columns[kVariances + (e + k) * kLanes + dd] = packed_variances[k];
+        T* const column = columns + shared.template lanes_of<kLanes>(e) + shared.template lanes_of<kLanes>(k);
+        column[0] = packed_means[k];
+        column[kVariances] = packed_variances[k];
       }
     }
   } else {
     for (int r = 0; r < kRows; ++r)
       read_component(problem.p, dim, tile.p_item, tile.first_row() + row + r, d, means[r], variances[r]);
-    for (int j = threadIdx.x / kLanes; j < kColumns<T>; j += kThreads / kLanes)
-      read_component(problem.q, dim, tile.q_item, first_column + j, d, columns[j * kLanes + dd],
-                     columns[kVariances + j * kLanes + dd]);
+    for (int j = thread / kLanes; j < kColumns<T>; j += kThreads / kLanes) {
+      T* const column = columns + shared.template lanes_of<kLanes>(j);
+      read_component(problem.q, dim, tile.q_item, first_column + j, d, column[0], column[kVariances]);
+    }
   }
-  for (int e = threadIdx.x; e < 2 * kVariances; e += kThreads) column_sums[e] = 0;
+  for (int e = thread * kVector; e < 2 * kVariances; e += kThreads * kVector) {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) shared.sums[e + k] = 0;
+  }
   __syncthreads();
 
   for (int phase = 0; phase < kWarps; ++phase) {
-    for (int step = 0; step < kGroups<kLanes>; ++step) {
-      const int first = (warp + phase) % kWarps * kPhaseColumns + (step + group) % kGroups<kLanes> * kStepColumns;
-#pragma unroll kFast ? 4 : 1
-      for (int j = first; j < first + kStepColumns; ++j) {
-        const T column_mean = columns[j * kLanes + dd], column_variance = columns[kVariances + j * kLanes + dd];
-        T weights[kRows], mean_sum = 0, variance_sum = 0;
-        load(shared.weights[j] + row, weights);
+    const int first = int(unsigned(warp + phase) % kWarps) * kPhaseColumns;
+    const T* const first_weights = shared.weights + shared.rows_of(first) + row;
+    const T* const first_lanes = columns + shared.template lanes_of<kLanes>(first);
+    T* const first_sums = shared.sums + first * kWarp + lane;
+#pragma unroll kFast ? (kRows < kWarpRows ? 8 : 4) : 1
+    for (int j = 0; j < kPhaseColumns; ++j) {
+      const T* const column = first_lanes + shared.template lanes_of<kLanes>(j);
+      const T column_mean = column[0], column_variance = column[kVariances];
+      T weights[kRows], mean_sum = 0, variance_sum = 0;
+      load(first_weights + shared.rows_of(j), weights);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const T delta = means[r] - column_mean, c = variances[r] + column_variance;
-          if constexpr (kFast) {
-            const PairGradient<T> gradient = pair_gradient(delta, c);
-            mean_sums[r] += weights[r] * gradient.mean;
-            variance_sums[r] += weights[r] * gradient.variance;
-            mean_sum += weights[r] * gradient.mean;
-            variance_sum += weights[r] * gradient.variance;
-          } else {
-            const PairGradient<T> gradient = exact_pair_gradient(weights[r], delta, c);
-            mean_sums[r] += gradient.mean;
-            variance_sums[r] += gradient.variance;
-            mean_sum += gradient.mean;
-            variance_sum += gradient.variance;
-          }
+      for (int r = 0; r < kRows; ++r) {
+        const T delta = means[r] - column_mean, c = variances[r] + column_variance;
+        if constexpr (kFast) {
+          const PairGradient<T> gradient = pair_gradient(delta, c);
+          mean_sums[r] += weights[r] * gradient.mean;
+          variance_sums[r] += weights[r] * gradient.variance;
+          mean_sum += weights[r] * gradient.mean;
+          variance_sum += weights[r] * gradient.variance;
+        } else {
+          const PairGradient<T> gradient = exact_pair_gradient(weights[r], delta, c);
+          mean_sums[r] += gradient.mean;
+          variance_sums[r] += gradient.variance;
+          mean_sum += gradient.mean;
+          variance_sum += gradient.variance;
         }
-        column_sums[j * kLanes + dd] += mean_sum;
-        column_sums[kVariances + j * kLanes + dd] += variance_sum;
       }
-      if constexpr (kGroups<kLanes> > 1) __syncwarp();
+      first_sums[j * kWarp] += mean_sum;
+      first_sums[kVariances + j * kWarp] += variance_sum;
     }
     __syncthreads();
   }
@@ -214,67 +216,58 @@ CSDIV_DEVICE void sweep(const Problem<T>& problem, const TileIndex& tile, int64_
   if (d < dim) {
     const int64_t scale = problem.scale.item(tile.problem) * padded_dim(dim) + d;
     const double unit = kFast ? ldexp(1.0, problem.scale.exponents[scale]) : 1.0;
-    const auto add = [&](double* component, T mean_sum, T variance_sum) {
-      component[d] += unit * double(mean_sum);
-      component[dim + d] += unit * unit * double(variance_sum);
-    };
-    if (sums.rows)
+    const TileSums sums = tile_sums(task, block);
+    if (sums.rows) add_sums<1>(sums.rows, row, sums.num_rows, int(d), int(dim), unit, mean_sums, variance_sums);
+    if (sums.columns) {
+      constexpr int kStep = kThreads / kLanes, kCount = kColumns<T> / kStep;
+      const int first = thread / kLanes;
+      T column_means[kCount] = {}, column_variances[kCount] = {};
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (row + r < sums.num_rows) add(sums.rows + (row + r) * (2 * dim + 1), mean_sums[r], variance_sums[r]);
-    if (sums.columns)
-      for (int j = threadIdx.x / kLanes; j < kColumns<T>; j += kThreads / kLanes)
-        if (j < sums.num_columns)
-          add(sums.columns + j * (2 * dim + 1), column_sums[j * kLanes + dd],
-              column_sums[kVariances + j * kLanes + dd]);
+      for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+        for (int g = 0; g < kGroups<kLanes>; ++g) {
+          const T* const own =
+              shared.sums + (first + k * kStep) * kWarp + (lane + g * kLanes) % kWarp;   // no bank conflicts
+          column_means[k] += own[0];
+          column_variances[k] += own[kVariances];
+        }
+      }
+      add_sums<kStep>(sums.columns, first, sums.num_columns, int(d), int(dim), unit, column_means, column_variances);
+    }
   }
   __syncthreads();
 }
 
 // sum_j w and sum_i w.
 template <class T>
-CSDIV_DEVICE void sum_weights(const SweepShared<T>& shared, int64_t dim, const TileSums& sums) {
+CSDIV_DEVICE void sum_weights(const GradientTask<T>& task, const GradientShared<T>& block) {
+  const SweepShared<T>& shared = block.sweep;
+  const TileSums sums = tile_sums(task, block);
+  const int64_t dim = task.problem.dim;
+  int k = threadIdx.x;   // a row, or a column behind kTile rows
+  forget(k);
   T sum = 0;
-  if (threadIdx.x < kTile) {
-    const int row = threadIdx.x;
-    if (!sums.rows || row >= sums.num_rows) return;
-    for (int j = 0; j < kColumns<T>; ++j) sum += shared.weights[j][row];
-    sums.rows[row * (2 * dim + 1) + 2 * dim] += double(sum);
+  if (k < kTile) {
+    if (!sums.rows || k >= sums.num_rows) return;
+    for (int j = 0; j < kColumns<T>; ++j) sum += shared.weights[shared.rows_of(j) + k];
+    sums.rows[k * (2 * dim + 1) + 2 * dim] += double(sum);
   } else {
-    const int column = threadIdx.x - kTile;
-    if (!sums.columns || column >= kColumns<T> || column >= sums.num_columns) return;
-    for (int i = 0; i < kTile; ++i) sum += shared.weights[column][(i + column) % kTile];   // no bank conflicts
-    sums.columns[column * (2 * dim + 1) + 2 * dim] += double(sum);
+    k -= kTile;
+    if (!sums.columns || k >= kColumns<T> || k >= sums.num_columns) return;
+    const T* const weights = shared.weights + shared.rows_of(k);
+    for (int i = 0; i < kTile; ++i) sum += weights[(i + k % kThreadColumns<T>) % kTile];   // no bank conflicts
+    sums.columns[k * (2 * dim + 1) + 2 * dim] += double(sum);
   }
-}
-
-// Of the kTile components from `first` on.
-CSDIV_DEVICE int existing(int64_t n, int64_t first) {
-  return int(n - first < kTile ? n - first : kTile);
-}
-
-template <class T>
-CSDIV_DEVICE TileSums tile_sums(const GradientTask<T>& task, const TileIndex& tile, int row_copy, int column_copy) {
-  const int64_t dim = task.problem.dim, n = task.problem.p.n, m = task.problem.q.n;
-  const int64_t first_row = tile.first_row(), first_column = tile.first_column<T>();
-  TileSums sums{nullptr, nullptr, existing(n, first_row), existing(m, first_column)};
-  if (task.rows_wanted) sums.rows = task.row_sums.of(tile.problem, row_copy, n, first_row, dim);
-  if (task.columns_wanted) sums.columns = task.column_sums.of(tile.problem, column_copy, m, first_column, dim);
-  return sums;
 }
 
 template <int kLanes, class T>
 CSDIV_DEVICE void sweep_tile(const GradientTask<T>& task, GradientShared<T>& shared) {
-  const TileIndex& tile = shared.walk.tile;
-  if (threadIdx.x == 0) shared.sums = tile_sums(task, tile, shared.row_copy, shared.column_copy);
-  __syncthreads();
-  const Problem<T>& problem = task.problem;
-  sum_weights(shared.sweep, problem.dim, shared.sums);
-  for (int64_t begin = 0; begin < problem.dim; begin += kLanes) {
-    if (certified(problem, tile, begin / kFlagDims))
-      sweep<kLanes, true>(problem, tile, begin, shared.sums, shared.sweep);
+  sum_weights(task, shared);
+  for (int64_t begin = 0; begin < task.problem.dim; begin += kLanes) {
+    if (certified(task.problem, shared.walk.tile, begin / kFlagDims))
+      sweep<kLanes, true>(task, begin, shared);
     else
-      sweep<kLanes, false>(problem, tile, begin, shared.sums, shared.sweep);
+      sweep<kLanes, false>(task, begin, shared);
   }
 }
 
@@ -299,7 +292,10 @@ CSDIV_DEVICE void begin_sweep(const GradientTasks<T>& tasks, GradientShared<T>& 
   const int column_copy = row_range / partition.phases, b = block / partition.blocks();
   const int column_range =
       row_copy * partition.phases + (tasks.phase + partition.phases - row_range % partition.phases) % partition.phases;
-  if (threadIdx.x == 0) shared.task = k, shared.row_copy = row_copy, shared.column_copy = column_copy;
+  if (threadIdx.x == 0) {
+    shared.task = k, shared.row_copy = row_copy, shared.column_copy = column_copy;
+    shared.reference = reference_of(task, b);
+  }
   const Part rows = part(p.tiles(), partition.row_ranges, row_range);
   const Part columns = part(column_tiles(task.problem), partition.column_ranges, column_range);
   const bool any = columns.begin < columns.end;   // else there are more ranges than tiles
@@ -331,60 +327,29 @@ inline double cost(int64_t dim, int lanes) {
   return double(ceil_div(dim, lanes) * lanes) * (9.2 + 42.0 / lanes);
 }
 
-// Pairs of tiles that a task's problems have each.
+// Cuts the tasks into blocks; the number of phases.
 template <class T>
-double tiles_of(const GradientTask<T>& task) {
-  return double(task.problem.p.tiles()) * double(column_tiles(task.problem));
-}
-
-// Cuts all tasks for `processors`, each with blocks in proportion to its pairs; the bytes that their sums take. Half of
-// the blocks of a mixture with itself have nothing to do.
-template <class T>
-double partition_tasks(GradientTasks<T>& tasks, int processors, int phases) {
-  double pairs = 0, bytes = 0;
-  for (int k = 0; k < tasks.count; ++k)
-    pairs += double(tasks.tasks[k].problem.batch) * tiles_of(tasks.tasks[k]) * (tasks.tasks[k].self ? 0.5 : 1);
+int partition_tasks(GradientTasks<T>& tasks, int processors) {
+  SweepSize sizes[3];
+  Partition partitions[3];
   for (int k = 0; k < tasks.count; ++k) {
-    GradientTask<T>& task = tasks.tasks[k];
+    const GradientTask<T>& task = tasks.tasks[k];
     const Problem<T>& problem = task.problem;
-    const bool any = problem.batch > 0 && problem.p.n > 0;
-    const double wanted = any ? processors * kBlocksPerProcessor * tiles_of(task) / pairs : 1;
-    task.partition = choose_partition(problem, wanted, phases, task.rows_wanted, task.columns_wanted);
-    task.blocks = any ? problem.batch * task.partition.blocks() : 0;
-    const double rows = task.rows_wanted ? double(task.partition.row_copies()) * double(problem.p.n) : 0;
-    const double columns = task.columns_wanted ? double(task.partition.column_copies()) * double(problem.q.n) : 0;
-    bytes += double(problem.batch) * (rows + columns) * double(2 * problem.dim + 1) * sizeof(double);
+    sizes[k] = {problem.batch, problem.p.n, problem.q.n, task.self, task.rows_wanted, task.columns_wanted};
   }
-  return bytes;
-}
-
-// How many phases: one, unless the sums took too much memory; then as many as leave blocks enough tiles at a time, and
-// enough blocks.
-template <class T>
-int choose_phases(GradientTasks<T>& tasks, int processors) {
-  if (partition_tasks(tasks, processors, 1) <= double(processors) * kSumBytesPerProcessor) return 1;
-  const auto count_blocks = [&] {
-    int64_t blocks = 0;
-    for (int k = 0; k < tasks.count; ++k) blocks += tasks.tasks[k].blocks;
-    return blocks;
-  };
-  double tiles = 0;
-  for (int k = 0; k < tasks.count; ++k) tiles += double(tasks.tasks[k].problem.batch) * tiles_of(tasks.tasks[k]);
-  const int64_t once = count_blocks();
-  int phases = int(std::min(double(once), tiles / (double(once) * kTilesPerPhase)));
-  for (; phases > 1; --phases) {
-    partition_tasks(tasks, processors, phases);
-    if (10 * count_blocks() >= 9 * once) break;
+  choose_partitions<T>(sizes, tasks.count, tasks.tasks[0].problem.dim, processors, partitions);
+  for (int k = 0; k < tasks.count; ++k) {
+    tasks.tasks[k].partition = partitions[k];
+    tasks.tasks[k].blocks = sizes[k].n > 0 ? sizes[k].batch * partitions[k].blocks() : 0;
   }
-  return std::max(phases, 1);
+  return partitions[0].phases;
 }
 
 }   // namespace
 
 template <class T>
 void sweep_gradients(Context& context, GradientTasks<T>& tasks) {
-  const int phases = choose_phases(tasks, context.processors);
-  partition_tasks(tasks, context.processors, phases);
+  const int phases = partition_tasks(tasks, context.processors);
   int64_t blocks = 0;
   for (int k = 0; k < tasks.count; ++k) {
     GradientTask<T>& task = tasks.tasks[k];
