@@ -26,6 +26,7 @@ CASES = {
         *(Case("cs_divergence", dtype, dim=dim) for dtype in TYPES for dim in (5, 12, 32)),
         Case("cs_divergence", n=70, m=130, dim=5),
         Case("cs_divergence", n=4, m=6, batch=BATCHES[2]),
+        *(Case("cs_divergence", dtype, n=1540, m=3, dim=1, needs=()) for dtype in TYPES),  # rows in two steps
     ],
     "log_overlap": [
         *(Case("log_overlap", dtype, scale="-inf weights") for dtype in TYPES),

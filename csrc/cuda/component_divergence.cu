@@ -164,11 +164,9 @@ Problem<T> flattened(Problem<T> problem) {
 
 // q with itself, a problem for each of its items if any are used, on a scale of their own.
 template <class T>
-Problem<T> packed_with_itself(Context& context, const Problem<T>& problem) {
+Problem<T> with_itself(const Problem<T>& problem) {
   const Mixture<T> q = problem.q.alone();
-  Problem<T> self{problem.batch > 0 ? q.items : 0, problem.dim, q, q, {}};
-  pack(context, self);
-  return self;
+  return {problem.batch > 0 ? q.items : 0, problem.dim, q, q, {}};
 }
 
 }   // namespace
@@ -177,10 +175,9 @@ template <class T>
 void component_divergence_forward(Context& context, Problem<T> problem, bool logarithms, const double* known, T* values,
                                   T* row_lse, double* self_overlaps) {
   const double* const own = take_own_terms(context, problem, logarithms);
-  Problem<T> pair = flattened(problem);
-  pack(context, pair);
-  RowTasks<T> tasks{{{pair, false}}, 1};
-  if (!known) tasks.tasks[tasks.count++] = {packed_with_itself(context, problem), true};
+  Problem<T> pair = flattened(problem), self = with_itself(problem);
+  pack(context, pair, known ? nullptr : &self);
+  RowTasks<T> tasks{{{pair, false}, {self, true}}, known ? 1 : 2};
   sum_rows(context, tasks);
   double* const found = context.take<double>(known ? 0 : problem.q.items);
   if (!known) total_rows(context, RowTasks<T>{{tasks.tasks[1]}, 1}, Totals<T>{nullptr, found});
@@ -195,8 +192,9 @@ void component_divergence_backward(Context& context, Problem<T> problem, bool lo
                                    const SideGradients<T>& grad_p, const SideGradients<T>& grad_q, double* grad_known) {
   const T* const given = problem.p.variances;
   const double* const own = take_own_terms(context, problem, logarithms);
-  Problem<T> pair = flattened(problem);
-  pack(context, pair);
+  const bool self_wanted = grad_q.wanted() && !known;
+  Problem<T> pair = flattened(problem), self = with_itself(problem);
+  pack(context, pair, self_wanted ? &self : nullptr);
   const int64_t components = problem.p.items * problem.p.n, rows = pair.batch * pair.p.n;
   double* const restored = context.take<double>(rows);
   launch(context, ceil_div(rows, kThreads), 0, restore_rows_kernel<T>, problem, own, self_overlaps, row_lse, restored);
@@ -204,20 +202,12 @@ void component_divergence_backward(Context& context, Problem<T> problem, bool lo
   tasks.tasks[0].rows_wanted = grad_p.wanted();
   tasks.tasks[0].columns_wanted = grad_q.wanted();
 
-  const bool self = grad_q.wanted() && !known;
-  T* const upstream = context.take<T>(self ? pair.batch : 0);
-  if (self) {
+  T* const upstream = context.take<T>(self_wanted ? pair.batch : 0);
+  if (self_wanted) {
     launch(context, pair.batch, sizeof(UpstreamShared), sum_upstream_kernel<T>, grad_values, pair.p.n, upstream,
            nullptr);
-    tasks.tasks[tasks.count++] = {packed_with_itself(context, problem),
-                                  true,
-                                  Weights::kOfTotal,
-                                  nullptr,
-                                  nullptr,
-                                  self_overlaps,
-                                  1,
-                                  problem.q.index,
-                                  problem.batch};
+    tasks.tasks[tasks.count++] = {self,          true, Weights::kOfTotal, nullptr,      nullptr,
+                                  self_overlaps, 1,    problem.q.index,   problem.batch};
   }
   if (grad_known)
     launch(context, problem.batch, sizeof(UpstreamShared), sum_upstream_kernel<T>, grad_values, problem.p.n, nullptr,
@@ -230,7 +220,7 @@ void component_divergence_backward(Context& context, Problem<T> problem, bool lo
   const GradientSources<T> to_q{{{of_pair.column_sums, false, false, -1},
                                  {of_q.row_sums, true, true, 0.5, upstream},
                                  {of_q.column_sums, false, true, 0.5, upstream}},
-                                self ? 3 : 1};
+                                self_wanted ? 3 : 1};
   GradientWrites<T> writes{{}, 0, pair.batch, pair.dim};
   writes.add(pair.p, to_p, grad_p);
   writes.add(pair.q, to_q, grad_q);

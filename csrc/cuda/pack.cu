@@ -40,14 +40,23 @@ CSDIV_DEVICE T log2_center(const PackShared<T>& shared, int d) {
   return 1 + (!isfinite(p) ? q : !isfinite(q) ? p : (p + q) / 2);
 }
 
+template <class T>
+struct PackTasks {
+  Problem<T> problems[2];
+  int64_t blocks[2];
+};
+
 // One block for a tile of p or q.
 template <class T>
-__global__ void pack_kernel(const __grid_constant__ Problem<T> problem) {
+__global__ void pack_kernel(const __grid_constant__ PackTasks<T> tasks) {
   CSDIV_SHARED(PackShared<T>, shared);
+  const bool second = blockIdx.x >= tasks.blocks[0];
+  const Problem<T>& problem = tasks.problems[second];
   const int64_t p_blocks = problem.p.items * problem.p.tiles();
-  const bool of_q = blockIdx.x >= p_blocks;
+  const int64_t of_problem = blockIdx.x - (second ? tasks.blocks[0] : 0);
+  const bool of_q = of_problem >= p_blocks;
   const Mixture<T>& side = of_q ? problem.q : problem.p;
-  const int64_t block = of_q ? blockIdx.x - p_blocks : blockIdx.x;   // item * tiles + tile
+  const int64_t block = of_q ? of_problem - p_blocks : of_problem;   // item * tiles + tile
   const int64_t item = block / side.tiles(), first = block % side.tiles() * kTile;
   const int64_t dim = problem.dim, padded = padded_dim(dim);
   const int components = int(side.n - first < kTile ? side.n - first : kTile);
@@ -134,30 +143,36 @@ void take(Context& context, Mixture<T>& side, int64_t dim) {
   side.flags = context.take<uint8_t>(tiles * flags_per_tile(dim));
 }
 
-}   // namespace
-
+// Memory for a problem's packed sides and their scale; how many blocks fill it.
 template <class T>
-void pack(Context& context, Problem<T>& problem) {
-  const bool same = problem.p.means == problem.q.means && problem.p.variances == problem.q.variances &&
-                    problem.p.log_weights == problem.q.log_weights && problem.p.n == problem.q.n &&
-                    problem.p.items == problem.q.items;
-  for (Mixture<T>* side : {&problem.p, &problem.q}) side->log_count = side->log_weights ? 0 : log(double(side->n));
-  take(context, problem.p, problem.dim);
-  if (same) {
-    problem.q.values = problem.p.values;
-    problem.q.log2_weights = problem.p.log2_weights;
-    problem.q.flags = problem.p.flags;
-  } else {
-    take(context, problem.q, problem.dim);
-  }
+int64_t take(Context& context, Problem<T>& problem) {
+  Mixture<T>&p = problem.p, &q = problem.q;
+  const bool same = p.means == q.means && p.variances == q.variances && p.log_weights == q.log_weights && p.n == q.n &&
+                    p.items == q.items;
+  for (Mixture<T>* side : {&p, &q}) side->log_count = side->log_weights ? 0 : log(double(side->n));
+  take(context, p, problem.dim);
+  if (same)
+    q.values = p.values, q.log2_weights = p.log2_weights, q.flags = p.flags;
+  else
+    take(context, q, problem.dim);
   Scale<T>& scale = problem.scale;
-  scale.items = problem.p.own(problem.batch) && problem.q.own(problem.batch) ? problem.batch : 1;
+  scale.items = p.own(problem.batch) && q.own(problem.batch) ? problem.batch : 1;
   scale.exponents = context.take<int>(scale.items * padded_dim(problem.dim));
   scale.centers = context.take<T>(scale.items * padded_dim(problem.dim));
   scale.group_centers = context.take<T>(scale.items * padded_dim(problem.dim) / kGroup);
   scale.references = context.take<double>(scale.items);
-  const int64_t p_blocks = problem.p.items * problem.p.tiles(), q_blocks = problem.q.items * problem.q.tiles();
-  launch(context, p_blocks + (same ? 0 : q_blocks), sizeof(PackShared<T>), pack_kernel<T>, problem);
+  return p.items * p.tiles() + (same ? 0 : q.items * q.tiles());
+}
+
+}   // namespace
+
+template <class T>
+void pack(Context& context, Problem<T>& problem, Problem<T>* second) {
+  PackTasks<T> tasks{};
+  tasks.blocks[0] = take(context, problem);
+  tasks.problems[0] = problem;
+  if (second) tasks.blocks[1] = take(context, *second), tasks.problems[1] = *second;
+  launch(context, tasks.blocks[0] + tasks.blocks[1], sizeof(PackShared<T>), pack_kernel<T>, tasks);
 }
 
 cudaError_t load_kernels() {
