@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from test_static import with_kernels
 import csdiv
 from bench import ab, accuracy, compare, gpu, instructions, limits, measure, report, static, step, tune
 from bench.__main__ import main as bench_main
-from bench.cases import CPU_CASES, DIRECTIONS, Case, make_inputs
+from bench.cases import CPU_CASES, DIRECTIONS, GPU_CASES, Case, make_inputs
 from bench.peers import (
     ChunkedEager,
     Compiled,
@@ -206,7 +205,7 @@ def test_calls_take_turns_and_the_device_is_waited_for() -> None:
 
 
 def test_cases_shrink_to_the_memory_there_is() -> None:
-    (large,) = (case for case in gpu.CASES if case.name == "1024x100000x64")
+    (large,) = (case for case in GPU_CASES if case.name == "1024x100000x64")
     assert gpu.fitting(large, 80 * 2**30) == large
     small = gpu.fitting(large, 2**30)
     assert small.name == "256x25000x64"
