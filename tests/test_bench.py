@@ -245,9 +245,10 @@ def test_the_arithmetic_that_bounds_are_measured_by_is_done() -> None:
 
 def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:
     passed = {"median_ms": 2.0, "cold_ms": 2.5, "gel_per_s": 1500.0, "share_of_bound": 0.8, "extra_peak_mib": 3.0}
+    passed["predicted_ms"] = 1.75
     head = {"case": "1x2x3", "direction": "forward", "relative_error": 1e-7}
     table = gpu.markdown([head | passed | {"provider": "csdiv cuda"}, head | {"provider": "other"}]).splitlines()
-    assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.500 | 1.0 | 80% | 3.0 | 1.0e-07 |"
+    assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.750 | 1.500 | 1.0 | 80% | 3.0 | 1.0e-07 |"
     assert "refused: error 1.0e-07" in table[3]
 
 
