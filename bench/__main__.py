@@ -70,7 +70,12 @@ def _gpu(options: argparse.Namespace, info: dict[str, str]) -> Found:
     more: dict[str, Any] = {"dry_run": options.dry_run}
     for case in gpu.cases(options.cases, device):
         found = gpu.run(
-            case, device, options.rounds, kernels, alone=options.alone or (options.dry_run and bool(records))
+            case,
+            device,
+            info["name"],
+            options.rounds,
+            kernels,
+            alone=options.alone or (options.dry_run and bool(records)),
         )
         records += found
         write(options.output, info, records, **more)
@@ -103,6 +108,8 @@ def _tune(options: argparse.Namespace, info: dict[str, str]) -> Found:
 
 
 def _static(options: argparse.Namespace, info: dict[str, str]) -> Found:
+    if options.predict:
+        return _predict()
     records: Records = []
     for read in (static.read, static_triton.read):
         try:
@@ -110,6 +117,16 @@ def _static(options: argparse.Namespace, info: dict[str, str]) -> Found:
         except (ImportError, FileNotFoundError, RuntimeError) as missing:
             print(f"left out: {missing}")
     print(static.markdown(records))
+    return records, {}
+
+
+def _predict() -> Found:
+    from . import predict  # imports tests, which only a checkout has
+
+    records = predict.run()
+    print(predict.__doc__, predict.gpus(), predict.markdown(records, predict.measured()), sep="\n")
+    print(predict.targets(records))
+    predict.write_page(records)
     return records, {}
 
 
@@ -193,6 +210,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="cpu, gpu, limits, ab: only these cases")
     parser.add_argument("--rounds", type=int, help="how often each call is timed where calls take turns: 7, ab: 100")
     parser.add_argument("--threads", type=int, help="ab: threads of each build, by default those of torch")
+    parser.add_argument(
+        "--predict", action="store_true", help="static: the time that calls should take on GPUs, into docs/kernels.md"
+    )
     parser.add_argument("--alone", action="store_true", help='gpu: the backend "cuda" without its peers')
     parser.add_argument("--dry-run", action="store_true", help="gpu: a rehearsal on tests/stand_in.py")
     parser.add_argument("--data", help="epochs, swap-in: a folder with MNIST's IDX files, or what csdiv train takes")

@@ -79,6 +79,16 @@ SMALL_CASES = (
 )
 """Sizes that people train with: what a call costs beside its arithmetic shows."""
 CPU_CASES = (*LARGE_CASES, *SMALL_CASES)
+GPU_CASES = (
+    Case(8192, 8192, 64, "square, fills the chip"),
+    Case(1024, 100000, 64, "a batch of codes against a very large mixture"),
+    Case(128, 500, 40, "one step of a small autoencoder: launches show"),
+    Case(256, 10000, 64, "a batch of codes against a large mixture"),
+    Case(2048, 2048, 128, "square, many dimensions"),
+    Case(4096, 4096, 16, "square, few dimensions"),
+    Case(1024, 1024, 32, "square, few blocks"),
+)
+"""What matters most comes first: a rented GPU may be gone before the last."""
 
 
 def tensors_of(p: GaussianMixture) -> tuple[Tensor, Tensor, Tensor]:

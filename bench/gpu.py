@@ -24,22 +24,12 @@ from torch import Tensor
 import csdiv
 from csdiv import backends, testing
 
-from . import static
-from .cases import Case, tensors_of
+from . import predict, static
+from .cases import GPU_CASES, Case, tensors_of
 from .measure import Record, refusal, run_case
 from .peers import ChunkedEager, Compiled, Csdiv, HandDerived, KeOps, Provider, installed
 from .timing import cold_ms, interleave
 
-CASES = (
-    Case(8192, 8192, 64, "square, fills the chip"),
-    Case(1024, 100000, 64, "a batch of codes against a very large mixture"),
-    Case(128, 500, 40, "one step of a small autoencoder: launches show"),
-    Case(256, 10000, 64, "a batch of codes against a large mixture"),
-    Case(2048, 2048, 128, "square, many dimensions"),
-    Case(4096, 4096, 16, "square, few dimensions"),
-    Case(1024, 1024, 32, "square, few blocks"),
-)
-"""What matters most comes first: a rented GPU may be gone before the last."""
 BUILD = Path(__file__).resolve().parent.parent / "build"
 
 
@@ -98,7 +88,7 @@ def fitting(case: Case, free: int) -> Case:
 
 def cases(names: list[str] | None, device: Device) -> list[Case]:
     """Those of these names, or all, as large as free memory allows."""
-    return [fitting(case, device.free_bytes) for case in CASES if not names or case.name in names]
+    return [fitting(case, device.free_bytes) for case in GPU_CASES if not names or case.name in names]
 
 
 def providers(device: Device, alone: bool) -> list[Provider]:
@@ -172,8 +162,10 @@ def instructions(kernels: list[static.Kernel], dim: int) -> dict[str, float]:
     return {"forward": logits, "forward + backward": 2 * logits + min(sweeps)}
 
 
-def run(case: Case, device: Device, rounds: int, kernels: list[static.Kernel], *, alone: bool = False) -> list[Record]:
-    """The records of a case."""
+def run(
+    case: Case, device: Device, name: str, rounds: int, kernels: list[static.Kernel], *, alone: bool = False
+) -> list[Record]:
+    """The records of a case on the GPU of this name."""
     with clocks() as read:
         records = run_case(case, providers(device, alone), rounds, device.kind)
     if device == STAND_IN:
@@ -181,6 +173,9 @@ def run(case: Case, device: Device, rounds: int, kernels: list[static.Kernel], *
     for record in records if read else ():
         record["clock_mhz"] = max(read)
     add_bounds(records, device, kernels)
+    for record in records:
+        if record["provider"] == "csdiv cuda" and (expected := predict.expected(case.name, name)):
+            record["predicted_ms"] = expected[record["direction"]]
     return records
 
 
@@ -247,20 +242,22 @@ def full_covariances(device: Device, count: int = 5) -> list[dict[str, Any]]:
 def markdown(records: list[dict[str, Any]]) -> str:
     """Time, rate, share of the bound, memory and error of every provider that passed the gate."""
     lines = [
-        "| case | direction | provider | warm ms | cold ms | Tel/s | times csdiv | of the bound | peak MiB | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| case | direction | provider | warm ms | cold ms | predicted ms | Tel/s | times csdiv | of the bound "
+        "| peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     csdiv_ms: dict[tuple[str, str], float] = {}
     for r in records:
         head = f"| {r['case']} | {r['direction']} | {r['provider']} "
         if reason := refusal(r):
-            lines.append(f"{head}| {reason} | | | | | | |")
+            lines.append(f"{head}| {reason} | | | | | | | |")
             continue
         share = f"{r['share_of_bound']:.0%}" if "share_of_bound" in r else ""
         ratio = r["median_ms"] / csdiv_ms.setdefault((r["case"], r["direction"]), r["median_ms"])
         cold = r.get("cold_ms", math.nan)
+        expected = f"{r['predicted_ms']:.3f}" if "predicted_ms" in r else ""
         lines.append(
-            f"{head}| {r['median_ms']:.3f} | {cold:.3f} | {r['gel_per_s'] / 1e3:.3f} | {ratio:.1f} | {share} "
-            f"| {r['extra_peak_mib']} | {r['relative_error']:.1e} |"
+            f"{head}| {r['median_ms']:.3f} | {cold:.3f} | {expected} | {r['gel_per_s'] / 1e3:.3f} | {ratio:.1f} "
+            f"| {share} | {r['extra_peak_mib']} | {r['relative_error']:.1e} |"
         )
     return "\n".join(lines)

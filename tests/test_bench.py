@@ -5,7 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from test_static import with_kernels
 import csdiv
 from bench import ab, accuracy, compare, gpu, instructions, limits, measure, report, static, step, tune
 from bench.__main__ import main as bench_main
-from bench.cases import CPU_CASES, DIRECTIONS, Case, make_inputs
+from bench.cases import CPU_CASES, DIRECTIONS, GPU_CASES, Case, make_inputs
 from bench.peers import (
     ChunkedEager,
     Compiled,
@@ -206,7 +205,7 @@ def test_calls_take_turns_and_the_device_is_waited_for() -> None:
 
 
 def test_cases_shrink_to_the_memory_there_is() -> None:
-    (large,) = (case for case in gpu.CASES if case.name == "1024x100000x64")
+    (large,) = (case for case in GPU_CASES if case.name == "1024x100000x64")
     assert gpu.fitting(large, 80 * 2**30) == large
     small = gpu.fitting(large, 2**30)
     assert small.name == "256x25000x64"
@@ -246,9 +245,10 @@ def test_the_arithmetic_that_bounds_are_measured_by_is_done() -> None:
 
 def test_the_table_of_a_gpu_has_shares_and_refusals() -> None:
     passed = {"median_ms": 2.0, "cold_ms": 2.5, "gel_per_s": 1500.0, "share_of_bound": 0.8, "extra_peak_mib": 3.0}
+    passed["predicted_ms"] = 1.75
     head = {"case": "1x2x3", "direction": "forward", "relative_error": 1e-7}
     table = gpu.markdown([head | passed | {"provider": "csdiv cuda"}, head | {"provider": "other"}]).splitlines()
-    assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.500 | 1.0 | 80% | 3.0 | 1.0e-07 |"
+    assert table[2] == "| 1x2x3 | forward | csdiv cuda | 2.000 | 2.500 | 1.750 | 1.500 | 1.0 | 80% | 3.0 | 1.0e-07 |"
     assert "refused: error 1.0e-07" in table[3]
 
 

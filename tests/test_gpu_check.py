@@ -1,4 +1,4 @@
-"""What is for a rented GPU, without one: steps and their limits, builds that are carried along, the whole in a rehearsal."""
+"""What is for a rented GPU, without one: steps and their limits, builds that are carried along, a rehearsal."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch
 
 import csdiv._C as _C
 from bench import gpu, gpu_check
+from bench.cases import GPU_CASES
 from bench.gpu_check import Check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,4 +144,4 @@ def test_the_whole_in_a_rehearsal(tmp_path: Path) -> None:
     assert set(steps["steps"]) == {"available", "quick", "memcheck", "cuda", "triton", "bench"}
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["dry_run"]
-    assert len({record["case"] for record in results["records"]}) == len(gpu.CASES)
+    assert len({record["case"] for record in results["records"]}) == len(GPU_CASES)

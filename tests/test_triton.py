@@ -24,9 +24,12 @@ def test_a_status_says_what_is_missing() -> None:
         assert status() == (False, "the package triton is not installed: pip install triton")
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
         assert not status().available
-    with mock.patch("importlib.util.find_spec"), mock.patch.object(torch.cuda, "is_available", return_value=True):
-        with mock.patch.object(torch.version, "hip", "6.0"):
-            assert "NVIDIA" in status().reason
+    with (
+        mock.patch("importlib.util.find_spec"),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.version, "hip", "6.0"),
+    ):
+        assert "NVIDIA" in status().reason
     capability = {"get_device_capability": lambda device: (7, 5 + device.index), "get_device_name": lambda device: "T4"}
     with mock.patch.multiple(torch.cuda, **capability):
         assert "8.0 or later is needed, T4 has 7.6" in backends._too_old(torch.device("cuda:1"))

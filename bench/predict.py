@@ -1,0 +1,444 @@
+"""How long the CUDA kernels are expected to take on three GPUs: ``python -m bench static --predict``.
+
+No GPU has run them; a measurement is to refute or confirm this. It needs a checkout, a csdiv._C with CUDA kernels and
+nvdisasm, and takes from
+
+- the host code (tests/launches.py): launches, their blocks, and how the gradient sweep is cut, so how evenly blocks
+  fill a GPU: they are given out in order, the next one to the multiprocessor that has room first; those of the row sums
+  are taken to be alike;
+- machine code (bench/static.py): instructions and special functions of the hot loops for an element;
+- shipped PTX, executed on the CPU (tests/ptx.py) for a few tiles: all other instructions, those in float64, cycles of
+  shared memory with bank conflicts, sectors of global memory, and how often a warp waits for global memory.
+
+Assumed, of every GPU: the figures of ``GPUS``; instructions are issued in ``ISSUED`` of the cycles in which they could
+be where a multiprocessor has two blocks, in ``ISSUED_ALONE`` where it has one; what does not use the same unit overlaps
+(the largest of issue, special functions, float64, shared memory and L2 cache counts), except that a block waits for
+every access that depends on an earlier one, while the other block goes on. A launch takes ``LAUNCH_US`` beside its
+blocks. Small kernels issue as single warps do, one instruction in ``WARP_CYCLES``. The host takes ``HOST_US`` for a
+call and ``HOST_LAUNCH_US`` for a launch; a call takes what the device or the host takes, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import importlib
+import json
+import struct
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import static
+from .cases import DIRECTIONS, GPU_CASES, Case, make_inputs
+from .peers import Csdiv, leaves_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- predicted: python -m bench static --predict -->", "<!-- end of predicted -->"
+
+TILE, BLOCK_WARPS = 64, 8
+ISSUED, ISSUED_ALONE = 0.88, 0.60
+LAUNCH_US, HOST_LAUNCH_US = 2.0, 4.0
+HOST_US = {"forward": 45.0, "forward + backward": 110.0}
+WARP_CYCLES, RESIDENT_WARPS = 6.0, 48
+SPECIAL_LANES, SECTOR_BYTES = 16, 32
+CALIBRATION = (128, 512)
+"""Components of p and q for which PTX is executed: blocks of several tiles."""
+
+
+class Gpu(NamedTuple):
+    """Figures of a GPU: rates at its highest clock, latencies in cycles of it."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    clock_ghz: float
+    float64_lanes: int
+    l2_bytes_per_cycle: float  # of a multiprocessor
+    l2_mib: int
+    l2_latency: int
+    memory_gb_s: float
+    memory_latency: int
+
+
+GPUS = (
+    Gpu("H200", (9, 0), 132, 1.98, 64, 21.0, 50, 280, 4800, 800),
+    Gpu("A100", (8, 0), 108, 1.41, 32, 26.0, 40, 210, 2000, 570),
+    Gpu("RTX 4090", (8, 9), 128, 2.52, 2, 16.0, 72, 280, 1008, 620),
+)
+CASES = (
+    *GPU_CASES,
+    Case(128, 500, 40, "D_CS", "divergence"),
+    Case(8192, 8192, 64, "D_CS", "divergence"),
+    Case(5000, 5000, 16, "a self term", "self"),
+    Case(256, 500, 40, "the regularizer", "regularizer"),
+)
+TARGETS = ("8192x8192x64", "1024x100000x64")
+"""Cases whose share of the issue bound is the aim."""
+
+
+class Counts(NamedTuple):
+    """What a kernel did, of one tile of 64 x 64 pairs or in all: warps' instructions and cycles."""
+
+    other: float  # instructions beside the hot loops
+    float64: float
+    shared_cycles: float
+    ideal_cycles: float
+    sectors: float
+    waits: float  # of a warp, for global memory
+
+    def times(self, factor: float) -> Counts:
+        return Counts(*(factor * x for x in self))
+
+
+def _tests(name: str) -> Any:
+    """A module of tests/, which are beside bench/ in a checkout."""
+    folder = str(ROOT / "tests")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+def _call(case: Case, backend: str, direction: str) -> None:
+    provider, inputs = Csdiv(backend, case.entry), make_inputs(case)
+    if direction == "forward":
+        with torch.no_grad():
+            provider.forward(inputs)
+    else:
+        provider.forward_backward(leaves_of(inputs))
+
+
+@functools.cache
+def install() -> None:
+    """Makes the backends "emulation" and "ptx" known.
+
+    Raises:
+        RuntimeError: csdiv._C has no PTX to run.
+    """
+    _tests("emulation").install()
+    _tests("ptx").install()
+    if reason := _tests("ptx").missing():
+        raise RuntimeError(reason)
+
+
+@functools.cache
+def calibration(entry: str, dim: int) -> dict[str, Counts]:
+    """What every kernel does in all for ``CALIBRATION`` with gradients, by executing its PTX."""
+    install()
+    machine, case = _tests("ptx").machine(), Case(*CALIBRATION, dim, "", entry)
+    _tests("ptx").backend()
+    for name in machine.kernels:
+        machine.counts(name)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # unwritten memory is told from written by its NaN
+    try:
+        _call(case, "ptx", "forward + backward")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    found = {}
+    for name, kernel in machine.kernels.items():
+        opcodes = {row.line: row.name for row in kernel.rows}
+        lines = machine.counts(name)
+        hot = {line.executed for line in lines if opcodes.get(line.line, "").startswith("rcp.approx.ftz.f32")}
+        if not any(line.executed for line in lines):
+            continue
+        tiles = "overlap_lse" in name
+        found[static.readable(name)] = Counts(
+            other=sum(line.executed for line in lines if not tiles or line.executed not in hot),
+            float64=sum(line.executed for line in lines if "f64" in opcodes.get(line.line, "").split(".")[1:]),
+            shared_cycles=sum(line.cycles for line in lines),
+            ideal_cycles=sum(line.ideal_cycles for line in lines),
+            sectors=sum(line.sectors for line in lines),
+            waits=_waits(lines, opcodes),
+        )
+    return found
+
+
+def _waits(lines: Sequence[Any], opcodes: dict[int, str]) -> float:
+    """How often warps load from global memory after a store to it, which the loaded may alias: one at a time."""
+    waits, stored = 0.0, True
+    for line in lines:
+        if line.sectors and opcodes.get(line.line) == "st":
+            stored = True
+        elif line.sectors and opcodes.get(line.line) == "ld" and stored:
+            waits, stored = waits + line.executed, False
+    return waits
+
+
+@functools.cache
+def copies_of_calibration(entry: str, dim: int) -> float:
+    """Sums of gradients that are added up for ``CALIBRATION``."""
+    case = Case(*CALIBRATION, dim, "", entry)
+    with _tests("launches").recorded(_tests("emulation").PROCESSORS) as launches:
+        _call(case, "emulation", "forward + backward")
+    return next((copies(case, found) for x in launches if (found := cuts(x.parameters, x.blocks))), 1.0)
+
+
+class Cut(NamedTuple):
+    """How the sweep over a sum of pairs is cut, see csrc/cuda/partition.h."""
+
+    row_ranges: int
+    column_ranges: int
+    phases: int
+
+
+def cuts(parameters: bytes, blocks: int) -> list[Cut]:
+    """Those in a sweep's parameters: three integers, and then how many blocks follow from them, in 8 bytes."""
+    found, total = [], 0
+    for at in range(0, len(parameters) - 23, 4):
+        cut = Cut(*struct.unpack_from("iii", parameters, at))
+        count = struct.unpack_from("q", parameters, (at + 12 + 7) // 8 * 8)[0]
+        if min(cut) > 0 and cut.row_ranges % cut.phases == cut.column_ranges % cut.phases == 0:
+            of_phase = cut.row_ranges * (cut.column_ranges // cut.phases)
+            if count == of_phase and total + count <= blocks:
+                found.append(cut)
+                total += count
+    return found if total == blocks else []
+
+
+def copies(case: Case, found: list[Cut]) -> float:
+    """Components of all sides, each as often as its sums are copied, and once more for what is written of it."""
+    sides = zip(sums_of(case), found, strict=True)
+    return sum(n * (1 + c.column_ranges / c.phases) + m * (1 + c.row_ranges / c.phases) for (n, m, _), c in sides)
+
+
+def sums_of(case: Case) -> list[tuple[int, int, bool]]:
+    """Rows, columns and whether it is the upper triangle, of the sums over pairs that an entry takes together."""
+    triangles = {"divergence": (case.n, case.m), "regularizer": (case.m,), "self": (case.m,)}.get(case.entry, ())
+    pairs = [] if case.entry == "self" else [(case.n, case.m, False)]
+    return pairs + [(k, k, True) for k in triangles]
+
+
+def tiles_of(rows: range, columns: range, triangle: bool) -> int:
+    """Those that a block with these ranges of tiles goes through."""
+    if not triangle:
+        return len(rows) * len(columns)
+    return sum(max(0, columns.stop - max(columns.start, row)) for row in rows)
+
+
+def sweep_works(case: Case, found: list[Cut], phase: int) -> list[int]:
+    """Tiles of each block of a launch of the sweep."""
+    works = []
+    for (n, m, triangle), cut in zip(sums_of(case), found, strict=True):
+        rows, columns = _ranges(-(-n // TILE), cut.row_ranges), _ranges(-(-m // TILE), cut.column_ranges)
+        for row, its_rows in enumerate(rows):
+            for copy in range(cut.column_ranges // cut.phases):
+                column = copy * cut.phases + (phase - row) % cut.phases
+                works.append(tiles_of(its_rows, columns[column], triangle))
+    return works
+
+
+def _ranges(size: int, parts: int) -> list[range]:
+    return [range(size * k // parts, size * (k + 1) // parts) for k in range(parts)]
+
+
+def even_works(case: Case, blocks: int) -> list[int]:
+    """Tiles of each block of the row sums, which have parts of the columns of a tile of rows."""
+    sizes = [(range(-(-n // TILE)), range(-(-m // TILE)), triangle) for n, m, triangle in sums_of(case)]
+    return [len(part) for part in _ranges(sum(tiles_of(*size) for size in sizes), blocks)]
+
+
+def makespan(works: Sequence[int], slots: int) -> int:
+    """Until the last of the blocks has ended."""
+    ends = [0] * slots
+    for work in works:
+        heapq.heapreplace(ends, ends[0] + work)
+    return max(ends)
+
+
+class Model:
+    """One GPU, and the machine code that runs on it."""
+
+    def __init__(self, of: Gpu, kernels: list[static.Kernel]) -> None:
+        self.gpu = of
+        near = static.running_on(kernels, of.capability) or static.running_on(kernels, (9, 0))
+        self.loops = {kernel.name: kernel.loops for kernel in near}
+        self.architecture = near[0].architecture
+        self.rate = static.issue_lanes(of.capability) / 32  # instructions of warps per cycle
+
+    def bound_ms(self, case: Case, direction: str) -> float:
+        """If nothing but the instructions of the hot loops took time; the sweep's logits are not computed again."""
+        loops = self._hot(f"overlap_lse_backward_kernel<float, {self._lanes(case.d)}>")
+        logits = min(loop.instructions for loop in loops if loop.counts["MUFU.LG2"])
+        sweep = min(loop.instructions for loop in loops if not loop.counts["MUFU.LG2"])
+        each = logits + (direction != "forward") * (logits + sweep)
+        elements = sum(n * m / (1 + triangle) for n, m, triangle in sums_of(case)) * case.d
+        return elements * each / 32 / self.rate / self.gpu.processors / self.gpu.clock_ghz / 1e6
+
+    def _hot(self, name: str) -> tuple[static.Loop, ...]:
+        return self.loops[name]
+
+    def _lanes(self, dim: int) -> int:
+        names = [name for name in self.loops if name.startswith("overlap_lse_backward_kernel<float")]
+        widths = [int(name.split(", ")[1][:-1]) for name in names]
+        return min(widths, key=lambda w: -(-dim // w) * w * (9.2 + 42 / w))
+
+    def missing(self, case: Case, found: list[Cut]) -> float:
+        """The share of the sweep's accesses that the L2 cache has no room for: each block goes through the sums of all
+        of its columns again for every tile of its rows."""
+        sides = zip(sums_of(case), found, strict=True)
+        components = sum(m * c.row_ranges / c.phases for (_, m, _), c in sides) + TILE * 2 * self.gpu.processors
+        return max(0.0, 1 - self.gpu.l2_mib * 2**20 / (components * (2 * case.d + 1) * 8))
+
+    def tile_cycles(self, name: str, counts: Counts, dim: int, missing: float) -> tuple[float, float]:
+        """Of a tile where two blocks share a multiprocessor, for both of them, and where one is alone."""
+        hot = special = 0.0
+        for loop in self._hot(name):
+            lanes = 4 if loop.counts["MUFU.LG2"] else int(name.split(", ")[1][:-1])
+            elements = TILE * TILE * -(-dim // lanes) * lanes / 32
+            hot += loop.instructions * elements
+            special += loop.special * elements
+        g = self.gpu
+        issue = (hot + counts.other) / self.rate
+        throughput = max(
+            issue,
+            special * 32 / SPECIAL_LANES,
+            counts.float64 * 32 / g.float64_lanes,
+            counts.shared_cycles,
+            counts.sectors * SECTOR_BYTES / g.l2_bytes_per_cycle,
+            missing * counts.sectors * SECTOR_BYTES / (g.memory_gb_s / g.processors / g.clock_ghz),
+        )
+        latency = (1 - missing) * g.l2_latency + missing * g.memory_latency
+        alone = max(issue, throughput) / ISSUED_ALONE + counts.waits / BLOCK_WARPS * latency
+        return max(2 * throughput / ISSUED, alone), alone
+
+    def small_us(self, counts: Counts, blocks: int) -> float:
+        """Of a kernel beside the tiles."""
+        warps = min(blocks * BLOCK_WARPS, self.gpu.processors * RESIDENT_WARPS)
+        cycles = max(
+            counts.other / self.rate / self.gpu.processors / ISSUED_ALONE,
+            counts.other * WARP_CYCLES / warps,
+            counts.float64 * 32 / self.gpu.float64_lanes / min(self.gpu.processors, blocks),
+        )
+        return cycles / self.gpu.clock_ghz / 1e3
+
+    def milliseconds(self, case: Case, direction: str) -> dict[str, Any]:
+        """What a call takes, and of what."""
+        install()
+        with _tests("launches").recorded(self.gpu.processors) as launches:
+            _call(case, "emulation", direction)
+        costs, phases = calibration(case.entry, case.d), Counter[str]()
+        reference = Case(*CALIBRATION, case.d, "", case.entry)
+        components = sum(n + m for n, m, _ in sums_of(case)) / sum(n + m for n, m, _ in sums_of(reference))
+        tiles = sum(even_works(reference, 1))
+        kinds: dict[str, float] = dict.fromkeys(("launches", "other kernels", "row sums", "sweep"), 0.0)
+        found: list[Cut] = []
+        work = time = 0.0
+        for launch in launches:
+            name, counts = launch.kernel, costs[launch.kernel]
+            kinds["launches"] += LAUNCH_US
+            if not name.startswith("overlap_lse"):
+                scale = components
+                if name.startswith("write_gradients") and found:
+                    scale = copies(case, found) / copies_of_calibration(case.entry, case.d)
+                kinds["other kernels"] += self.small_us(counts.times(scale), launch.blocks)
+                continue
+            works, missing = even_works(case, launch.blocks), 0.0
+            if "backward" in name:
+                found = cuts(launch.parameters, launch.blocks) or found
+                if found:
+                    works = sweep_works(case, found, phases[name])
+                    missing = self.missing(case, found)
+                phases[name] += 1
+            both, alone = self.tile_cycles(name, counts.times(1 / tiles), case.d, missing)
+            busy = sum(work > 0 for work in works)
+            slots = self.gpu.processors * 2
+            longest = makespan(works, slots) * (alone if busy <= self.gpu.processors else both)
+            kinds["sweep" if "backward" in name else "row sums"] += longest / self.gpu.clock_ghz / 1e3
+            if busy > self.gpu.processors:
+                work, time = work + sum(works) / slots, time + makespan(works, slots)
+        device = sum(kinds.values()) / 1e3
+        host = (HOST_US[direction] + HOST_LAUNCH_US * len(launches)) / 1e3
+        return {
+            "gpu": self.gpu.name,
+            "architecture": self.architecture,
+            "case": case.name,
+            "direction": direction,
+            "launches": len(launches),
+            "device_ms": device,
+            "host_ms": host,
+            "ms": max(device, host),
+            "share_of_bound": self.bound_ms(case, direction) / max(device, host),
+            "filled": work / time if time else None,
+            "us": {kind: round(us, 1) for kind, us in kinds.items()},
+        }
+
+
+def run(
+    cases: Sequence[Case] = CASES,
+    of: Sequence[Gpu] = GPUS,
+    directions: Sequence[str] = DIRECTIONS,
+    kernels: list[static.Kernel] | None = None,
+) -> list[dict[str, Any]]:
+    """A record for each GPU, case and direction; of csdiv._C, unless its ``kernels`` are given."""
+    kernels = kernels or static.read()
+    models = [Model(one, kernels) for one in of]
+    return [model.milliseconds(case, way) for case in cases for way in directions for model in models]
+
+
+def gpus() -> str:
+    """The figures that are assumed."""
+    lines = [", ".join(f"{key} {value}" for key, value in of._asdict().items()) for of in GPUS]
+    return "\n".join(lines)
+
+
+def expected(case: str, name: str, path: Path = RESULTS / "predicted.json") -> dict[str, float]:
+    """Milliseconds that were predicted of a case on the GPU of this name, by direction."""
+    records = json.loads(path.read_text())["records"] if path.exists() else []
+    return {r["direction"]: r["ms"] for r in records if r["case"] == case and r["gpu"] in name}
+
+
+def measured(path: Path = RESULTS / "gpu.json") -> dict[tuple[str, str], float]:
+    """Milliseconds of csdiv's CUDA kernels by case and direction; none of a rehearsal."""
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text())
+    if results.get("dry_run"):
+        return {}
+    own = (r for r in results["records"] if r["provider"] == "csdiv cuda" and "median_ms" in r)
+    return {(r["case"], r["direction"]): r["median_ms"] for r in own}
+
+
+def markdown(records: list[dict[str, Any]], taken: dict[tuple[str, str], float]) -> str:
+    """Predicted times and shares of the issue bound, and the measured time where there is one."""
+    names = list(dict.fromkeys(r["gpu"] for r in records))
+    lines = [
+        "Predicted, not measured: milliseconds, and the share of the issue bound of the hot loops.",
+        "",
+        f"| case | direction | launches | {' | '.join(names)} | limited on the {names[0]} by | measured |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+    for case, way in dict.fromkeys((r["case"], r["direction"]) for r in records):
+        row = [r for r in records if (r["case"], r["direction"]) == (case, way)]
+        shown = " | ".join(f"{r['ms']:.3g}, {r['share_of_bound']:.0%}" for r in row)
+        time = f"{taken[case, way]:.3g}" if (case, way) in taken else "not yet"
+        lines.append(f"| {case} | {way} | {row[0]['launches']} | {shown} | {reason(row[0])} | {time} |")
+    return "\n".join(lines)
+
+
+def reason(record: dict[str, Any]) -> str:
+    """What takes most of the time."""
+    if record["host_ms"] > record["device_ms"]:
+        return f"the host; {record['device_ms'] * 1e3:.0f} µs on the device"
+    kind = max(record["us"], key=record["us"].get)
+    share = record["us"][kind] / 1e3 / record["device_ms"]
+    filled = f", blocks fill {record['filled']:.0%}" if record["filled"] else ""
+    return f"{kind} {share:.0%}{filled}"
+
+
+def targets(records: list[dict[str, Any]]) -> str:
+    """The shares of the issue bound that are aimed at, one line each."""
+    shown = [r for r in records if r["gpu"] == GPUS[0].name and r["case"] in TARGETS]
+    return "\n".join(f"{r['case']} {r['direction']}: {r['share_of_bound']:.0%} of the issue bound" for r in shown)
+
+
+def write_page(records: list[dict[str, Any]], page: Path = ROOT / "docs" / "kernels.md") -> None:
+    """Puts the table between the marks in docs/kernels.md."""
+    text = page.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    page.write_text(f"{text[:begin]}\n\n{markdown(records, measured())}\n\n{text[end:]}")

@@ -1,0 +1,56 @@
+"""Which kernels the host code of the CUDA backend would launch for a call, and how; nothing is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import emulation
+import ptx
+
+from bench import static
+
+
+class Launch(NamedTuple):
+    """A launch: the kernel as ``bench.static.readable`` names it, its blocks, and its parameters as they are."""
+
+    kernel: str
+    blocks: int
+    parameters: bytes
+
+
+_FUNCTION = ctypes.CFUNCTYPE(
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_uint64,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.c_int,
+)
+
+
+@contextlib.contextmanager
+def recorded(processors: int) -> Iterator[list[Launch]]:
+    """What the backend "emulation" launches on a GPU of so many multiprocessors; results are not written."""
+    found: list[Launch] = []
+
+    def launch(
+        name: bytes, blocks: int, threads: int, shared: int, pointers: object, sizes: object, count: int
+    ) -> None:
+        parameters = b"".join(ctypes.string_at(pointers[k], sizes[k]) for k in range(count))  # type: ignore[index]
+        found.append(Launch(static.readable(name.decode()), blocks, parameters))
+
+    backend = emulation.backend()
+    function = _FUNCTION(launch)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    backend.native.use_ptx(address, 0, ptx._addresses(backend.native))
+    try:
+        with mock.patch.object(type(backend), "processors", return_value=processors):
+            yield found
+    finally:
+        backend.native.use_ptx(0, 0, {})
