@@ -64,6 +64,15 @@ def fma(x, y: tl.constexpr, z):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y, which is not contracted with a sum: threads that share one would add unlike numbers, and differ."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return x * y
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+
+
+@triton.jit
 def item_of(index, problem):
     """The item of a side that a problem uses: its own where there is no index."""
     if index is None:

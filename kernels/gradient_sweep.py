@@ -27,21 +27,25 @@ from csdiv.kernels.pack import Problem
 from csdiv.kernels.pair import delta_and_sum, exact_delta_and_sum, exact_pair_gradient, pair_gradient
 from csdiv.kernels.spherical import pair_sum
 from csdiv.kernels.tile_densities import tile_densities
-from csdiv.kernels.tile_logits import certified, pairs_of, regular, tile_columns, tile_rows, unit_of
+from csdiv.kernels.tile_logits import certified, inverse_unit, pairs_of, regular, tile_columns, tile_rows
 
 
 class Weights(NamedTuple):
-    """What the pair (i, j) weighs: factor_i 2^(log2_i + log2_j) times its density, or what is given."""
+    """What the pair (i, j) weighs: factor_i 2^(log2_i + log2_j - total) times its density, or what is given."""
 
-    p_log2: Tensor | None = None  # (batch, padded n); -inf: counts nothing
+    p_log2: Tensor | None = None  # (items, padded n) with totals, else (batch, padded n); -inf: counts nothing
+    totals: Tensor | None = None  # (batch,) float64 contiguous; None: 0
     p_factors: Tensor | None = None  # (batch, padded n); None: 1
     given: Tensor | None = None  # (batch, n, m); pairs too far apart, and of points at one place, count nothing
 
 
 @triton.jit
-def shares(densities, p_log2, q_log2, factors, p_at, q_at):
+def shares(densities, p_log2, q_log2, totals, factors, p_at, q_at, problem):
     """Of log2 densities [BLOCK_N, TILE], to which p_at and q_at broadcast. Rounded first as in the sums of rows."""
     p_term, q_term = tl.load(p_log2 + p_at), tl.load(q_log2 + q_at)
+    if totals is not None:
+        share = (p_term.to(tl.float64) - tl.load(totals + problem)).to(p_term.dtype)
+        p_term = tl.where(p_term == -float("inf"), p_term, share)
     weights = approximate_exp2(densities + q_term + p_term)
     if factors is not None:
         weights *= tl.load(factors + p_at)
@@ -79,7 +83,7 @@ def sweep_dimensions(
                 for k in range(GROUP):
                     d, at = group * GROUP + k, group * (2 * GROUP * TILE) + k * TILE
                     unit = tl.load(scales + padded + d)
-                    row_unit, column_unit = unit_of(row_flag, unit), unit_of(column_flag, unit)
+                    row_unit, column_unit = inverse_unit(row_flag, unit), inverse_unit(column_flag, unit)
                     delta, c = exact_delta_and_sum(rows + at, columns + at, row_unit, column_unit)
                     u, v = exact_pair_gradient(weights, delta, c)
                     accumulate(mean_sums + d * stride, tl.sum(u, 0).to(tl.float64))
@@ -126,7 +130,7 @@ def sweep_tied(weights, row, column, scales, dim, mean_sums, variance_sums, stri
 )
 def gradient_sweep_kernel(
     row_values, row_flags, column_values, column_flags, scales, row_index, column_index,
-    p_log2, q_log2, factors, given, sums, n, m, dim, scale_stride, parts,
+    p_log2, q_log2, totals, factors, given, sums, n, m, dim, scale_stride, parts,
     COLUMNS_OF_P: tl.constexpr, DIMENSIONS: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums[b, part] = (2 padded dim + 1, padded m): of means, variances and weights of the columns, over a part of
@@ -134,6 +138,7 @@ def gradient_sweep_kernel(
     problem, column_tile, part = place(tiles_of(m), parts)
     row_item, column_item = item_of(row_index, problem), item_of(column_index, problem)
 
+    p_item = problem if totals is None else (column_item if COLUMNS_OF_P else row_item)
     row_tiles, padded = (n + BLOCK_N - 1) // BLOCK_N, padded_dim(dim)
     rows_padded, stride = tiles_of(n).to(tl.int64) * TILE, tiles_of(m).to(tl.int64) * TILE
     j = tl.arange(0, TILE) + column_tile * TILE
@@ -152,11 +157,11 @@ def gradient_sweep_kernel(
             counts = (i < n)[:, None] & (j < m)[None, :] & (tl.abs(densities) != float("inf"))
             weights = tl.load(given + at, mask=counts, other=0.0)
         elif COLUMNS_OF_P:
-            p_at, q_at = (problem * stride + j)[None, :], (row_item * rows_padded + i)[:, None]
-            weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
+            p_at, q_at = (p_item * stride + j)[None, :], (row_item * rows_padded + i)[:, None]
+            weights = shares(densities, p_log2, q_log2, totals, factors, p_at, q_at, problem)
         else:
-            p_at, q_at = (problem * rows_padded + i)[:, None], (column_item * stride + j)[None, :]
-            weights = shares(densities, p_log2, q_log2, factors, p_at, q_at)
+            p_at, q_at = (p_item * rows_padded + i)[:, None], (column_item * stride + j)[None, :]
+            weights = shares(densities, p_log2, q_log2, totals, factors, p_at, q_at, problem)
         if tl.max((weights != 0).to(tl.int32)) > 0:
             weight_sum += tl.sum(weights, 0).to(tl.float64)
             if DIMENSIONS:
@@ -194,7 +199,7 @@ def launch_gradient_sweep(
     sums = columns.values.new_zeros(shape, dtype=torch.float64)
     if column_tiles:
         sides = (rows.values, rows.flags, columns.values, columns.flags, problem.scale.scales, row_index, column_index)
-        arguments = (*sides, weights.p_log2, q_log2, weights.p_factors, given, sums)
+        arguments = (*sides, weights.p_log2, q_log2, weights.totals, weights.p_factors, given, sums)
         sizes = (rows.n, columns.n, problem.dim, problem.scale.stride, parts)
         flags = {"COLUMNS_OF_P": of_p, "DIMENSIONS": dimensions, "FORM": form, "BLOCK_N": tile.block_n}
         gradient_sweep_kernel[(column_tiles * parts,)](*arguments, *sizes, **flags, **tile.options)

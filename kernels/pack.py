@@ -103,7 +103,7 @@ def mean_log2_variance(variances, count, dim, d, mask):
 def log2_center(p_mean, q_mean):
     """log2 of what c = s + t is like."""
     p_finite, q_finite = p_mean - p_mean == 0, q_mean - q_mean == 0
-    mean = tl.where(p_finite, tl.where(q_finite, (p_mean + q_mean) / 2, p_mean), q_mean)
+    mean = tl.where(p_finite, tl.where(q_finite, (p_mean + q_mean) * 0.5, p_mean), q_mean)
     return tl.where(p_finite | q_finite, 1 + mean, 0.0)
 
 
@@ -126,8 +126,8 @@ def scale_kernel(p_variances, q_variances, scales, offsets, p_count, q_count, di
         p_mean = mean_log2_variance(p_variances, p_count, dim, d, real)
         q_mean = mean_log2_variance(q_variances, q_count, dim, d, real)
         log2_c = tl.where(real, log2_center(p_mean, q_mean), 0.0)
-        k = -tl.minimum(tl.maximum(tl.floor(log2_c / 2 + 0.5), -most), most)
-        center = tl.floor((log2_c + 2 * k) * 1024 + 0.5) / 1024  # so that sums of centers are exact
+        k = -tl.minimum(tl.maximum(tl.floor(log2_c * 0.5 + 0.5), -most), most)
+        center = tl.floor((log2_c + 2 * k) * 1024 + 0.5) * 2.0**-10  # so that sums of centers are exact; a quotient may err
         tl.store(scales + d, center - 2 * k, mask=d < padded)
         tl.store(scales + padded + d, power_of_two(k, dtype), mask=d < padded)
         group = begin // GROUP + tl.arange(0, BLOCK_D // GROUP)

@@ -44,10 +44,10 @@ def add_group(quadratic, log_determinant, rows, columns, center):
 
 @triton.jit
 def exact_delta_and_sum(rows, columns, row_unit, column_unit):
-    """delta and c of components that were scaled by their units, which are powers of two."""
-    delta = (tl.load(rows) / row_unit)[:, None] - (tl.load(columns) / column_unit)[None, :]
-    row_variance = tl.load(rows + GROUP * TILE) / row_unit / row_unit
-    column_variance = tl.load(columns + GROUP * TILE) / column_unit / column_unit
+    """delta and c of components that are scaled back by powers of two."""
+    delta = (tl.load(rows) * row_unit)[:, None] - (tl.load(columns) * column_unit)[None, :]
+    row_variance = tl.load(rows + GROUP * TILE) * row_unit * row_unit
+    column_variance = tl.load(columns + GROUP * TILE) * column_unit * column_unit
     return delta, row_variance[:, None] + column_variance[None, :]
 
 

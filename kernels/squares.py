@@ -12,7 +12,7 @@ first row and the first column: pack.py gives the same ones to all, whether they
 import triton
 import triton.language as tl
 
-from csdiv.kernels.device import GROUP, TILE, padded_dim, reciprocal
+from csdiv.kernels.device import GROUP, TILE, padded_dim, reciprocal, rounded_product
 from csdiv.kernels.tile_logits import pairs_of
 
 BLOCK_D = tl.constexpr(32)  # dimensions of one product: summed up by the tensor cores, whose additions truncate
@@ -89,8 +89,8 @@ def matrix_squares(row, column, dim, TIED: tl.constexpr, BLOCK_N: tl.constexpr):
             weighted_x, weighted_y = x * w[:, None], y * w[None, :]
         else:
             weighted_x, weighted_y = x, y
-        row_norms += tl.sum(x * weighted_x, 0)
-        column_norms += tl.sum(y * weighted_y, 1)
+        row_norms += tl.sum(rounded_product(x, weighted_x), 0)
+        column_norms += tl.sum(rounded_product(y, weighted_y), 1)
         products += product(y, weighted_x)
     norms = row_norms[:, None] + column_norms[None, :]
     return norms - 2 * tl.trans(products), norms

@@ -50,9 +50,16 @@ def regular(row_flags, column_flags, dim):
 
 
 @triton.jit
-def unit_of(flag, unit):
-    """Tiles that are not regular were left as they are."""
-    return tl.where(flag == 0, 1.0, unit)
+def inverse_unit(flag, unit):
+    """What takes a tile back to the caller's units, a power of two; one that is not regular was left as it is.
+
+    Taken from the bits: a division may be off by 2 ulp.
+    """
+    if unit.dtype == tl.float32:
+        inverse = ((254 << 23) - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        inverse = ((2046 << 52) - unit.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
+    return tl.where(flag == 0, 1.0, inverse)
 
 
 @triton.jit
@@ -80,7 +87,7 @@ def tile_log2_densities(
                 for k in range(GROUP):
                     d, at = group * GROUP + k, group * (2 * GROUP * TILE) + k * TILE
                     unit = tl.load(scales + padded + d)
-                    row_unit, column_unit = unit_of(row_flag, unit), unit_of(column_flag, unit)
+                    row_unit, column_unit = inverse_unit(row_flag, unit), inverse_unit(column_flag, unit)
                     delta, c = exact_delta_and_sum(rows + at, columns + at, row_unit, column_unit)
                     quadratic, log_determinant = add_exact(quadratic, log_determinant, delta, c, tl.load(scales + d))
     return log2_density(quadratic, log_determinant)

@@ -90,17 +90,16 @@ def test_contract_of_the_backward_pass(entry: str, dtype: torch.dtype) -> None:
 
 
 # Tiles have 128 columns and 16 rows (4 of float64); flags are for 32 dimensions, a group has 4.
+AROUND_TILES = [
+    *(Case("cs_divergence", n=n, m=m, dim=2) for n, m in ((15, 127), (129, 16), (128, 1))),
+    *(Case("component_log_overlap", torch.float64, n, m, 3) for n, m in ((3, 129), (5, 128))),
+    *(Case("log_overlap", n=3, m=5, dim=dim) for dim in (4, 31, 33, 65)),
+    *(Case("pairwise_log_overlap", n=n, m=m, dim=1) for n, m in ((17, 129), (129, 2))),
+]
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(Case("cs_divergence", n=n, m=m, dim=2) for n, m in ((15, 127), (129, 16), (128, 1))),
-        *(Case("component_log_overlap", torch.float64, n, m, 3) for n, m in ((3, 129), (5, 128))),
-        *(Case("log_overlap", n=3, m=5, dim=dim) for dim in (4, 31, 33, 65)),
-        *(Case("pairwise_log_overlap", n=n, m=m, dim=1) for n, m in ((17, 129), (129, 2))),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", AROUND_TILES, ids=str)
 def test_contract_around_the_sizes_of_tiles(case: Case) -> None:
     check(case, NAME)
 
@@ -109,22 +108,21 @@ def test_contract_around_the_sizes_of_tiles(case: Case) -> None:
 SPHERICAL = Case("component_log_overlap", n=3, m=4, dim=17, structures=("spherical", "spherical"))
 
 
+OF_SPHERICAL = [
+    *(Case("cs_divergence", n=3, m=4, dim=2, structures=(s, t)) for s in DIAGONAL for t in DIAGONAL),
+    *(SPHERICAL._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+    *(SPHERICAL._replace(dtype=dtype) for dtype in DTYPES[1:]),
+    *(SPHERICAL._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
+    *(SPHERICAL._replace(entry="log_overlap", scale=scale) for scale in SCALES),
+    *(SPHERICAL._replace(entry="log_overlap", batch=BATCHES[k]) for k in (0, 2)),
+    *(SPHERICAL._replace(n=n, m=m, dim=dim) for n, m, dim in ((1, 1, 16), (33, 2, 33), (2, 129, 65))),
+    SPHERICAL._replace(structures=("points", "tied spherical")),
+    SPHERICAL._replace(entry="cs_divergence", structures=("tied spherical", "tied spherical"), dim=64),
+]
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(Case("cs_divergence", n=3, m=4, dim=2, structures=(s, t)) for s in DIAGONAL for t in DIAGONAL),
-        *(SPHERICAL._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
-        *(SPHERICAL._replace(dtype=dtype) for dtype in DTYPES[1:]),
-        *(SPHERICAL._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
-        *(SPHERICAL._replace(entry="log_overlap", scale=scale) for scale in SCALES),
-        *(SPHERICAL._replace(entry="log_overlap", batch=BATCHES[k]) for k in (0, 2)),
-        *(SPHERICAL._replace(n=n, m=m, dim=dim) for n, m, dim in ((1, 1, 16), (33, 2, 33), (2, 129, 65))),
-        SPHERICAL._replace(structures=("points", "tied spherical")),
-        SPHERICAL._replace(entry="cs_divergence", structures=("tied spherical", "tied spherical"), dim=64),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", OF_SPHERICAL, ids=str)
 def test_contract_of_spherical_components(case: Case) -> None:
     check(case, NAME)
 
@@ -133,25 +131,24 @@ def test_contract_of_spherical_components(case: Case) -> None:
 TIED = Case("component_log_overlap", n=3, m=4, dim=17, structures=("tied diagonal", "tied diagonal"))
 
 
+OF_TIED = [
+    *(TIED._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+    *(TIED._replace(dtype=dtype, dim=dim) for dtype in DTYPES[:2] for dim in (4, 33)),
+    *(TIED._replace(dtype=dtype) for dtype in DTYPES[2:]),
+    *(TIED._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
+    *(TIED._replace(entry="log_overlap", scale=scale, dim=dim) for scale in SCALES for dim in (3, 16)),
+    *(TIED._replace(entry="log_overlap", dtype=torch.float64, scale=scale, dim=3) for scale in SCALES[2:3]),
+    *(TIED._replace(entry="log_overlap", batch=BATCHES[k], dim=dim) for k, dim in ((0, 17), (2, 3))),
+    TIED._replace(entry="cs_divergence", batch=BATCHES[1], dim=16),
+    *(TIED._replace(n=n, m=m, dim=dim) for n, m, dim in ((1, 1, 16), (33, 2, 32), (2, 129, 5), (2, 3, 65))),
+    *(TIED._replace(structures=("points", "tied diagonal"), dim=dim) for dim in (3, 17)),
+    TIED._replace(entry="cs_divergence", structures=("tied spherical", "tied diagonal")),
+    TIED._replace(entry="cs_divergence", structures=("tied diagonal", "tied spherical"), dim=3),
+]
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(TIED._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
-        *(TIED._replace(dtype=dtype, dim=dim) for dtype in DTYPES[:2] for dim in (4, 33)),
-        *(TIED._replace(dtype=dtype) for dtype in DTYPES[2:]),
-        *(TIED._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
-        *(TIED._replace(entry="log_overlap", scale=scale, dim=dim) for scale in SCALES for dim in (3, 16)),
-        *(TIED._replace(entry="log_overlap", dtype=torch.float64, scale=scale, dim=3) for scale in SCALES[2:3]),
-        *(TIED._replace(entry="log_overlap", batch=BATCHES[k], dim=dim) for k, dim in ((0, 17), (2, 3))),
-        TIED._replace(entry="cs_divergence", batch=BATCHES[1], dim=16),
-        *(TIED._replace(n=n, m=m, dim=dim) for n, m, dim in ((1, 1, 16), (33, 2, 32), (2, 129, 5), (2, 3, 65))),
-        *(TIED._replace(structures=("points", "tied diagonal"), dim=dim) for dim in (3, 17)),
-        TIED._replace(entry="cs_divergence", structures=("tied spherical", "tied diagonal")),
-        TIED._replace(entry="cs_divergence", structures=("tied diagonal", "tied spherical"), dim=3),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", OF_TIED, ids=str)
 def test_contract_of_tied_variances(case: Case) -> None:
     check(case, NAME)
 
@@ -160,20 +157,19 @@ def test_contract_of_tied_variances(case: Case) -> None:
 TIED_ROWS = TIED._replace(dim=5, structures=("tied diagonal", "diagonal"))
 
 
+OF_TIED_ROWS = [
+    *(TIED_ROWS._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
+    *(TIED_ROWS._replace(entry=entry, structures=("diagonal", "tied diagonal")) for entry in FEW),
+    *(TIED_ROWS._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
+    *(TIED_ROWS._replace(entry="log_overlap", scale=scale) for scale in SCALES),
+    *(TIED_ROWS._replace(dtype=torch.float64, scale=scale) for scale in ("plain", *SCALES[2:3])),
+    *(TIED_ROWS._replace(dtype=dtype) for dtype in DTYPES[2:]),
+    *(TIED_ROWS._replace(entry="log_prob", n=n, m=m, dim=dim) for n, m, dim in ((17, 129, 4), (5, 3, 33))),
+    *(TIED_ROWS._replace(entry=entry, batch=BATCHES[k]) for entry, k in zip(FEW[:2], (2, 1), strict=True)),
+]
+
+
 @interpreted
-@pytest.mark.parametrize(
-    "case",
-    [
-        *(TIED_ROWS._replace(entry=entry) for entry in INPUTS if entry not in ("cs_regularizer", "responsibilities")),
-        *(TIED_ROWS._replace(entry=entry, structures=("diagonal", "tied diagonal")) for entry in FEW),
-        *(TIED_ROWS._replace(needs=needs) for needs in subsets(INPUTS["component_log_overlap"])),
-        *(TIED_ROWS._replace(entry="log_overlap", scale=scale) for scale in SCALES),
-        *(TIED_ROWS._replace(dtype=torch.float64, scale=scale) for scale in ("plain", *SCALES[2:3])),
-        *(TIED_ROWS._replace(dtype=dtype) for dtype in DTYPES[2:]),
-        *(TIED_ROWS._replace(entry="log_prob", n=n, m=m, dim=dim) for n, m, dim in ((17, 129, 4), (5, 3, 33))),
-        *(TIED_ROWS._replace(entry=entry, batch=BATCHES[k]) for entry, k in zip(FEW[:2], (2, 1), strict=True)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", OF_TIED_ROWS, ids=str)
 def test_contract_of_tied_rows(case: Case) -> None:
     check(case, NAME)

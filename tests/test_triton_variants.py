@@ -1,4 +1,4 @@
-"""How many kernels Triton compiles for the backend, by Triton's own binder: none for a new shape."""
+"""How many kernels Triton compiles and launches for the backend, by its own binder: none anew for another shape."""
 
 from __future__ import annotations
 
@@ -104,3 +104,34 @@ def test_another_shape_compiles_nothing(
     assert [names for names in later if names] == []
     for kernel in ("scale_kernel", "cs_divergence_kernel", "assign_kernel", "combine_rows_kernel"):
         assert first.count(kernel) == 1
+
+
+P, Q = [(128, 40), (128, 40), (128,)], [(500, 40), (500, 40), (500,)]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "shapes", "backward", "kernels", "operations"),
+    [
+        ("cs_divergence", P + Q, False, 11, 16),
+        ("cs_divergence", P + Q, True, 7, 29),
+        ("log_overlap", P + Q, False, 7, 12),
+        ("self_overlap", P, False, 5, 9),
+        ("overlap_lse", P[:2] + Q, True, 5, 17),
+        ("pairwise", P[:2] + Q[:2], True, 5, 8),
+        ("cs_divergence", [(7, *shape) for shape in P] + Q, False, 11, 18),
+    ],
+)
+def test_few_launches(
+    pool: ProcessPoolExecutor,
+    name: str,
+    shapes: list[tuple[int, ...]],
+    backward: bool,
+    kernels: int,
+    operations: int,
+) -> None:
+    """Of Triton's kernels, and of torch around them, with all gradients; or of the backward pass."""
+    counts = pool.submit(triton_ptx.launches, name, shapes, backward=backward).result()
+    of_triton = sum(count for key, count in counts.items() if key.endswith("_kernel"))
+    assert of_triton == kernels
+    assert sum(counts.values()) - of_triton <= operations, counts

@@ -7,12 +7,15 @@ decorated, and pytest's own process has it interpreted: so this is for processes
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import hashlib
 import importlib
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,11 +23,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import csdiv
 from bench.static_triton import SHARED_BYTES
+from csdiv.operators import OPERATORS
 
 NAME = "triton-ptx"
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,6 +173,17 @@ def install(capability: int = 80, package: Path | None = None) -> None:
     _register(capability)
 
 
+def package(version: str) -> Path:
+    """A folder with this triton, for ``install``; the test is skipped where it cannot be had."""
+    folder = ROOT / "build" / f"triton-{version}"
+    if not folder.exists():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+        done = subprocess.run([*command, f"triton=={version}"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"triton {version} cannot be installed: {done.stderr.strip()[-200:]}")
+    return folder
+
+
 @contextlib.contextmanager
 def process(*arguments: Any) -> Iterator[ProcessPoolExecutor]:
     """One that has had ``install(*arguments)``."""
@@ -196,6 +213,49 @@ def combine_rows(n: int, written: bool) -> str:
     except ptx.Finding as finding:
         return str(finding)
     return ""
+
+
+class Counter(TorchDispatchMode):
+    """Counts what a GPU would be given to run: operations of torch that are not mere views, and Triton's kernels."""
+
+    VIEWS = re.compile(
+        r"aten\.(_unsafe_view|alias|as_strided|detach|empty\w*|expand|narrow|new_empty|permute|reshape|select|slice|split|"
+        r"squeeze|t|transpose|unbind|unsqueeze|view)\."
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = collections.Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if not self.VIEWS.match(str(function)):
+            self.counts[str(function)] += 1
+        return function(*arguments, **named or {})
+
+    def __enter__(self) -> Any:
+        jit = importlib.import_module("triton").JITFunction
+        self._patch = mock.patch.object(jit, "run", lambda kernel, *a, **k: self.counts.update([kernel.__name__]))
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.stop()
+        super().__exit__(*error)
+
+
+def launches(name: str, shapes: Sequence[tuple[int, ...]], *, backward: bool = False) -> dict[str, int]:
+    """What an operator with all gradients launches on tensors of these shapes, None for weights that are not given;
+    ``backward``: what its backward pass does."""
+    backend = importlib.import_module("csdiv.backends").resolve(NAME, torch.device("cpu"))
+    tensors = [None if shape is None else torch.ones(shape) for shape in shapes]
+    needs = [t is not None for t in tensors]
+    with Counter() as counter:
+        outputs, _ = backend.forward(name, tensors, [need and not backward for need in needs])
+        if backward:
+            grad, saved = torch.ones_like(outputs[0]), [outputs[k] for k in OPERATORS[name].saved]
+            counter.counts.clear()
+            backend.backward(name, grad, tensors, saved, needs)
+    return dict(counter.counts)
 
 
 @contextlib.contextmanager

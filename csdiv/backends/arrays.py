@@ -107,6 +107,11 @@ def of_own(t: Tensor, shape: Sequence[int]) -> Tensor:
     return t
 
 
+def summed_to(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """``t.sum_to_size(shape)``, which adds up one number where there is nothing to add up."""
+    return t if t.shape == torch.Size(shape) else t.sum_to_size(shape)
+
+
 def flattened(problem: Problem) -> Problem:
     """A batch of p against one q as one problem: rows of different problems share tiles; outputs keep their layout."""
     p, q = problem.p, problem.q

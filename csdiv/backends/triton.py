@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csdiv.backends.arrays import Call, Problem, Side, flattened, of_own
+from csdiv.backends.arrays import Call, Problem, Side, flattened, of_own, summed_to
 from csdiv.backends.base import Backend, Tensors
 from csdiv.kernels import pack
 from csdiv.kernels.assign import launch_assign
@@ -156,11 +156,10 @@ def _gradients(
     name, swept, own = call.operator.name, _swept(call), len(call.operator.p)
     factors = None
     if name == "cs_divergence":
-        grad = torch.ones(call.problem.batch, device=outputs[1].device) if grad is None else grad
         return _cs_divergence_gradients(call, packed, processors, grad, outputs[1], tensors, needs)
     if name == "self_overlap":
-        sums = _self_sums(packed, outputs[0].reshape(-1), needs, processors)
-        return _of_side(sums if grad is None else _times(grad.reshape(-1), sums), call.problem.p, tensors, needs)
+        sums = _self_sums(packed, _log2_totals(packed, outputs[0].reshape(-1)), needs, processors)
+        return _of_side(_times(2.0 if grad is None else 2.0 * grad.reshape(-1), sums), call.problem.p, tensors, needs)
     if name == "pairwise":
         assert grad is not None
         weights = Weights(given=grad.contiguous())
@@ -170,7 +169,7 @@ def _gradients(
         row_lse = outputs[0] + outputs[1]  # float64: nothing is lost
         weights = _shares_of_rows(packed, *(t.reshape(packed.batch, swept.n) for t in (row_lse, grad)))
     else:
-        weights = _shares_of_totals(packed, outputs[0].reshape(-1))
+        weights = Weights(packed.p.log2_weights, _log2_totals(packed, outputs[0].reshape(-1)))
         factors = None if grad is None else grad.reshape(-1)
     gradients = []
     sides = ((call.problem.p, tensors[:own], needs[:own]), (call.problem.q, tensors[own:], needs[own:]))
@@ -185,37 +184,35 @@ def _cs_divergence_gradients(
     call: Call,
     packed: pack.Problem,
     processors: int,
-    grad: Tensor,
+    grad: Tensor | None,
     overlaps: Tensor,
     tensors: Tensors,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     problem = call.problem
-    pq, *own_overlaps = overlaps.reshape(-1, 3).unbind(-1)
-    grad = grad.double().reshape(problem.batch)
+    offsets = packed.scale.offsets.unsqueeze(-1)
+    pq, *own_totals = _log2_totals(packed, overlaps.reshape(-1, 3), offsets).mT.contiguous()
+    grad = None if grad is None else grad.double().reshape(problem.batch)
+    weights = Weights(packed.p.log2_weights, pq)
     gradients = []
     sides = ((problem.p, packed.p, tensors[:3], needs[:3]), (problem.q, packed.q, tensors[3:], needs[3:]))
-    for (side, packed_side, side_tensors, side_needs), own_overlap in zip(sides, own_overlaps, strict=True):
+    for (side, packed_side, side_tensors, side_needs), own_total in zip(sides, own_totals, strict=True):
         if not any(side_needs):
             continue
-        weights, of_p = _shares_of_totals(packed, pq), packed_side is packed.p
-        sums = -_item_sums(problem, packed, weights, side_needs, grad.reshape(-1), processors, of_p=of_p)
+        of_p, factors = packed_side is packed.p, None if grad is None else grad.reshape(-1)
+        sums = _item_sums(problem, packed, weights, side_needs, factors, processors, of_p=of_p)
         if packed.batch:
-            values = of_own(own_overlap.view(problem.batch), side.own)
-            own_sums = _self_sums(packed.with_itself(packed_side), values.reshape(-1), side_needs, processors)
-            sums += _times(0.5 * grad.sum_to_size(side.own).reshape(-1), own_sums)
+            totals = of_own(own_total.view(problem.batch), side.own).reshape(-1).contiguous()
+            own_sums = _self_sums(packed.with_itself(packed_side), totals, side_needs, processors)
+            shared = packed.batch // max(side.own.numel(), 1)
+            sums = _times(shared if grad is None else summed_to(grad, side.own).reshape(-1), own_sums) - sums
         gradients += _of_side(sums, side, side_tensors, side_needs)
     return gradients
 
 
-def _shares_of_totals(packed: pack.Problem, values: Tensor) -> Weights:
-    """The share of a pair in the sum over all pairs, whose logarithm is ``values`` (batch,)."""
-    log2_weights = packed.p.log2_weights
-    if packed.p_index is not None:
-        log2_weights = log2_weights[packed.p_index]
-    totals = LOG2_E * (values - packed.scale.offsets)
-    shares = (log2_weights - totals.unsqueeze(-1)).to(packed.dtype)
-    return Weights(shares.where(log2_weights != -math.inf, -math.inf))
+def _log2_totals(packed: pack.Problem, values: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """log2 of sums over all pairs as the kernels add them up, from what they are in nats with their offsets."""
+    return LOG2_E * (values - (packed.scale.offsets if offsets is None else offsets))
 
 
 def _shares_of_rows(packed: pack.Problem, row_lse: Tensor, grad: Tensor) -> Weights:
@@ -223,13 +220,15 @@ def _shares_of_rows(packed: pack.Problem, row_lse: Tensor, grad: Tensor) -> Weig
     shares = LOG2_E * (packed.scale.offsets.unsqueeze(-1) - row_lse).where(grad != 0, -math.inf)
     padding = (0, packed.p.padded - packed.p.n)
     shares, factors = (torch.nn.functional.pad(t, padding, value=x) for t, x in ((shares, -math.inf), (grad, 0.0)))
-    return Weights(shares.to(packed.dtype), factors.contiguous())
+    return Weights(shares.to(packed.dtype), p_factors=factors.contiguous())
 
 
-def _times(factors: Tensor, sums: Tensor) -> Tensor:
-    """Each of the sums (items, ...) times its factor (items,); zero gives zero."""
+def _times(factors: Tensor | float, sums: Tensor) -> Tensor:
+    """Each of the sums (items, ...) times its factor (items,), or the one; zero gives zero."""
+    if not isinstance(factors, Tensor):
+        return sums if factors == 1 else factors * sums
     factors = factors.view(-1, *(1,) * (sums.ndim - 1))
-    return (factors * sums).where(factors != 0, 0.0)
+    return (factors * sums).masked_fill_(factors == 0, 0.0)
 
 
 def _item_sums(
@@ -248,13 +247,13 @@ def _item_sums(
     if factors is not None:
         sums = _times(factors, sums)
     sizes = sums.shape[1:]
-    return sums.view(*problem.batch, *sizes).sum_to_size(*own, *sizes).reshape(own.numel(), *sizes)
+    return summed_to(sums.view(*problem.batch, *sizes), (*own, *sizes)).reshape(own.numel(), *sizes)
 
 
-def _self_sums(packed: pack.Problem, values: Tensor, needs: Sequence[bool], processors: int) -> Tensor:
-    """Equation (6): each item of a side with itself, whose logarithms are ``values`` (items,)."""
-    weights = _shares_of_totals(packed, values)
-    return 2 * launch_gradient_sweep(packed, weights, processors, of_p=False, dimensions=any(needs[:2]))
+def _self_sums(packed: pack.Problem, totals: Tensor, needs: Sequence[bool], processors: int) -> Tensor:
+    """Half of equation (6): each item of a side with itself, of log2 sums ``totals`` (items,)."""
+    weights = Weights(packed.p.log2_weights, totals)
+    return launch_gradient_sweep(packed, weights, processors, of_p=False, dimensions=any(needs[:2]))
 
 
 def _of_side(sums: Tensor, side: Side, tensors: Tensors, needs: Sequence[bool]) -> list[Tensor]:
@@ -264,10 +263,10 @@ def _of_side(sums: Tensor, side: Side, tensors: Tensors, needs: Sequence[bool]) 
     sums = sums[..., : side.own.numel() * n // max(len(sums), 1)]  # of several items where they were flattened
     means, variances = (sums[:, begin : begin + dim].mT for begin in (0, padded))
     gradients = []
-    for grad, t, need in zip((means, 0.5 * variances, sums[:, -1]), tensors, needs, strict=False):
+    for grad, factor, t, need in zip((means, variances, sums[:, -1]), (1.0, 0.5, 1.0), tensors, needs, strict=False):
         if need:
-            grad = grad.reshape(*side.own, n, *grad.shape[2:]).sum_to_size(t.shape)
-            gradients.append(grad.to(t.dtype).contiguous())
+            grad = summed_to(grad.reshape(*side.own, n, *grad.shape[2:]), t.shape)
+            gradients.append(torch.mul(grad, factor, out=t.new_empty(t.shape)))
     return gradients
 
 
