@@ -213,6 +213,9 @@ class Ptx(emulation.Emulation):
         self.machine, self._names = machine(), _addresses(native)
         add_kernels(texts, contract=contract)
 
+    def _plain(self, *_: Any) -> None:
+        """Its tensors would be unknown to the machine."""
+
     def _run(self, function: str, call: Call, arrays: Sequence[Tensor], *, flat: bool = False) -> None:
         self.machine.clear_buffers()
         for problem in (call.problem, flattened(call.problem)):

@@ -122,5 +122,5 @@ def test_shared_memory_has_no_bank_conflicts(lanes: int, dim: int, dtype: torch.
     csdiv.log_overlap(p.map(torch.clone), q.map(lambda t: t.clone().requires_grad_()), backend=ptx.NAME).backward()
     lines = [line for line in backend.machine.counts(name) if line.cycles]
     cycles, ideal = sum(line.cycles for line in lines), sum(line.ideal_cycles for line in lines)
-    assert 0 < ideal
+    assert ideal > 0
     assert cycles <= 1.03 * ideal, [line for line in lines if line.cycles > line.ideal_cycles]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from csdiv.backends.base import Tensors
-from csdiv.operators import Operator, Output
+from csdiv.operators import OPERATORS, Operator, Output
 from csdiv.shapes import broadcast
 
 _NOT_WANTED = (0, 0, 0)
@@ -224,3 +224,14 @@ class Call:
     def gradients(self) -> list[Tensor]:
         """Those that are needed, in the shapes of the tensors."""
         return [a if a.shape == t.shape else a.sum_to_size(t.shape) for a, t in self._grads]
+
+
+PLAIN = {
+    name: (
+        *(len(kinds) for kinds in (operator.p, operator.q, operator.others)),
+        tuple((output.sizes, output.dtype is torch.float64) for output in operator.outputs),
+    )
+    for name, operator in OPERATORS.items()
+    if not (operator.full or operator.channels or operator.name.endswith("assign"))
+}
+"""What csrc/plain_call.h has to know of an operator; it does what :class:`Call` does."""

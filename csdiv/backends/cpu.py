@@ -11,7 +11,7 @@ from torch import Tensor
 
 import csdiv._C as _C
 from csdiv import reference, transforms
-from csdiv.backends.arrays import Call, empty_like, make_points
+from csdiv.backends.arrays import PLAIN, Call, empty_like, make_points
 from csdiv.backends.base import Backend, Tensors
 from csdiv.operators import OPERATORS, Operator
 from csdiv.shapes import broadcast
@@ -51,17 +51,6 @@ def _call(name: str, tensors: Tensors, needs: Sequence[bool]) -> Call:
     return Call(operator, tensors, needs)
 
 
-_PLAIN = {
-    name: (
-        *(len(kinds) for kinds in (operator.p, operator.q, operator.others)),
-        tuple((output.sizes, output.dtype is torch.float64) for output in operator.outputs),
-    )
-    for name, operator in OPERATORS.items()
-    if not (operator.full or operator.channels or operator.name.endswith("assign"))
-}
-"""What csrc/plain_call.h has to know of an operator; it does what :class:`csdiv.backends.arrays.Call` does."""
-
-
 def _run(function: str, call: Call, arrays: Sequence[Tensor]) -> None:
     getattr(_C, function)(*call.arguments(arrays), torch.get_num_threads())
 
@@ -75,7 +64,7 @@ class Cpu(Backend):
     composed = frozenset()
 
     def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-        if name in _PLAIN and (plain := _C.plain_call(_PLAIN[name], tensors, needs, None)) is not None:
+        if name in PLAIN and (plain := _C.plain_call(PLAIN[name], tensors, needs, None)) is not None:
             arguments, outputs, grads, _alive = plain
             getattr(_C, f"cpu_{name}_forward")(*arguments, torch.get_num_threads())
             return outputs, grads
@@ -91,9 +80,9 @@ class Cpu(Backend):
     def backward(
         self, name: str, grad: Tensor, tensors: Tensors, outputs: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor]:
-        if name in _PLAIN:
+        if name in PLAIN:
             upstream = grad.to(tensors[0].dtype)
-            if (plain := _C.plain_call(_PLAIN[name], tensors, needs, (upstream, *outputs))) is not None:
+            if (plain := _C.plain_call(PLAIN[name], tensors, needs, (upstream, *outputs))) is not None:
                 getattr(_C, f"cpu_{name}_backward")(*plain[0], torch.get_num_threads())
                 return plain[2]
         call = _call(name, tensors, needs)
