@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 from collections.abc import Callable
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _static(options: argparse.Namespace, info: dict[str, str]) -> Found:
         except (ImportError, FileNotFoundError, RuntimeError) as missing:
             print(f"left out: {missing}")
     print(static.markdown(records))
-    return records, {}
+    return records, {"triton": metadata.version("triton")} if util.find_spec("triton") else {}
 
 
 def _predict() -> Found:

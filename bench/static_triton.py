@@ -154,7 +154,8 @@ def loops_of_form(sass: str, structure: str, pairs: int) -> Iterator[static.Loop
         elif counts["FSETP"] or counts["BSSY"]:
             continue
         elif structure == "spherical" and not special and counts["FFMA"] + counts["DFMA"] > 8:
-            yield static.Loop(counts, counts["FADD"] or counts["DADD"], kind)
+            # Gradients store a sum for each dimension, and may add up rows apart from the differences.
+            yield static.Loop(counts, counts["STG"] * pairs or counts["FADD"] or counts["DADD"], kind)
         elif structure != "spherical" and "MUFU.RCP" in special and counts["MUFU.RCP"] < pairs:
             yield static.Loop(counts, counts["MUFU.RCP"] * pairs, kind)
 

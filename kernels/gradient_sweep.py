@@ -125,9 +125,7 @@ def sweep_tied(weights, row, column, scales, dim, mean_sums, variance_sums, stri
             variance_sums += stride
 
 
-@triton.jit(
-    do_not_specialize=["n", "m", "dim", "scale_stride", "parts"], do_not_specialize_on_alignment=["given"]
-)
+@triton.jit(do_not_specialize=["n", "m", "dim", "scale_stride", "parts"], do_not_specialize_on_alignment=["given"])
 def gradient_sweep_kernel(
     row_values, row_flags, column_values, column_flags, scales, row_index, column_index,
     p_log2, q_log2, totals, factors, given, sums, n, m, dim, scale_stride, parts,

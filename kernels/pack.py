@@ -127,7 +127,7 @@ def scale_kernel(p_variances, q_variances, scales, offsets, p_count, q_count, di
         q_mean = mean_log2_variance(q_variances, q_count, dim, d, real)
         log2_c = tl.where(real, log2_center(p_mean, q_mean), 0.0)
         k = -tl.minimum(tl.maximum(tl.floor(log2_c * 0.5 + 0.5), -most), most)
-        center = tl.floor((log2_c + 2 * k) * 1024 + 0.5) * 2.0**-10  # so that sums of centers are exact; a quotient may err
+        center = tl.floor((log2_c + 2 * k) * 1024 + 0.5) * 2.0**-10  # sums of centers are exact; a quotient may err
         tl.store(scales + d, center - 2 * k, mask=d < padded)
         tl.store(scales + padded + d, power_of_two(k, dtype), mask=d < padded)
         group = begin // GROUP + tl.arange(0, BLOCK_D // GROUP)
