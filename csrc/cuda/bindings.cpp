@@ -56,7 +56,8 @@ Mixture<T> mixture(const py::tuple& fields, int64_t dim) {
           nullptr,
           nullptr,
           nullptr,
-          0};
+          0,
+          fields[6].cast<bool>()};
 }
 
 template <class T>

@@ -53,6 +53,7 @@ struct Mixture {
   T* log2_weights;    // (items, tiles, kTile); -inf where there is no component
   uint8_t* flags;     // (items, tiles, flags_per_tile)
   double log_count;   // what uniform weights leave out: log n; 0 if weights are given
+  bool same_dims;     // a component has one variance in all dimensions
 
   CSDIV_HOST_DEVICE int64_t tiles() const { return ceil_div(n, kTile); }
   CSDIV_HOST_DEVICE int64_t item(int64_t problem) const { return index ? index[problem] : items == 1 ? 0 : problem; }
@@ -75,6 +76,7 @@ struct Scale {
   T* group_centers;     // (items, padded_dim / kGroup) their sums
   double* references;   // (items) sum_d (center - 2k)
   int64_t items;        // 1: all problems share one
+  bool same_dims;   // components of both sides have one variance in all dimensions, so exponents and centers are equal
 
   CSDIV_HOST_DEVICE int64_t item(int64_t problem) const { return items == 1 ? 0 : problem; }
 };

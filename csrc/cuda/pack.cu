@@ -156,6 +156,7 @@ int64_t take(Context& context, Problem<T>& problem) {
   else
     take(context, q, problem.dim);
   Scale<T>& scale = problem.scale;
+  scale.same_dims = p.same_dims && q.same_dims;
   scale.items = p.own(problem.batch) && q.own(problem.batch) ? problem.batch : 1;
   scale.exponents = context.take<int>(scale.items * padded_dim(problem.dim));
   scale.centers = context.take<T>(scale.items * padded_dim(problem.dim));

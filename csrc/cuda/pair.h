@@ -50,6 +50,12 @@ struct PairSum {
     quadratic += term;
   }
 
+  // Where all dimensions have this c = s + t its logarithm's rounding counts in each, and so does what c lost.
+  CSDIV_DEVICE void set_log_determinant(T s, T t, int dim, T center) {
+    const T c = s + t, of_t = c - s, lost = (s - (c - of_t)) + (t - of_t);
+    log_determinant = T(dim) * fma(lost * approximate_reciprocal(c), T(kLog2E), log2(c) - center);
+  }
+
   CSDIV_DEVICE T log2_density() const {
     if (quadratic == T(INFINITY)) return -T(INFINITY);
     constexpr T kHigh = T(kLog2E), kLow = T(kLog2E - double(kHigh));   // one rounding

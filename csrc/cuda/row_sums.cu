@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
   while (shared.walk.next()) {
     const RowTask<T>& task = tasks.tasks[shared.task];
     Logits<T> logits;
-    tile_logits(task.problem, tile, rows_kept, shared.logits, logits);
+    tile_logits<true>(task.problem, tile, rows_kept, shared.logits, logits);
     if (task.self) {
       const int64_t row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
       const int64_t column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;

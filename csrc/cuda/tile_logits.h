@@ -191,17 +191,19 @@ CSDIV_DEVICE void load_chunk(const Problem<T>& problem, TileIndex tile, int begi
 }
 
 // logits[a][b] of this thread, base 2, with the weights of q. All threads of the block call it together. `rows_kept`:
-// shared memory still has the packed rows of this tile from the last call; set for the next one.
-template <class T>
+// shared memory still has the packed rows of this tile from the last call; set for the next one. kNearZero: values
+// whose differences may be near zero.
+template <bool kNearZero = false, class T>
 CSDIV_DEVICE void tile_logits(const Problem<T>& problem, const TileIndex& tile, bool& rows_kept, LogitShared<T>& shared,
                               Logits<T>& logits) {
   PairSums<T> sums;
+  bool fast = false;
   for (int begin = 0; begin < problem.dim; begin += kChunk<T>) {
     int thread = threadIdx.x, padded = int(padded_dim(problem.dim));
     forget(thread), forget(padded);
     const int row = thread / kColumnThreads * kThreadRows, column = thread % kColumnThreads * kThreadColumns<T>;
     const int dims = min(padded - begin, kChunk<T>);
-    const bool fast = certified(problem, tile, begin / kFlagDims);
+    fast = certified(problem, tile, begin / kFlagDims);
     __syncthreads();
     load_chunk(problem, tile, begin, dims, fast, rows_kept, shared);
     __syncthreads();
@@ -214,6 +216,17 @@ CSDIV_DEVICE void tile_logits(const Problem<T>& problem, const TileIndex& tile, 
   }
   const int64_t q_tile = tile.q_item * problem.q.tiles() + tile.first_column<T>() / kTile;
   const int column = threadIdx.x % kColumnThreads * kThreadColumns<T>;
+  if (kNearZero && fast && problem.scale.same_dims) {
+    const Operands<T> operands(shared, 0, threadIdx.x / kColumnThreads * kThreadRows, column);
+    const T center = problem.scale.centers[problem.scale.item(tile.problem) * padded_dim(problem.dim)];
+#pragma unroll
+    for (int a = 0; a < kThreadRows; ++a) {
+#pragma unroll
+      for (int b = 0; b < kThreadColumns<T>; ++b)
+        sums[a][b].set_log_determinant(operands.row_variances[a], operands.column_variances[b], int(problem.dim),
+                                       center);
+    }
+  }
   const T* const weights = problem.q.log2_weights + q_tile * kTile + tile.first_column<T>() % kTile + column;
 #pragma unroll
   for (int a = 0; a < kThreadRows; ++a) {
