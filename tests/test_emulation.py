@@ -157,8 +157,8 @@ BUGS = {
     ),
     "no barrier before sums are added to": (
         "gradient_sweep.cu",
-        "column_sums[e] = 0;\n  __syncthreads();\n",
-        "column_sums[e] = 0;\n",
+        "shared.sums[e + k] = 0;\n  }\n  __syncthreads();\n",
+        "shared.sums[e + k] = 0;\n  }\n",
         "wrong results",
     ),
     "a barrier that some threads do not reach": (
@@ -175,8 +175,8 @@ BUGS = {
     ),
     "a write beyond shared memory": (
         "totals.cu",
-        "  shared.sums[lane] = sum;",
-        "  shared.sums[lane + 1] = sum;",
+        "shared.sums[warp] = total.sum;",
+        "shared.sums[warp + 1] = total.sum;",
         "beyond its shared memory",
     ),
     "no barrier before a pivot's row is read": (
@@ -193,8 +193,8 @@ BUGS = {
     ),
     "a mask that lets padding through": (
         "pack.cu",
-        "T weight = first + k < side.n ? T(0) : -T(INFINITY);",
-        "T weight = first + k <= side.n ? T(0) : -T(INFINITY);",
+        "T weight = k < components ? T(0) : -T(INFINITY);",
+        "T weight = k <= components ? T(0) : -T(INFINITY);",
         "wrong results",
     ),
 }
