@@ -1,6 +1,7 @@
 """The CUDA gradient sweep beyond its results: how work is cut, round trips to memory, bank conflicts."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import emulation
@@ -82,31 +83,27 @@ def sequences(sass: str) -> list[str]:
     return found
 
 
+def machine_code(folder: Path) -> list[tuple[str, str, str]]:
+    """Architecture, name and machine code of every kernel of the built module."""
+    command = [static.tool("cuobjdump"), "--extract-elf", "all", str(Path(_C.__file__).resolve())]
+    subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    return [
+        (static.architecture_of(cubin.name), static.readable(section.split(",")[0]), section)
+        for cubin in folder.glob("*.cubin")
+        for section in re.split(r"\.section\s+\.text\.", static.output(static.tool("nvdisasm"), "-c", cubin))[1:]
+    ]
+
+
 @with_kernels
 def test_no_load_of_sums_waits_for_a_store(tmp_path: Path) -> None:
     """A dimension's sums of rows come in one round trip to memory, those of columns in another."""
     seen = 0
-    static.output(static.tool("cuobjdump"), "--version")
-    for architecture, name, sass in static_sections(tmp_path):
+    for architecture, name, sass in machine_code(tmp_path):
         if "overlap_lse_backward_kernel" in name:
             most = max(len(re.findall("SL", sequence)) for sequence in sequences(sass))
             assert most <= 2, (architecture, name)
             seen += 1
     assert seen >= 6
-
-
-def static_sections(folder: Path) -> list[tuple[str, str, str]]:
-    """Architecture, name and machine code of every kernel of the built module."""
-    import subprocess
-
-    command = [static.tool("cuobjdump"), "--extract-elf", "all", str(Path(_C.__file__).resolve())]
-    subprocess.run(command, cwd=folder, capture_output=True, check=False)
-    found = []
-    for cubin in folder.glob("*.cubin"):
-        code = static.output(static.tool("nvdisasm"), "-c", cubin)
-        for section in re.split(r"\.section\s+\.text\.", code)[1:]:
-            found.append((static.architecture_of(cubin.name), static.readable(section.split(",")[0]), section))
-    return found
 
 
 @pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())

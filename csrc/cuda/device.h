@@ -120,6 +120,15 @@ CSDIV_DEVICE void load(const double* from, double (&to)[kCount]) {
   }
 }
 
+// Stores a vector of 16 bytes at once.
+CSDIV_DEVICE void store(float* to, const float (&from)[4]) {
+  *reinterpret_cast<float4*>(to) = {from[0], from[1], from[2], from[3]};
+}
+
+CSDIV_DEVICE void store(double* to, const double (&from)[2]) {
+  *reinterpret_cast<double2*>(to) = {from[0], from[1]};
+}
+
 CSDIV_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

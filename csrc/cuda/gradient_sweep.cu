@@ -50,17 +50,10 @@ struct GradientShared {
   double reference;   // of the problem's logits
 };
 
-// The tile's weights into shared memory; returns whether any is not zero.
+// Weights into shared memory; returns whether any of the block's is not zero.
 template <class T>
-CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& tile, GradientShared<T>& shared) {
-  TileWeights<T> weights;
-  bool rows_kept = false;
-  if (task.weights != Weights::kGiven) share_rows(task, tile, shared.reference, shared.rows);
-  if (!needs_no_logits(task, tile)) tile_logits(task.problem, tile, rows_kept, shared.logits, weights);
-  if (task.weights == Weights::kGiven)
-    given_weights(task, tile, weights);
-  else
-    shares(task, tile, shared.rows, weights);
+CSDIV_DEVICE bool keep_weights(const TileWeights<T>& weights, SweepShared<T>& shared) {
+  constexpr int kVector = 16 / sizeof(T);
   const int row = threadIdx.x / kColumnThreads * kThreadRows;
   const int column = threadIdx.x % kColumnThreads * kThreadColumns<T>;
   bool any = false;
@@ -72,12 +65,31 @@ CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& til
   any = __syncthreads_or(any);   // nobody reads logits any more
 #pragma unroll
   for (int c = 0; c < kThreadColumns<T>; ++c) {
+    T* const to = shared.weights + shared.rows_of(column + c) + row;
 #pragma unroll
-    for (int a = 0; a < kThreadRows; ++a)
-      shared.sweep.weights[shared.sweep.rows_of(column + c) + row + a] = weights[a][c];
+    for (int a = 0; a < kThreadRows; a += kVector) {
+      T vector[kVector];
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) vector[k] = weights[a + k][c];
+      store(to + a, vector);
+    }
   }
   __syncthreads();
   return any;
+}
+
+template <class T>
+CSDIV_DEVICE bool tile_weights(const GradientTask<T>& task, const TileIndex& tile, GradientShared<T>& shared) {
+  TileWeights<T> weights;
+  bool rows_kept = false;
+  if (task.weights != Weights::kGiven) share_rows(task, tile, shared.reference, shared.rows);
+  if (!needs_no_logits(task, tile)) tile_logits(task.problem, tile, rows_kept, shared.logits, weights);
+  if (task.weights == Weights::kGiven) {   // to the end apart: merged weights took local memory
+    given_weights(task, tile, weights);
+    return keep_weights(weights, shared.sweep);
+  }
+  shares(task, tile, shared.rows, weights);
+  return keep_weights(weights, shared.sweep);
 }
 
 // Scaled means and variances of kCount components of a packed tile in dimension d; padding beyond the dimensions.
@@ -93,11 +105,6 @@ CSDIV_DEVICE void read_packed(const Mixture<T>& side, int64_t dim, int64_t tile,
 #pragma unroll
     for (int k = 0; k < kCount; ++k) means[k] = 0, variances[k] = T(0.5);
   }
-}
-
-// Of the kTile components from `first` on.
-CSDIV_DEVICE int existing(int64_t n, int64_t first) {
-  return int(n - first < kTile ? n - first : kTile);
 }
 
 template <class T>
@@ -147,7 +154,9 @@ CSDIV_DEVICE void sweep(const GradientTask<T>& task, int64_t begin, GradientShar
   forget(thread);
   const int dd = thread % kLanes, lane = thread % kWarp, warp = thread / kWarp;
   const int row = warp * kWarpRows + lane / kLanes * kRows;
-  const int64_t dim = problem.dim, d = begin + dd, first_column = tile.first_column<T>();
+  int chunk = int(begin);
+  forget(chunk);
+  const int64_t dim = problem.dim, d = chunk + dd, first_column = tile.first_column<T>();
   T* const columns = shared.columns + dd;
 
   T means[kRows], variances[kRows], mean_sums[kRows] = {}, variance_sums[kRows] = {};
@@ -173,8 +182,8 @@ CSDIV_DEVICE void sweep(const GradientTask<T>& task, int64_t begin, GradientShar
     }
   }
   for (int e = thread * kVector; e < 2 * kVariances; e += kThreads * kVector) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) shared.sums[e + k] = 0;
+    const T zeros[kVector] = {};
+    store(shared.sums + e, zeros);
   }
   __syncthreads();
 

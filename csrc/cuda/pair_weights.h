@@ -60,6 +60,11 @@ CSDIV_DEVICE void shares(const GradientTask<T>& task, const TileIndex& tile, con
   }
 }
 
+// How many of the kTile components from `first` on exist; not positive: none.
+CSDIV_DEVICE int existing(int64_t n, int64_t first) {
+  return int(n - first < kTile ? n - first : kTile);
+}
+
 // Whether weights are given and no logit of the tile can be infinite, so that none is needed.
 template <class T>
 CSDIV_DEVICE bool needs_no_logits(const GradientTask<T>& task, const TileIndex& tile) {
@@ -76,13 +81,14 @@ CSDIV_DEVICE void given_weights(const GradientTask<T>& task, const TileIndex& ti
   const int64_t n = problem.p.n, m = problem.q.n;
   const int64_t first_row = tile.first_row() + threadIdx.x / kColumnThreads * kThreadRows;
   const int64_t first_column = tile.first_column<T>() + threadIdx.x % kColumnThreads * kThreadColumns<T>;
+  const int rows = existing(n, first_row), columns = existing(m, first_column);
+  const T* given = task.given + (tile.problem * n + first_row) * m + first_column;
 #pragma unroll
-  for (int a = 0; a < kThreadRows; ++a) {
+  for (int a = 0; a < kThreadRows; ++a, given += m) {
 #pragma unroll
     for (int c = 0; c < kThreadColumns<T>; ++c) {
-      const int64_t i = first_row + a, j = first_column + c;
-      const bool counts = i < n && j < m && (plain || !isinf(weights[a][c]));
-      weights[a][c] = counts ? task.given[(tile.problem * n + i) * m + j] : T(0);
+      T& weight = weights[a][c];
+      weight = a < rows && c < columns && (plain || !isinf(weight)) ? given[c] : T(0);
     }
   }
 }

@@ -80,8 +80,7 @@ CSDIV_DEVICE void copy_packed(const T* values, int first, int dims, T* to) {
     const int line = e / kVectors, at = e % kVectors * kVector;
     T vector[kVector];
     load<kVector>(values + line * kTile + first + at, vector);
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) to[line * kWidth + at + k] = vector[k];
+    store(to + line * kWidth + at, vector);
   }
 }
 
