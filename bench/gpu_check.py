@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ class Check:
     dry: bool = False
     start: float = field(default_factory=time.monotonic)
     steps: dict[str, dict[str, object]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def step(
         self,
@@ -101,11 +103,12 @@ class Check:
 
     def record(self, name: str, code: int | str, seconds: float, output: str, lines: int = 15) -> None:
         """Prints how a step ended, and writes the results so far."""
-        self.steps[name] = {"passed": code == 0, "ended": code, "seconds": round(seconds, 1)}
         ending = "\n".join(output.splitlines()[-lines:])
-        print(f"=== {name}: {'passed' if code == 0 else code}, {seconds:.0f} s\n{ending}\n", flush=True)
-        results = {"date": datetime.date.today().isoformat(), "dry_run": self.dry, "steps": self.steps}
-        (self.folder / "steps.json").write_text(json.dumps(results, indent=1) + "\n")
+        with self.lock:
+            self.steps[name] = {"passed": code == 0, "ended": code, "seconds": round(seconds, 1)}
+            print(f"=== {name}: {'passed' if code == 0 else code}, {seconds:.0f} s\n{ending}\n", flush=True)
+            results = {"date": datetime.date.today().isoformat(), "dry_run": self.dry, "steps": self.steps}
+            (self.folder / "steps.json").write_text(json.dumps(results, indent=1) + "\n")
 
     def python(self, *arguments: str, kernels: str = "emulation") -> list[str]:
         """A command for Python; in a rehearsal with the stand-in for a GPU."""
