@@ -6,9 +6,7 @@ Needs a checkout, whose tests/ have the emulation and the machine that executes 
 from __future__ import annotations
 
 import functools
-import heapq
 import importlib
-import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +16,10 @@ import torch
 
 from . import static
 from .cases import Case, make_inputs
+from .partition import Cut, Sum, block_tiles, ranges
 from .peers import Csdiv, leaves_of
 
 ROOT = Path(__file__).resolve().parent.parent
-TILE = 64
 
 
 class Counts(NamedTuple):
@@ -120,78 +118,36 @@ def _waits(lines: Sequence[Any], opcodes: dict[int, str]) -> float:
 def copies_of_calibration(entry: str, dim: int) -> float:
     """Sums of gradients that are added up for ``reference``."""
     case = reference(entry, dim)
-    with tests("launches").recorded(tests("emulation").PROCESSORS) as launches:
-        call(case, "emulation", "forward + backward")
-    return next((copies(case, found) for x in launches if (found := cuts(x.parameters, x.blocks))), 1.0)
+    return copies(case, cuts_of(case, tests("emulation").PROCESSORS))
 
 
-class Cut(NamedTuple):
-    """How the sweep over a sum of pairs is cut, see csrc/cuda/partition.h."""
-
-    row_ranges: int
-    column_ranges: int
-    phases: int
-
-
-def cuts(parameters: bytes, blocks: int) -> list[Cut]:
-    """Those in a sweep's parameters: three integers, and then how many blocks follow from them, in 8 bytes."""
-    found, total = [], 0
-    for at in range(0, len(parameters) - 23, 4):
-        cut = Cut(*struct.unpack_from("iii", parameters, at))
-        count = struct.unpack_from("q", parameters, (at + 12 + 7) // 8 * 8)[0]
-        if min(cut) > 0 and cut.row_ranges % cut.phases == cut.column_ranges % cut.phases == 0:
-            of_phase = cut.row_ranges * (cut.column_ranges // cut.phases)
-            if count == of_phase and total + count <= blocks:
-                found.append(cut)
-                total += count
-    return found if total == blocks else []
+def cuts_of(case: Case, processors: int) -> list[Cut]:
+    """How the gradient sweep is cut on a GPU of so many multiprocessors."""
+    native = tests("emulation").backend().native
+    sums = [(of.batch, of.n, of.m, of.itself) for of in sums_of(case)]
+    return [Cut(*cut) for cut in native.cuda_partitions(4, case.d, sums, processors)]
 
 
-def copies(case: Case, found: list[Cut]) -> float:
+def copies(case: Case, cuts: Sequence[Cut]) -> float:
     """Components of all sides, each as often as its sums are copied, and once more for what is written of it."""
-    sides = zip(sums_of(case), found, strict=True)
-    return sum(n * (1 + c.column_ranges / c.phases) + m * (1 + c.row_ranges / c.phases) for (n, m, _), c in sides)
+    sides = zip(sums_of(case), cuts, strict=True)
+    return sum(of.n * (1 + c.column_ranges / c.phases) + of.m * (1 + c.row_ranges / c.phases) for of, c in sides)
 
 
-def sums_of(case: Case) -> list[tuple[int, int, bool]]:
-    """Rows, columns and whether it is the upper triangle, of the sums over pairs that an entry takes together."""
+def sums_of(case: Case) -> list[Sum]:
+    """The sums over pairs that an entry takes together."""
     triangles = {"divergence": (case.n, case.m), "regularizer": (case.m,), "self": (case.m,)}.get(case.entry, ())
-    pairs = [] if case.entry == "self" else [(case.n, case.m, False)]
-    return pairs + [(k, k, True) for k in triangles]
+    pairs = [] if case.entry == "self" else [Sum(case.n, case.m)]
+    return pairs + [Sum(k, k, True) for k in triangles]
 
 
-def tiles_of(rows: range, columns: range, triangle: bool) -> int:
-    """Those that a block with these ranges of tiles goes through."""
-    if not triangle:
-        return len(rows) * len(columns)
-    return sum(max(0, columns.stop - max(columns.start, row)) for row in rows)
-
-
-def sweep_works(case: Case, found: list[Cut], phase: int) -> list[int]:
+def sweep_works(case: Case, cuts: Sequence[Cut], phase: int) -> list[int]:
     """Tiles of each block of a launch of the sweep."""
-    works = []
-    for (n, m, triangle), cut in zip(sums_of(case), found, strict=True):
-        rows, columns = _ranges(-(-n // TILE), cut.row_ranges), _ranges(-(-m // TILE), cut.column_ranges)
-        for row, its_rows in enumerate(rows):
-            for copy in range(cut.column_ranges // cut.phases):
-                column = copy * cut.phases + (phase - row) % cut.phases
-                works.append(tiles_of(its_rows, columns[column], triangle))
-    return works
-
-
-def _ranges(size: int, parts: int) -> list[range]:
-    return [range(size * k // parts, size * (k + 1) // parts) for k in range(parts)]
+    sides = zip(sums_of(case), cuts, strict=True)
+    return [tiles for of, cut in sides for tiles in block_tiles(of, cut, phase)]
 
 
 def even_works(case: Case, blocks: int) -> list[int]:
-    """Tiles of each block of the row sums, which have parts of the columns of a tile of rows."""
-    sizes = [(range(-(-n // TILE)), range(-(-m // TILE)), triangle) for n, m, triangle in sums_of(case)]
-    return [len(part) for part in _ranges(sum(tiles_of(*size) for size in sizes), blocks)]
-
-
-def makespan(works: Sequence[int], slots: int) -> int:
-    """Until the last of the blocks has ended."""
-    ends = [0] * slots
-    for work in works:
-        heapq.heapreplace(ends, ends[0] + work)
-    return max(ends)
+    """Tiles of each block of the row sums, which are cut nearly evenly."""
+    tiles = sum(sum(block_tiles(of, Cut(1, 1, 1), 0)) for of in sums_of(case))
+    return [len(part) for part in ranges(tiles, blocks)]

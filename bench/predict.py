@@ -21,13 +21,13 @@ call and ``HOST_LAUNCH_US`` for a launch; a call takes what the device or the ho
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import executed, static
 from .cases import DIRECTIONS, GPU_CASES, Case
+from .partition import TILE, Cut, makespan
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -90,7 +90,7 @@ class Model:
         logits = min(loop.instructions for loop in loops if loop.counts["MUFU.LG2"])
         sweep = min(loop.instructions for loop in loops if not loop.counts["MUFU.LG2"])
         each = logits + (direction != "forward") * (logits + sweep)
-        elements = sum(n * m / (1 + triangle) for n, m, triangle in executed.sums_of(case)) * case.d
+        elements = sum(of.n * of.m / (1 + of.itself) for of in executed.sums_of(case)) * case.d
         return elements * each / 32 / self.rate / self.gpu.processors / self.gpu.clock_ghz / 1e6
 
     def _hot(self, name: str) -> tuple[static.Loop, ...]:
@@ -101,13 +101,11 @@ class Model:
         widths = [int(name.split(", ")[1][:-1]) for name in names]
         return min(widths, key=lambda w: -(-dim // w) * w * (9.2 + 42 / w))
 
-    def missing(self, case: Case, found: list[executed.Cut]) -> float:
+    def missing(self, case: Case, cuts: Sequence[Cut]) -> float:
         """The share of the sweep's accesses that the L2 cache has no room for: each block goes through the sums of all
         of its columns again for every tile of its rows."""
-        sides = zip(executed.sums_of(case), found, strict=True)
-        components = (
-            sum(m * c.row_ranges / c.phases for (_, m, _), c in sides) + executed.TILE * 2 * self.gpu.processors
-        )
+        sides = zip(executed.sums_of(case), cuts, strict=True)
+        components = sum(of.m * cut.row_ranges / cut.phases for of, cut in sides) + TILE * 2 * self.gpu.processors
         return max(0.0, 1 - self.gpu.l2_mib * 2**20 / (components * (2 * case.d + 1) * 8))
 
     def tile_cycles(self, name: str, counts: executed.Counts, dim: int, missing: float) -> tuple[float, float]:
@@ -115,7 +113,7 @@ class Model:
         hot = special = 0.0
         for loop in self._hot(name):
             lanes = 4 if loop.counts["MUFU.LG2"] else int(name.split(", ")[1][:-1])
-            elements = executed.TILE * executed.TILE * -(-dim // lanes) * lanes / 32
+            elements = TILE * TILE * -(-dim // lanes) * lanes / 32
             hot += loop.instructions * elements
             special += loop.special * elements
         g = self.gpu
@@ -147,38 +145,32 @@ class Model:
         executed.install()
         with executed.tests("launches").recorded(self.gpu.processors) as launches:
             executed.call(case, "emulation", direction)
-        costs, phases = executed.calibration(case.entry, case.d), Counter[str]()
-        reference = executed.reference(case.entry, case.d)
-        components = sum(n + m for n, m, _ in executed.sums_of(case)) / sum(
-            n + m for n, m, _ in executed.sums_of(reference)
+        costs, phases = executed.calibration(case.entry, case.d), 0
+        reference, cuts = executed.reference(case.entry, case.d), executed.cuts_of(case, self.gpu.processors)
+        scale = sum(of.n + of.m for of in executed.sums_of(case)) / sum(
+            of.n + of.m for of in executed.sums_of(reference)
         )
+        copied = executed.copies(case, cuts) / executed.copies_of_calibration(case.entry, case.d)
         tiles = sum(executed.even_works(reference, 1))
         kinds: dict[str, float] = dict.fromkeys(("launches", "other kernels", "row sums", "sweep"), 0.0)
-        found: list[executed.Cut] = []
         work = time = 0.0
         for launch in launches:
             name, counts = launch.kernel, costs.get(launch.kernel, NOTHING)
             kinds["launches"] += LAUNCH_US
             if not name.startswith("overlap_lse"):
-                scale = components
-                if name.startswith("write_gradients") and found:
-                    scale = executed.copies(case, found) / executed.copies_of_calibration(case.entry, case.d)
-                kinds["other kernels"] += self.small_us(counts.times(scale), launch.blocks)
+                counts = counts.times(copied if name.startswith("write_gradients") else scale)
+                kinds["other kernels"] += self.small_us(counts, launch.blocks)
                 continue
-            works, missing = executed.even_works(case, launch.blocks), 0.0
-            if "backward" in name:
-                found = executed.cuts(launch.parameters, launch.blocks) or found
-                if found:
-                    works = executed.sweep_works(case, found, phases[name])
-                    missing = self.missing(case, found)
-                phases[name] += 1
+            sweep = "backward" in name
+            works = executed.sweep_works(case, cuts, phases) if sweep else executed.even_works(case, launch.blocks)
+            phases += sweep
+            missing = self.missing(case, cuts) if sweep else 0.0
             both, alone = self.tile_cycles(name, counts.times(1 / tiles), case.d, missing)
-            busy = sum(work > 0 for work in works)
-            slots = self.gpu.processors * 2
-            longest = executed.makespan(works, slots) * (alone if busy <= self.gpu.processors else both)
-            kinds["sweep" if "backward" in name else "row sums"] += longest / self.gpu.clock_ghz / 1e3
+            busy, slots = sum(work > 0 for work in works), self.gpu.processors * 2
+            longest = makespan(works, slots) * (alone if busy <= self.gpu.processors else both)
+            kinds["sweep" if sweep else "row sums"] += longest / self.gpu.clock_ghz / 1e3
             if busy > self.gpu.processors:
-                work, time = work + sum(works) / slots, time + executed.makespan(works, slots)
+                work, time = work + sum(works) / slots, time + makespan(works, slots)
         device = sum(kinds.values()) / 1e3
         host = (HOST_US[direction] + HOST_LAUNCH_US * len(launches)) / 1e3
         return {

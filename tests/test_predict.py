@@ -87,17 +87,19 @@ def test_instructions_that_are_counted_agree_with_machine_code(kernels: list[sta
 
 
 @with_ptx
-def test_the_cut_of_a_sweep_is_read_from_its_parameters() -> None:
+@pytest.mark.parametrize("entry", ["rows", "self", "divergence", "regularizer"])
+def test_launches_are_those_that_the_sweep_is_cut_into(entry: str) -> None:
     executed.install()
-    case = Case(8192, 8192, 64, "", "divergence")
+    case = Case(8192, 8192, 64, "", entry)
     with launches.recorded(132) as found:
         executed.call(case, emulation.NAME, "forward + backward")
-    sweeps = [launch for launch in found if "backward" in launch.kernel]
-    cuts = executed.cuts(sweeps[0].parameters, sweeps[0].blocks)
-    assert len(cuts) == 3
+    sweeps = [launch.blocks for launch in found if "backward" in launch.kernel]
+    cuts = executed.cuts_of(case, 132)
     assert {cut.phases for cut in cuts} == {len(sweeps)}
-    works = [sum(executed.sweep_works(case, cuts, phase)) for phase in range(len(sweeps))]
-    assert sum(works) == 128 * 128 + 128 * 129  # every tile once
+    works = [executed.sweep_works(case, cuts, phase) for phase in range(len(sweeps))]
+    assert [len(of_phase) for of_phase in works] == sweeps
+    tiles = {"rows": 128**2, "self": 64 * 129, "divergence": 128**2 + 128 * 129, "regularizer": 128**2 + 64 * 129}
+    assert sum(map(sum, works)) == tiles[entry]  # every tile once
 
 
 @with_ptx
@@ -107,10 +109,3 @@ def test_what_sanitizers_watch_has_phases() -> None:
     with launches.recorded(every_entry.PROCESSORS) as found:
         every_entry.gradients(p, q, csdiv.log_overlap(p, q, backend=emulation.NAME))
     assert sum("backward" in launch.kernel for launch in found) > 1
-
-
-def test_works_are_given_out_in_order() -> None:
-    assert executed.makespan([3, 1, 1, 1], 2) == 3
-    assert executed.makespan([1, 1, 1, 3], 2) == 4
-    assert executed.tiles_of(range(2), range(1, 4), True) == 6
-    assert executed.tiles_of(range(2, 4), range(1, 4), True) == 3
