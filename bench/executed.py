@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -20,6 +21,8 @@ from .partition import Cut, Sum, block_tiles, ranges
 from .peers import Csdiv, leaves_of
 
 ROOT = Path(__file__).resolve().parent.parent
+PROCESSORS = 1
+"""Multiprocessors that the PTX runs on: as few, so that blocks have several tiles."""
 
 
 class Counts(NamedTuple):
@@ -68,7 +71,7 @@ def install() -> None:
 
 def reference(entry: str, dim: int) -> Case:
     """The case that is executed: small, but with blocks of several tiles."""
-    return Case(128, 512, dim, "", entry)
+    return Case(128, 1024, dim, "", entry)
 
 
 @functools.cache
@@ -81,7 +84,8 @@ def calibration(entry: str, dim: int) -> dict[str, Counts]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # unwritten memory is told from written by its NaN
     try:
-        call(case, "ptx", "forward + backward")
+        with mock.patch.object(tests("emulation").Emulation, "processors", return_value=PROCESSORS):
+            call(case, "ptx", "forward + backward")
     finally:
         torch.use_deterministic_algorithms(deterministic)
     found = {}
@@ -118,7 +122,7 @@ def _waits(lines: Sequence[Any], opcodes: dict[int, str]) -> float:
 def copies_of_calibration(entry: str, dim: int) -> float:
     """Sums of gradients that are added up for ``reference``."""
     case = reference(entry, dim)
-    return copies(case, cuts_of(case, tests("emulation").PROCESSORS))
+    return copies(case, cuts_of(case, PROCESSORS))
 
 
 def cuts_of(case: Case, processors: int) -> list[Cut]:
