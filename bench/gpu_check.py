@@ -242,7 +242,8 @@ def contract(check: Check, name: str, selection: str, limit: float) -> None:
     if find_spec("xdist"):
         options += ["-n", str(min(8, os.cpu_count() or 1))]
     command = [sys.executable, "-m", "pytest", *options, *tests, "-k", selection]
-    check.step(name, command, limit, {"CI": "1", "PYTHONPATH": str(ROOT / "tests")}, lines=40)
+    paths = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    check.step(name, command, limit, {"CI": "1", "PYTHONPATH": paths}, lines=40)
 
 
 def sanitize(check: Check, tool: str) -> None:
