@@ -7,6 +7,7 @@ each number of lanes.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -16,7 +17,6 @@ from torch import Tensor
 
 import csdiv
 from csdiv import GaussianMixture, testing
-from csdiv.backends.cuda import Cuda
 
 PROCESSORS = 2
 """So few that small problems are cut like large ones."""
@@ -87,7 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    with mock.patch.object(Cuda, "processors", return_value=PROCESSORS):
+    backend = importlib.import_module("csdiv.backends").resolve("cuda", torch.device(options.device, 0))
+    with mock.patch.object(backend, "processors", return_value=PROCESSORS):
         run(options.device)
         p, q = mixtures(PHASES, "diagonal", torch.float32, options.device)
         gradients(p, q, csdiv.log_overlap(p, q, backend="cuda"))

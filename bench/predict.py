@@ -20,35 +20,25 @@ call and ``HOST_LAUNCH_US`` for a launch; a call takes what the device or the ho
 
 from __future__ import annotations
 
-import functools
-import heapq
-import importlib
 import json
-import struct
-import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from . import static
-from .cases import DIRECTIONS, GPU_CASES, Case, make_inputs
-from .peers import Csdiv, leaves_of
+from . import executed, static
+from .cases import DIRECTIONS, GPU_CASES, Case
+from .partition import TILE, Cut, makespan
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- predicted: python -m bench static --predict -->", "<!-- end of predicted -->"
 
-TILE, BLOCK_WARPS = 64, 8
+BLOCK_WARPS = 8
 ISSUED, ISSUED_ALONE = 0.88, 0.60
 LAUNCH_US, HOST_LAUNCH_US = 2.0, 4.0
 HOST_US = {"forward": 45.0, "forward + backward": 110.0}
 WARP_CYCLES, RESIDENT_WARPS = 6.0, 48
 SPECIAL_LANES, SECTOR_BYTES = 16, 32
-CALIBRATION = (128, 512)
-"""Components of p and q for which PTX is executed: blocks of several tiles."""
 
 
 class Gpu(NamedTuple):
@@ -78,177 +68,10 @@ CASES = (
     Case(5000, 5000, 16, "a self term", "self"),
     Case(256, 500, 40, "the regularizer", "regularizer"),
 )
+NOTHING = executed.Counts(0, 0, 0, 0, 0, 0)
+"""Of a small kernel that large cases alone have: its launch."""
 TARGETS = ("8192x8192x64", "1024x100000x64")
 """Cases whose share of the issue bound is the aim."""
-
-
-class Counts(NamedTuple):
-    """What a kernel did, of one tile of 64 x 64 pairs or in all: warps' instructions and cycles."""
-
-    other: float  # instructions beside the hot loops
-    float64: float
-    shared_cycles: float
-    ideal_cycles: float
-    sectors: float
-    waits: float  # of a warp, for global memory
-
-    def times(self, factor: float) -> Counts:
-        return Counts(*(factor * x for x in self))
-
-
-def _tests(name: str) -> Any:
-    """A module of tests/, which are beside bench/ in a checkout."""
-    folder = str(ROOT / "tests")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
-
-
-def _call(case: Case, backend: str, direction: str) -> None:
-    provider, inputs = Csdiv(backend, case.entry), make_inputs(case)
-    if direction == "forward":
-        with torch.no_grad():
-            provider.forward(inputs)
-    else:
-        provider.forward_backward(leaves_of(inputs))
-
-
-@functools.cache
-def install() -> None:
-    """Makes the backends "emulation" and "ptx" known.
-
-    Raises:
-        RuntimeError: csdiv._C has no PTX to run.
-    """
-    _tests("emulation").install()
-    _tests("ptx").install()
-    if reason := _tests("ptx").missing():
-        raise RuntimeError(reason)
-
-
-@functools.cache
-def calibration(entry: str, dim: int) -> dict[str, Counts]:
-    """What every kernel does in all for ``CALIBRATION`` with gradients, by executing its PTX."""
-    install()
-    machine, case = _tests("ptx").machine(), Case(*CALIBRATION, dim, "", entry)
-    _tests("ptx").backend()
-    for name in machine.kernels:
-        machine.counts(name)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # unwritten memory is told from written by its NaN
-    try:
-        _call(case, "ptx", "forward + backward")
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-    found = {}
-    for name, kernel in machine.kernels.items():
-        opcodes = {row.line: row.name for row in kernel.rows}
-        lines = machine.counts(name)
-        hot = {line.executed for line in lines if opcodes.get(line.line, "").startswith("rcp.approx.ftz.f32")}
-        if not any(line.executed for line in lines):
-            continue
-        tiles = "overlap_lse" in name
-        found[static.readable(name)] = Counts(
-            other=sum(line.executed for line in lines if not tiles or line.executed not in hot),
-            float64=sum(line.executed for line in lines if "f64" in opcodes.get(line.line, "").split(".")[1:]),
-            shared_cycles=sum(line.cycles for line in lines),
-            ideal_cycles=sum(line.ideal_cycles for line in lines),
-            sectors=sum(line.sectors for line in lines),
-            waits=_waits(lines, opcodes),
-        )
-    return found
-
-
-def _waits(lines: Sequence[Any], opcodes: dict[int, str]) -> float:
-    """How often warps load from global memory after a store to it, which the loaded may alias: one at a time."""
-    waits, stored = 0.0, True
-    for line in lines:
-        if line.sectors and opcodes.get(line.line) == "st":
-            stored = True
-        elif line.sectors and opcodes.get(line.line) == "ld" and stored:
-            waits, stored = waits + line.executed, False
-    return waits
-
-
-@functools.cache
-def copies_of_calibration(entry: str, dim: int) -> float:
-    """Sums of gradients that are added up for ``CALIBRATION``."""
-    case = Case(*CALIBRATION, dim, "", entry)
-    with _tests("launches").recorded(_tests("emulation").PROCESSORS) as launches:
-        _call(case, "emulation", "forward + backward")
-    return next((copies(case, found) for x in launches if (found := cuts(x.parameters, x.blocks))), 1.0)
-
-
-class Cut(NamedTuple):
-    """How the sweep over a sum of pairs is cut, see csrc/cuda/partition.h."""
-
-    row_ranges: int
-    column_ranges: int
-    phases: int
-
-
-def cuts(parameters: bytes, blocks: int) -> list[Cut]:
-    """Those in a sweep's parameters: three integers, and then how many blocks follow from them, in 8 bytes."""
-    found, total = [], 0
-    for at in range(0, len(parameters) - 23, 4):
-        cut = Cut(*struct.unpack_from("iii", parameters, at))
-        count = struct.unpack_from("q", parameters, (at + 12 + 7) // 8 * 8)[0]
-        if min(cut) > 0 and cut.row_ranges % cut.phases == cut.column_ranges % cut.phases == 0:
-            of_phase = cut.row_ranges * (cut.column_ranges // cut.phases)
-            if count == of_phase and total + count <= blocks:
-                found.append(cut)
-                total += count
-    return found if total == blocks else []
-
-
-def copies(case: Case, found: list[Cut]) -> float:
-    """Components of all sides, each as often as its sums are copied, and once more for what is written of it."""
-    sides = zip(sums_of(case), found, strict=True)
-    return sum(n * (1 + c.column_ranges / c.phases) + m * (1 + c.row_ranges / c.phases) for (n, m, _), c in sides)
-
-
-def sums_of(case: Case) -> list[tuple[int, int, bool]]:
-    """Rows, columns and whether it is the upper triangle, of the sums over pairs that an entry takes together."""
-    triangles = {"divergence": (case.n, case.m), "regularizer": (case.m,), "self": (case.m,)}.get(case.entry, ())
-    pairs = [] if case.entry == "self" else [(case.n, case.m, False)]
-    return pairs + [(k, k, True) for k in triangles]
-
-
-def tiles_of(rows: range, columns: range, triangle: bool) -> int:
-    """Those that a block with these ranges of tiles goes through."""
-    if not triangle:
-        return len(rows) * len(columns)
-    return sum(max(0, columns.stop - max(columns.start, row)) for row in rows)
-
-
-def sweep_works(case: Case, found: list[Cut], phase: int) -> list[int]:
-    """Tiles of each block of a launch of the sweep."""
-    works = []
-    for (n, m, triangle), cut in zip(sums_of(case), found, strict=True):
-        rows, columns = _ranges(-(-n // TILE), cut.row_ranges), _ranges(-(-m // TILE), cut.column_ranges)
-        for row, its_rows in enumerate(rows):
-            for copy in range(cut.column_ranges // cut.phases):
-                column = copy * cut.phases + (phase - row) % cut.phases
-                works.append(tiles_of(its_rows, columns[column], triangle))
-    return works
-
-
-def _ranges(size: int, parts: int) -> list[range]:
-    return [range(size * k // parts, size * (k + 1) // parts) for k in range(parts)]
-
-
-def even_works(case: Case, blocks: int) -> list[int]:
-    """Tiles of each block of the row sums, which have parts of the columns of a tile of rows."""
-    sizes = [(range(-(-n // TILE)), range(-(-m // TILE)), triangle) for n, m, triangle in sums_of(case)]
-    return [len(part) for part in _ranges(sum(tiles_of(*size) for size in sizes), blocks)]
-
-
-def makespan(works: Sequence[int], slots: int) -> int:
-    """Until the last of the blocks has ended."""
-    ends = [0] * slots
-    for work in works:
-        heapq.heapreplace(ends, ends[0] + work)
-    return max(ends)
 
 
 class Model:
@@ -267,7 +90,7 @@ class Model:
         logits = min(loop.instructions for loop in loops if loop.counts["MUFU.LG2"])
         sweep = min(loop.instructions for loop in loops if not loop.counts["MUFU.LG2"])
         each = logits + (direction != "forward") * (logits + sweep)
-        elements = sum(n * m / (1 + triangle) for n, m, triangle in sums_of(case)) * case.d
+        elements = sum(of.n * of.m / (1 + of.itself) for of in executed.sums_of(case)) * case.d
         return elements * each / 32 / self.rate / self.gpu.processors / self.gpu.clock_ghz / 1e6
 
     def _hot(self, name: str) -> tuple[static.Loop, ...]:
@@ -278,14 +101,14 @@ class Model:
         widths = [int(name.split(", ")[1][:-1]) for name in names]
         return min(widths, key=lambda w: -(-dim // w) * w * (9.2 + 42 / w))
 
-    def missing(self, case: Case, found: list[Cut]) -> float:
+    def missing(self, case: Case, cuts: Sequence[Cut]) -> float:
         """The share of the sweep's accesses that the L2 cache has no room for: each block goes through the sums of all
         of its columns again for every tile of its rows."""
-        sides = zip(sums_of(case), found, strict=True)
-        components = sum(m * c.row_ranges / c.phases for (_, m, _), c in sides) + TILE * 2 * self.gpu.processors
+        sides = zip(executed.sums_of(case), cuts, strict=True)
+        components = sum(of.m * cut.row_ranges / cut.phases for of, cut in sides) + TILE * 2 * self.gpu.processors
         return max(0.0, 1 - self.gpu.l2_mib * 2**20 / (components * (2 * case.d + 1) * 8))
 
-    def tile_cycles(self, name: str, counts: Counts, dim: int, missing: float) -> tuple[float, float]:
+    def tile_cycles(self, name: str, counts: executed.Counts, dim: int, missing: float) -> tuple[float, float]:
         """Of a tile where two blocks share a multiprocessor, for both of them, and where one is alone."""
         hot = special = 0.0
         for loop in self._hot(name):
@@ -307,7 +130,7 @@ class Model:
         alone = max(issue, throughput) / ISSUED_ALONE + counts.waits / BLOCK_WARPS * latency
         return max(2 * throughput / ISSUED, alone), alone
 
-    def small_us(self, counts: Counts, blocks: int) -> float:
+    def small_us(self, counts: executed.Counts, blocks: int) -> float:
         """Of a kernel beside the tiles."""
         warps = min(blocks * BLOCK_WARPS, self.gpu.processors * RESIDENT_WARPS)
         cycles = max(
@@ -319,37 +142,33 @@ class Model:
 
     def milliseconds(self, case: Case, direction: str) -> dict[str, Any]:
         """What a call takes, and of what."""
-        install()
-        with _tests("launches").recorded(self.gpu.processors) as launches:
-            _call(case, "emulation", direction)
-        costs, phases = calibration(case.entry, case.d), Counter[str]()
-        reference = Case(*CALIBRATION, case.d, "", case.entry)
-        components = sum(n + m for n, m, _ in sums_of(case)) / sum(n + m for n, m, _ in sums_of(reference))
-        tiles = sum(even_works(reference, 1))
+        executed.install()
+        with executed.tests("launches").recorded(self.gpu.processors) as launches:
+            executed.call(case, "emulation", direction)
+        costs, phases = executed.calibration(case.entry, case.d), 0
+        reference, cuts = executed.reference(case.entry, case.d), executed.cuts_of(case, self.gpu.processors)
+        scale = sum(of.n + of.m for of in executed.sums_of(case)) / sum(
+            of.n + of.m for of in executed.sums_of(reference)
+        )
+        copied = executed.copies(case, cuts) / executed.copies_of_calibration(case.entry, case.d)
+        tiles = sum(executed.even_works(reference, 1))
         kinds: dict[str, float] = dict.fromkeys(("launches", "other kernels", "row sums", "sweep"), 0.0)
-        found: list[Cut] = []
         work = time = 0.0
         for launch in launches:
-            name, counts = launch.kernel, costs[launch.kernel]
+            name, counts = launch.kernel, costs.get(launch.kernel, NOTHING)
             kinds["launches"] += LAUNCH_US
             if not name.startswith("overlap_lse"):
-                scale = components
-                if name.startswith("write_gradients") and found:
-                    scale = copies(case, found) / copies_of_calibration(case.entry, case.d)
-                kinds["other kernels"] += self.small_us(counts.times(scale), launch.blocks)
+                counts = counts.times(copied if name.startswith("write_gradients") else scale)
+                kinds["other kernels"] += self.small_us(counts, launch.blocks)
                 continue
-            works, missing = even_works(case, launch.blocks), 0.0
-            if "backward" in name:
-                found = cuts(launch.parameters, launch.blocks) or found
-                if found:
-                    works = sweep_works(case, found, phases[name])
-                    missing = self.missing(case, found)
-                phases[name] += 1
+            sweep = "backward" in name
+            works = executed.sweep_works(case, cuts, phases) if sweep else executed.even_works(case, launch.blocks)
+            phases += sweep
+            missing = self.missing(case, cuts) if sweep else 0.0
             both, alone = self.tile_cycles(name, counts.times(1 / tiles), case.d, missing)
-            busy = sum(work > 0 for work in works)
-            slots = self.gpu.processors * 2
+            busy, slots = sum(work > 0 for work in works), self.gpu.processors * 2
             longest = makespan(works, slots) * (alone if busy <= self.gpu.processors else both)
-            kinds["sweep" if "backward" in name else "row sums"] += longest / self.gpu.clock_ghz / 1e3
+            kinds["sweep" if sweep else "row sums"] += longest / self.gpu.clock_ghz / 1e3
             if busy > self.gpu.processors:
                 work, time = work + sum(works) / slots, time + makespan(works, slots)
         device = sum(kinds.values()) / 1e3

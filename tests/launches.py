@@ -15,11 +15,10 @@ from bench import static
 
 
 class Launch(NamedTuple):
-    """A launch: the kernel as ``bench.static.readable`` names it, its blocks, and its parameters as they are."""
+    """A launch: the kernel as ``bench.static.readable`` names it, and its blocks."""
 
     kernel: str
     blocks: int
-    parameters: bytes
 
 
 _FUNCTION = ctypes.CFUNCTYPE(
@@ -28,8 +27,8 @@ _FUNCTION = ctypes.CFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_int,
     ctypes.c_uint64,
-    ctypes.POINTER(ctypes.c_void_p),
-    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.c_void_p,
+    ctypes.c_void_p,
     ctypes.c_int,
 )
 
@@ -39,11 +38,8 @@ def recorded(processors: int) -> Iterator[list[Launch]]:
     """What the backend "emulation" launches on a GPU of so many multiprocessors; results are not written."""
     found: list[Launch] = []
 
-    def launch(
-        name: bytes, blocks: int, threads: int, shared: int, pointers: object, sizes: object, count: int
-    ) -> None:
-        parameters = b"".join(ctypes.string_at(pointers[k], sizes[k]) for k in range(count))  # type: ignore[index]
-        found.append(Launch(static.readable(name.decode()), blocks, parameters))
+    def launch(name: bytes, blocks: int, *_: object) -> None:
+        found.append(Launch(static.readable(name.decode()), blocks))
 
     backend = emulation.backend()
     function = _FUNCTION(launch)

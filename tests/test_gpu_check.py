@@ -141,7 +141,7 @@ def test_the_whole_in_a_rehearsal(tmp_path: Path) -> None:
     assert "failed: nothing" in done.stdout
     steps = json.loads((tmp_path / "steps.json").read_text())
     assert steps["dry_run"]
-    assert set(steps["steps"]) == {"available", "quick", "memcheck", "cuda", "triton", "bench"}
+    assert set(steps["steps"]) == {"emulation", "available", "quick", "memcheck", "cuda", "triton", "bench"}
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert results["dry_run"]
     assert len({record["case"] for record in results["records"]}) == len(GPU_CASES)

@@ -11,7 +11,7 @@ import torch
 from test_static import with_kernels
 
 import csdiv
-from bench import every_entry, predict, static
+from bench import every_entry, executed, predict, static
 from bench.cases import DIRECTIONS, GPU_CASES, Case
 from csdiv import testing
 
@@ -72,10 +72,9 @@ def test_the_table_is_of_this_code(records: list[dict], kernels: list[static.Ker
 @with_ptx
 def test_instructions_that_are_counted_agree_with_machine_code(kernels: list[static.Kernel]) -> None:
     """PTX that is executed and SASS that is read: of the hot loops the same, within a few per cent."""
-    predict.calibration("rows", 40)  # so that the machine has the kernels
+    executed.calibration("rows", 40)  # so that the machine has the kernels
     machine = ptx.machine()
-    for name in machine.kernels:
-        machine.counts(name)
+    machine.clear_counts()
     p, q = (testing.random_mixture(k, 64) for k in (64, 64))
     csdiv.component_log_overlap(p, q, backend=ptx.NAME)
     (name,) = (name for name in machine.kernels if static.readable(name) == "overlap_lse_forward_kernel<float>")
@@ -88,30 +87,25 @@ def test_instructions_that_are_counted_agree_with_machine_code(kernels: list[sta
 
 
 @with_ptx
-def test_the_cut_of_a_sweep_is_read_from_its_parameters() -> None:
-    predict.install()
-    case = Case(8192, 8192, 64, "", "divergence")
+@pytest.mark.parametrize("entry", ["rows", "self", "divergence", "regularizer"])
+def test_launches_are_those_that_the_sweep_is_cut_into(entry: str) -> None:
+    executed.install()
+    case = Case(8192, 8192, 64, "", entry)
     with launches.recorded(132) as found:
-        predict._call(case, emulation.NAME, "forward + backward")
-    sweeps = [launch for launch in found if "backward" in launch.kernel]
-    cuts = predict.cuts(sweeps[0].parameters, sweeps[0].blocks)
-    assert len(cuts) == 3
+        executed.call(case, emulation.NAME, "forward + backward")
+    sweeps = [launch.blocks for launch in found if "backward" in launch.kernel]
+    cuts = executed.cuts_of(case, 132)
     assert {cut.phases for cut in cuts} == {len(sweeps)}
-    works = [sum(predict.sweep_works(case, cuts, phase)) for phase in range(len(sweeps))]
-    assert sum(works) == 128 * 128 + 128 * 129  # every tile once
+    works = [executed.sweep_works(case, cuts, phase) for phase in range(len(sweeps))]
+    assert [len(of_phase) for of_phase in works] == sweeps
+    tiles = {"rows": 128**2, "self": 64 * 129, "divergence": 128**2 + 128 * 129, "regularizer": 128**2 + 64 * 129}
+    assert sum(map(sum, works)) == tiles[entry]  # every tile once
 
 
 @with_ptx
 def test_what_sanitizers_watch_has_phases() -> None:
-    predict.install()
+    executed.install()
     p, q = every_entry.mixtures(every_entry.PHASES, "diagonal", torch.float32, "cpu")
     with launches.recorded(every_entry.PROCESSORS) as found:
         every_entry.gradients(p, q, csdiv.log_overlap(p, q, backend=emulation.NAME))
     assert sum("backward" in launch.kernel for launch in found) > 1
-
-
-def test_works_are_given_out_in_order() -> None:
-    assert predict.makespan([3, 1, 1, 1], 2) == 3
-    assert predict.makespan([1, 1, 1, 3], 2) == 4
-    assert predict.tiles_of(range(2), range(1, 4), True) == 6
-    assert predict.tiles_of(range(2, 4), range(1, 4), True) == 3
