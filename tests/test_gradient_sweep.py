@@ -115,7 +115,7 @@ def test_shared_memory_has_no_bank_conflicts(lanes: int, dim: int, dtype: torch.
     backend = ptx.backend()
     scalar = "f" if dtype == torch.float32 else "d"
     (name,) = (k for k in backend.machine.kernels if f"overlap_lse_backward_kernelI{scalar}Li{lanes}E" in k)
-    backend.machine.counts(name)
+    backend.machine.clear_counts()
     csdiv.log_overlap(p.map(torch.clone), q.map(lambda t: t.clone().requires_grad_()), backend=ptx.NAME).backward()
     lines = [line for line in backend.machine.counts(name) if line.cycles]
     cycles, ideal = sum(line.cycles for line in lines), sum(line.ideal_cycles for line in lines)
