@@ -9,6 +9,7 @@ import torch
 from entries import BACKENDS
 from torch import Tensor
 
+import csdiv
 from csdiv import backends, pairs, testing
 from csdiv.backends.base import Backend, Tensors
 from csdiv.backends.reference import formula
@@ -157,6 +158,30 @@ def test_log_variances_about_the_cap(backend: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(grad[:3], (0.25 * upstream).unsqueeze(-1).expand(3, 3).to(dtype))
     exact, _ = evaluate("regularizer", "exact", [means, logs, *rest], [False] * 6)
     torch.testing.assert_close(value[:3], exact[:3].to(dtype))
+
+
+@on_every_backend
+def test_one_log_variance_beyond_the_cap_changes_no_other(backend: str) -> None:
+    means, logs, *rest = operands("regularizer", dtype=torch.float64)
+    logs[0] = torch.tensor([701.0, -1.0, 0.5])
+    wanted = [k == 1 for k in range(6)]
+    value, (grad,) = evaluate("regularizer", backend, [means, logs, *rest], wanted)
+    exact, (exact_grad,) = evaluate("regularizer", "exact", [means, logs, *rest], wanted)
+    torch.testing.assert_close(value, exact.to(value.dtype))
+    torch.testing.assert_close(grad, exact_grad.to(grad.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_upstream_gradient_gives_none_whatever_the_variances_are(dtype: torch.dtype) -> None:
+    means, logs, *rest = operands("regularizer", dtype=dtype)
+    logs[-1] = math.nan
+    logs.requires_grad_()
+    prior = testing.mixture_of(*rest[:3])
+    value = csdiv.cs_regularizer(means, logs, prior, backend="cpu")
+    upstream = torch.arange(len(value), 0.0, -1.0).to(dtype) - 1.0
+    (grad,) = torch.autograd.grad(value, logs, upstream)
+    assert bool(grad[:-1].isfinite().all())
+    assert grad[-1].tolist() == [0.0] * 3
 
 
 @on_every_backend

@@ -36,9 +36,7 @@ bool finite(const T* numbers, int64_t count) {
 
 template <class T>
 void add_sums(const T* from, int64_t count, double* to) {
-  int64_t k = 0;
-  for (; k + kLanes<double> <= count; k += kLanes<double>) store(to + k, load(to + k) + load_doubles(from + k));
-  for (; k < count; ++k) to[k] += from[k];
+  for (int64_t k = 0; k < count; k += kLanes<double>) store(to + k, load(to + k) + load_doubles(from + k));
 }
 
 template <class T>

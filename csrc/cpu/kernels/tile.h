@@ -154,7 +154,7 @@ struct TileKernels {
                     const TileGradients<T>& grads);
   // Whether all of these are.
   bool (*finite)(const T* numbers, int64_t count);
-  // to[k] += from[k]
+  // to[k] += from[k], of whole vectors
   void (*add_sums)(const T* from, int64_t count, double* to);
   // out[k] = factor * sums[k], or with `add` that much more.
   void (*write_sums)(const double* sums, int64_t count, double factor, bool add, T* out);
