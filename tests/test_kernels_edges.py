@@ -332,3 +332,16 @@ def test_values_beside_one_that_is_not_finite_do_not_depend_on_gradients(entry: 
     with_gradients = call(entry, backend)(GaussianMixture(**{k: t.requires_grad_() for k, t in tensors.items()}), q)
     assert plain.isfinite().tolist() == [True, True, True, False, True, True]
     torch.testing.assert_close(with_gradients.detach(), plain, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("position", [(0, 0), (4, 7)])
+@pytest.mark.parametrize("of_p", [True, False])
+def test_one_number_out_of_range_takes_the_exact_form(position: tuple[int, int], of_p: bool) -> None:
+    """Its square, times the variances of three other dimensions, is beyond float32."""
+    g = torch.Generator().manual_seed(0)
+    means, others = (torch.randn(n, 8, generator=g) for n in (5, 37))
+    means[position] = 1e18
+    sides = [GaussianMixture(m, torch.full_like(m, 7.0)) for m in (means, others)]
+    p, q = sides if of_p else sides[::-1]
+    exact = csdiv.pairwise_log_overlap(p.to(torch.float64), q.to(torch.float64), backend="reference")
+    torch.testing.assert_close(csdiv.pairwise_log_overlap(p, q, backend="cpu").double(), exact, rtol=1e-5, atol=1e-4)
