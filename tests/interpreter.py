@@ -36,7 +36,13 @@ def install() -> None:
         del os.environ["TRITON_INTERPRET"]
     _patch_once()
 
-    class Interpreted(module.Triton):
+    backends.register(NAME, without_gpu(module.Triton))
+
+
+def without_gpu(triton: type[Any]) -> type[Any]:
+    """csdiv.backends.triton.Triton on CPU tensors, asking nothing of a GPU."""
+
+    class WithoutGpu(triton):  # type: ignore[misc]
         def processors(self, device: torch.device) -> int:
             return PROCESSORS
 
@@ -46,7 +52,7 @@ def install() -> None:
         def capturing(self) -> bool:
             return False
 
-    backends.register(NAME, Interpreted)
+    return WithoutGpu
 
 
 def _patch_once() -> None:

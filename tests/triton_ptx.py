@@ -34,7 +34,6 @@ from csdiv.operators import OPERATORS
 
 NAME = "triton-ptx"
 ROOT = Path(__file__).resolve().parents[1]
-PROCESSORS = 1  # work is cut in parts where it is less than a few tiles
 MAX_THREADS = 1024
 Tensors = Sequence[Any]
 
@@ -117,16 +116,7 @@ class Launcher:
 def _register(capability: int) -> None:
     backends, module = (importlib.import_module(f"csdiv.{name}") for name in ("backends", "backends.triton"))
 
-    class OnMachine(module.Triton):
-        def processors(self, device: torch.device) -> int:
-            return PROCESSORS
-
-        def current(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-            return contextlib.nullcontext()
-
-        def capturing(self) -> bool:
-            return False
-
+    class OnMachine(importlib.import_module("interpreter").without_gpu(module.Triton)):
         def forward(self, name: str, tensors: Tensors, needs: Sequence[bool]) -> Any:
             with _checked(tensors):
                 return super().forward(name, tensors, needs)
