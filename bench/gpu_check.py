@@ -91,6 +91,7 @@ class Check:
                     stderr=file,
                     env=os.environ | {"PATH": path} | dict(environment),
                     start_new_session=True,
+                    preexec_fn=heed_interrupts,
                 )
                 code: int | str = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -114,6 +115,11 @@ class Check:
         """A command for Python; in a rehearsal with the stand-in for a GPU."""
         stand_in = ["tests/stand_in.py", kernels] if self.dry else []
         return [sys.executable, *stand_in, *arguments]
+
+
+def heed_interrupts() -> None:
+    """For a step, before it starts: one that a shell has put in the background would ignore them, see :func:`stop`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

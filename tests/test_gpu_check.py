@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -59,12 +60,18 @@ def test_other():
 """
 
 
-def test_tests_that_take_too_long_say_what_has_failed(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_tests_that_take_too_long_say_what_has_failed(tmp_path: Path, capsys, in_background: bool) -> None:
+    """Also where a shell has put all of it in the background, and so has interrupts ignored."""
     (tmp_path / "test_endless.py").write_text(ENDLESS)
     check = Check(tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", str(tmp_path / "test_endless.py")]
     begin = time.monotonic()
-    assert not check.step("endless", command, 4)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
+    try:
+        assert not check.step("endless", command, 4)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 4 + 2 * gpu_check.GRACE_S
     printed = capsys.readouterr().out
     assert "1 failed, 1 passed" in printed
